@@ -1,0 +1,1 @@
+"""Run configurations; installed as `soup_jax.experiments`."""
