@@ -98,8 +98,10 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     experts.dtype = "float32"  # storage of the bank
 
     cfg.router = router = ConfigDict()
-    router.hidden_dim = 64  # of the MLP h -> alpha; 0: linear
-    router.normalization = "none"  # of alpha: none, softmax, tanh, l2 (see soup_jax/router.py)
+    router.hidden_dim = 64  # of the MLP h -> alpha; 0: linear only
+    router.init = "random"  # of its linear part: random, or centroids (domain geometry)
+    router.center = True  # the router sees h minus the natural frequencies
+    router.normalization = "none"  # of alpha: none, softmax, tanh, l2, ball (soup_jax/router.py)
     router.scale = 1.0  # alpha is multiplied by this after normalisation
 
     cfg.optimizer = optimizer = ConfigDict()

@@ -1,0 +1,133 @@
+"""The meta-distribution pi over domain weights h.
+
+`h` lies on the simplex of dimension K and weighs *windows*: a row of the batch of mixture m comes
+from domain k with probability `h_MK[m, k]`. pi is a mixture of four components:
+
+- sparse: `support_size` domains drawn uniformly without replacement, weights uniform on (0, 1) and
+  normalised (the paper's choice). With `min_support_size` below it the size is itself drawn,
+  log-uniformly, so that specialists whose histogram is narrow or wide are both met in training.
+- generic: the natural frequencies, always the same h.
+- dirichlet: Dirichlet(concentration * natural frequencies), dense perturbations of the generic h.
+- file: one of the given rows, uniformly. A single row is a fixed h: the CRISP baseline.
+
+Domains without training windows are never drawn.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from soup_jax.errors import UserError
+from soup_jax.files import read_json, sha256_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaDistribution:
+    """pi, ready to sample from; build it with `from_config`.
+
+    Attributes:
+      probabilities: of the components (sparse, generic, dirichlet, file); they add up to 1.
+      frequencies_K: natural domain frequencies, the generic h.
+      min_support_size, support_size: range of the sparse component's support.
+      concentration: of the Dirichlet component.
+      rows_RK: domain weights read from a file, or None.
+    """
+
+    probabilities: tuple[float, float, float, float]
+    frequencies_K: np.ndarray
+    min_support_size: int
+    support_size: int
+    concentration: float
+    rows_RK: np.ndarray | None = None
+
+    def sample(self, rng: np.random.Generator) -> np.ndarray:
+        """One h [K], float64, non-negative, summing to 1."""
+        component = rng.choice(4, p=self.probabilities)
+        if component == 0:
+            return self._sparse(rng)
+        if component == 1:
+            return self.frequencies_K.copy()
+        if component == 2:
+            return self._dirichlet(rng)
+        return self.rows_RK[rng.integers(len(self.rows_RK))].copy()
+
+    def _sparse(self, rng: np.random.Generator) -> np.ndarray:
+        available = np.flatnonzero(self.frequencies_K)
+        low, high = self.min_support_size, self.support_size
+        size = low
+        if high > low:
+            size = int(math.exp(rng.uniform(math.log(low), math.log(high + 1))))
+        size = min(size, high, len(available))
+        support = rng.choice(available, size=size, replace=False)
+        h_K = np.zeros_like(self.frequencies_K)
+        h_K[support] = 1 - rng.random(size)  # (0, 1]: no domain of the support gets weight zero
+        return h_K / h_K.sum()
+
+    def _dirichlet(self, rng: np.random.Generator) -> np.ndarray:
+        available = np.flatnonzero(self.frequencies_K)
+        # Gammas of a shape far below 1 underflow to zero, all of them at worst: floor the shapes.
+        shapes = np.maximum(self.concentration * self.frequencies_K[available], 1e-2)
+        h_K = np.zeros_like(self.frequencies_K)
+        h_K[available] = rng.dirichlet(shapes)
+        return h_K
+
+    def fingerprint(self) -> str:
+        """Hash of everything that determines the draws."""
+        rows = None if self.rows_RK is None else self.rows_RK.tolist()
+        value = [self.probabilities, self.frequencies_K.tolist(), self.min_support_size]
+        value += [self.support_size, self.concentration, rows]
+        return sha256_bytes(json.dumps(value).encode())
+
+
+def from_config(cfg: ConfigDict, frequencies_K: np.ndarray) -> MetaDistribution:
+    """pi of a config over a corpus with these natural frequencies.
+
+    Raises:
+      UserError: the file of `domain_weights.path` is missing or not rows of K weights, or it
+        weighs a domain that has no windows.
+    """
+    weights = cfg.domain_weights
+    rows = None
+    if weights.path:
+        rows = read_rows(pathlib.Path(weights.path), len(frequencies_K))
+        empty = np.flatnonzero((rows > 0).any(0) & (frequencies_K == 0))
+        if empty.size:
+            raise UserError(f"{weights.path} weighs domains without windows: {empty.tolist()}")
+    return MetaDistribution(
+        probabilities=(weights.sparse, weights.generic, weights.dirichlet, weights.file),
+        frequencies_K=np.asarray(frequencies_K, np.float64),
+        min_support_size=weights.min_support_size,
+        support_size=weights.support_size,
+        concentration=weights.concentration,
+        rows_RK=rows,
+    )
+
+
+def read_rows(path: pathlib.Path, num_domains: int) -> np.ndarray:
+    """Rows [R, K] of domain weights from a JSON file: one list, a list of lists, or a recipe.
+
+    Raises:
+      UserError: not K non-negative finite numbers that add up to 1 (to 1e-3) per row.
+    """
+    value = read_json(path)
+    value = value.get("h") if isinstance(value, dict) else value
+    try:
+        rows = np.atleast_2d(np.asarray(value, np.float64))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{path} must hold a list of {num_domains} numbers, or lists of them") from e
+    if rows.ndim != 2 or rows.shape[1] != num_domains:
+        raise UserError(f"{path} has shape {rows.shape}, expected rows of {num_domains} weights")
+    if not np.isfinite(rows).all() or (rows < 0).any() or (abs(rows.sum(1) - 1) > 1e-3).any():
+        raise UserError(f"{path}: every row must be non-negative and add up to 1")
+    return rows / rows.sum(1, keepdims=True)
+
+
+def sample_domain_weights(
+    meta: MetaDistribution, rng: np.random.Generator, *, num_mixtures: int
+) -> np.ndarray:
+    """h_MK: independent draws from pi, float64 [M, K]."""
+    return np.stack([meta.sample(rng) for _ in range(num_mixtures)])

@@ -1,0 +1,344 @@
+"""The base network, and the interface by which any Flax module becomes one.
+
+The shipped network is a Llama-style decoder: RMSNorm, rotary positions, SwiGLU, optional
+grouped-query attention and tied embeddings, layers scanned (parameters stacked on a leading N).
+It knows nothing of soups. Its weights follow the layout `x @ w`; the rotary embedding rotates the
+two halves of a head, as Hugging Face's `LlamaForCausalLM` does.
+
+`BaseModel` is all that the rest of the project sees of a network; `from_linen` and `from_nnx` make
+one from a user's module.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from soup_jax.shapes import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A network as pure functions of its parameters.
+
+    Attributes:
+      init: key -> parameters, a nested dict of arrays.
+      example_losses: (parameters, batch) -> (losses, weights) of any one shape [rows, ...]. The
+        batch is a dict of arrays with a leading row dimension. Training minimises
+        sum(losses * weights) / sum(weights) over the whole batch.
+      flops_per_row: floating-point operations of forward and backward of one row, for MFU; 0 if
+        unknown.
+    """
+
+    init: Callable[[Array], Params]
+    example_losses: Callable[[Params, Mapping[str, Array]], tuple[Array, Array]]
+    flops_per_row: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Static shape and policy of the decoder; fields as in the `model` section of a config."""
+
+    vocab_size: int
+    num_layers: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_dim: int
+    tie_embeddings: bool = True
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.dim // self.num_heads
+
+
+def llama_config(cfg: ConfigDict) -> LlamaConfig:
+    """The decoder of a config."""
+    fields = {k: v for k, v in cfg.model.items() if k != "kind"}
+    return LlamaConfig(vocab_size=cfg.vocab_size, **fields)
+
+
+def _normal(std: float, *axes: str) -> Callable[..., Any]:
+    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
+        scale_D = self.param("scale", init, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale_D.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(x: Array, position_BL: Array, theta: float) -> Array:
+    """Rotary position embedding of x [B, L, H, head_dim]; angles in float32."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_BL[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention, with a key-value cache when `cache_len` is set."""
+
+    cfg: LlamaConfig
+    cache_len: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array, position_BL: Array) -> Array:
+        """[B, L, D], positions [B, L] -> [B, L, D]."""
+        c = self.cfg
+        std = c.dim**-0.5
+        heads = {"query": c.num_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
+        projected = {}
+        for name, num_heads in heads.items():
+            w = self.param(
+                name, _normal(std, "embed", "heads"), (c.dim, num_heads * c.head_dim)
+            ).astype(x.dtype)
+            projected[name] = (x @ w).reshape(*x.shape[:2], num_heads, c.head_dim)
+        query = rotate(projected["query"], position_BL, c.rope_theta)
+        key = rotate(projected["key"], position_BL, c.rope_theta)
+        value = projected["value"]
+        if self.cache_len:
+            y = self._cached(query, key, value, position_BL)
+        else:
+            y = jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                is_causal=True,
+                implementation=None if c.attention == "auto" else c.attention,
+            )
+        out_std = std * (2 * c.num_layers) ** -0.5
+        out = self.param("out", _normal(out_std, "heads", "embed"), (c.dim, c.dim))
+        return y.reshape(*x.shape) @ out.astype(x.dtype)
+
+    def _cached(self, query: Array, key: Array, value: Array, position_BL: Array) -> Array:
+        # Positions are the same for all rows: rows of one call are written at one place.
+        shape = (key.shape[0], self.cache_len, *key.shape[2:])
+        cached_key = self.variable("cache", "key", jnp.zeros, shape, key.dtype)
+        cached_value = self.variable("cache", "value", jnp.zeros, shape, value.dtype)
+        start = (0, position_BL[0, 0], 0, 0)
+        cached_key.value = jax.lax.dynamic_update_slice(cached_key.value, key, start)
+        cached_value.value = jax.lax.dynamic_update_slice(cached_value.value, value, start)
+        visible = jnp.arange(self.cache_len)[None, None, :] <= position_BL[:, :, None]
+        return jax.nn.dot_product_attention(
+            query, cached_key.value, cached_value.value, mask=visible[:, None]
+        )
+
+
+class Mlp(nn.Module):
+    """SwiGLU."""
+
+    cfg: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, L, D] -> [B, L, D]."""
+        c = self.cfg
+        std = c.dim**-0.5
+        shape = (c.dim, c.hidden_dim)
+        gate_DF = self.param("gate", _normal(std, "embed", "mlp"), shape).astype(x.dtype)
+        up_DF = self.param("up", _normal(std, "embed", "mlp"), shape).astype(x.dtype)
+        out_std = c.hidden_dim**-0.5 * (2 * c.num_layers) ** -0.5
+        down_FD = self.param("down", _normal(out_std, "mlp", "embed"), shape[::-1])
+        return (nn.silu(x @ gate_DF) * (x @ up_DF)) @ down_FD.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a norm and a residual connection."""
+
+    cfg: LlamaConfig
+    cache_len: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array, position_BL: Array) -> tuple[Array, None]:
+        """[B, L, D] -> [B, L, D], in the form that `nn.scan` wants."""
+        eps = self.cfg.norm_eps
+        x = x + Attention(self.cfg, self.cache_len, name="attention")(
+            RMSNorm(eps, name="attention_norm")(x), position_BL
+        )
+        return x + Mlp(self.cfg, name="mlp")(RMSNorm(eps, name="mlp_norm")(x)), None
+
+
+class Llama(nn.Module):
+    """Tokens to logits."""
+
+    cfg: LlamaConfig
+    cache_len: int = 0
+
+    @nn.compact
+    def __call__(self, token_BL: Array, position_BL: Array | None = None) -> Array:
+        """int32 [B, L] (and positions, default 0..L-1) -> float32 logits [B, L, V]."""
+        c = self.cfg
+        if position_BL is None:
+            position_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]), token_BL.shape)
+        # Tied, the embedding is also the output projection: its scale makes logits of order one.
+        embedding_VD = self.param(
+            "embedding", _normal(c.dim**-0.5, "vocab", "embed"), (c.vocab_size, c.dim)
+        )
+        x = embedding_VD.astype(c.dtype)[token_BL]
+        block = Block
+        if c.remat != "none":
+            policy = None if c.remat == "full" else jax.checkpoint_policies.dots_saveable
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
+        x, _ = nn.scan(
+            block,
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.cache_len, name="layers")(x, position_BL)
+        x = RMSNorm(c.norm_eps, name="final_norm")(x)
+        if c.tie_embeddings:
+            head_DV = embedding_VD.T
+        else:
+            head_DV = self.param(
+                "head", _normal(c.dim**-0.5, "embed", "vocab"), (c.dim, c.vocab_size)
+            )
+        return jnp.dot(x, head_DV.astype(c.dtype), preferred_element_type=jnp.float32)
+
+
+def token_losses(logits_BLV: Array, target_BL: Array) -> Array:
+    """Cross-entropy in nats, float32 [B, L]."""
+    logits_BLV = logits_BLV.astype(jnp.float32)
+    picked_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BLV, axis=-1) - picked_BL
+
+
+def num_target_mask(num_targets_B: Array, seq_len: int) -> Array:
+    """float32 [B, L]: 1 where a target is text, 0 where it pads the last window of a domain."""
+    return (jnp.arange(seq_len) < num_targets_B[:, None]).astype(jnp.float32)
+
+
+def llama(cfg: LlamaConfig, *, seq_len: int) -> BaseModel:
+    """The decoder as a BaseModel over batches {"tokens": [rows, L + 1], "num_targets": [rows]}."""
+    module = Llama(cfg)
+
+    def init(key: Array) -> Params:
+        variables = module.init(key, jnp.zeros((1, 2), jnp.int32))
+        return nn.meta.unbox(variables["params"])
+
+    def example_losses(params: Params, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+        tokens = batch["tokens"]
+        logits = module.apply({"params": params}, tokens[:, :-1])
+        weights = num_target_mask(batch["num_targets"], tokens.shape[1] - 1)
+        return token_losses(logits, tokens[:, 1:]), weights
+
+    return BaseModel(init, example_losses, flops_per_row=llama_flops(cfg, seq_len=seq_len))
+
+
+def llama_flops(cfg: LlamaConfig, *, seq_len: int) -> float:
+    """FLOPs of one window, forward and backward: 6 per matmul parameter and token, and attention.
+
+    Counts two operations per multiply-add, backward twice the forward, causal attention at half
+    of its full square; norms, embeddings look-ups and the softmax are left out (as in the
+    appendix of PaLM, Chowdhery et al. 2022).
+    """
+    attention = cfg.dim * cfg.head_dim * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
+    matmuls = cfg.num_layers * (attention + 3 * cfg.dim * cfg.hidden_dim)
+    matmuls += cfg.dim * cfg.vocab_size
+    scores = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
+    return 6.0 * seq_len * (matmuls + scores)
+
+
+def logical_axes(cfg: LlamaConfig) -> Any:
+    """Tree of tuples of logical axis names, one per dimension, as the parameters are nested."""
+    boxed = jax.eval_shape(
+        lambda key: Llama(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"],
+        jax.random.key(0),
+    )
+    return nn.get_partition_spec(boxed)
+
+
+def from_config(cfg: ConfigDict) -> BaseModel:
+    """The base network of a config."""
+    return llama(llama_config(cfg), seq_len=cfg.seq_len)
+
+
+Loss = Callable[[Any, Mapping[str, Array]], tuple[Array, Array]]
+
+
+def from_linen(module: nn.Module, *, example: Any, losses: Loss) -> BaseModel:
+    """A BaseModel from a Linen module.
+
+    Args:
+      module: has only a "params" collection.
+      example: input that `module.init(key, example)` takes; only shapes matter.
+      losses: (apply, batch) -> (losses, weights), where `apply(x)` runs the module.
+    """
+
+    def init(key: Array) -> Params:
+        variables = module.init(key, example)
+        if set(variables) != {"params"}:
+            raise ValueError(
+                f"{type(module).__name__} has the collections {sorted(variables)}; a soup merges "
+                "parameters only (replace BatchNorm by a norm without running statistics)"
+            )
+        return nn.meta.unbox(variables["params"])
+
+    def example_losses(params: Params, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+        return losses(lambda *args: module.apply({"params": params}, *args), batch)
+
+    return BaseModel(init, example_losses)
+
+
+def from_nnx(make: Callable[[Any], Any], *, losses: Loss) -> BaseModel:
+    """A BaseModel from an NNX module.
+
+    Args:
+      make: `nnx.Rngs -> nnx.Module`, called once per `init` and once for the structure.
+      losses: (module, batch) -> (losses, weights).
+    """
+    from flax import nnx
+
+    def abstract() -> tuple[Any, Any, Any]:
+        return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+
+    def init(key: Array) -> Params:
+        _, params, _ = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
+        # Integer keys (lists of layers) become strings: paths are strings everywhere.
+        return _string_keys(nnx.to_pure_dict(params))
+
+    def example_losses(params: Params, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+        graph, state, rest = abstract()
+        if jax.tree.leaves(rest):
+            raise ValueError("a soup merges nnx.Param only; the module holds other variables")
+        nnx.replace_by_pure_dict(state, _like(params, nnx.to_pure_dict(state)))
+        return losses(nnx.merge(graph, state, rest), batch)
+
+    return BaseModel(init, example_losses)
+
+
+def _string_keys(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {str(k): _string_keys(v) for k, v in tree.items()}
+    return tree
+
+
+def _like(tree: Any, template: Any) -> Any:
+    if isinstance(template, Mapping):
+        return {k: _like(tree[str(k)], v) for k, v in template.items()}
+    return tree

@@ -1,0 +1,82 @@
+"""Named leaves of nested dicts, first-match rules over the names, and sizes.
+
+A leaf's name is its path joined by "/", as in "layers/attention/query". Nothing here knows what a
+soup is; the functions take abstract leaves (`jax.ShapeDtypeStruct`) as well as arrays.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from soup_jax.errors import UserError
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by path, in the order of the sorted nested keys."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(str(_key_name(k)) for k in path): leaf for path, leaf in leaves}
+
+
+def _key_name(key: Any) -> Any:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return key
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict whose `flatten` is `leaves`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`jax.tree.map` whose function gets the leaf's path first."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function("/".join(str(_key_name(k)) for k in path), *leaves),
+        tree,
+        *rest,
+    )
+
+
+def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[str, str]:
+    """The rule of each path: that of the first (regex, rule) whose regex matches the whole path.
+
+    Raises:
+      UserError: a regex that does not compile, or a path that no regex matches.
+    """
+    try:
+        compiled = [(re.compile(pattern), rule) for pattern, rule in rules]
+    except re.error as e:
+        raise UserError(f"rules {list(rules)}: {e.pattern!r} is not a regular expression: {e}") from e
+    matched = {}
+    for path in paths:
+        for pattern, rule in compiled:
+            if pattern.fullmatch(path):
+                matched[path] = rule
+                break
+        else:
+            raise UserError(
+                f"no rule matches the leaf {path!r}; the rules are {list(rules)}. "
+                "Every leaf must be covered: end the list with ('.*', 'none') or ('.*', 'dense')"
+            )
+    return matched
+
+
+def num_params(tree: Any) -> int:
+    """Number of scalars in all leaves."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all leaves."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
