@@ -194,9 +194,8 @@ class Llama(nn.Module):
         c = self.cfg
         if position_BL is None:
             position_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]), token_BL.shape)
-        # Tied, the embedding is also the output projection: its scale makes logits of order one.
         embedding_VD = self.param(
-            "embedding", _normal(c.dim**-0.5, "vocab", "embed"), (c.vocab_size, c.dim)
+            "embedding", _normal(0.02, "vocab", "embed"), (c.vocab_size, c.dim)
         )
         x = embedding_VD.astype(c.dtype)[token_BL]
         block = Block
@@ -216,7 +215,7 @@ class Llama(nn.Module):
             head_DV = embedding_VD.T
         else:
             head_DV = self.param(
-                "head", _normal(c.dim**-0.5, "embed", "vocab"), (c.dim, c.vocab_size)
+                "head", _normal(0.02, "embed", "vocab"), (c.dim, c.vocab_size)
             )
         return jnp.dot(x, head_DV.astype(c.dtype), preferred_element_type=jnp.float32)
 

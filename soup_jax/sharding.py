@@ -2,8 +2,11 @@
 
 Storage: every leaf is cut along one of its own dimensions over all devices, never along the expert
 axis, so that the merge of all experts is local to a slice. Compute: the merged models of M mixtures
-are spread over `replica`, whole inside a group. Going from one to the other is two sharding
-constraints in a row (slices of all M, then groups); with one, XLA gathers the bank instead.
+are spread over `replica`, whole inside a group. Going from one to the other takes a chain of
+sharding constraints: slices of all M; mixtures over `replica`, slices over `fsdp` (an all-to-all
+among replicas); whole models (an all-gather inside a group). With only the last one, XLA gathers
+the bank instead. Slices are numbered fsdp-major, which is what makes the first hop stay inside the
+`replica` axis.
 """
 
 import math
@@ -19,6 +22,8 @@ from soup_jax.mesh import AXES
 # A leaf that no dimension lets us slice is replicated; above this size that deserves a warning.
 LARGE_REPLICATED_BYTES = 1 << 20
 
+_SLICED = ("fsdp", "replica")
+
 
 def sliced_dim(shape: tuple[int, ...], count: int) -> int | None:
     """The dimension to cut into `count` equal slices: the largest that divides, the last of ties."""
@@ -31,7 +36,7 @@ def slice_spec(shape: tuple[int, ...], count: int, *, leading: int = 0) -> P:
     dim = sliced_dim(shape[leading:], count)
     if dim is None or count == 1:
         return P()
-    return P(*([None] * (leading + dim)), AXES)
+    return P(*([None] * (leading + dim)), _SLICED)
 
 
 def storage(mesh: Mesh, tree: Any, *, leading: int = 0) -> Any:
@@ -63,15 +68,32 @@ def unsliced(mesh: Mesh, tree: Any, *, leading: int = 0) -> list[str]:
 
 
 def to_slices(mesh: Mesh | None, leaf_M: jax.Array) -> jax.Array:
-    """Constrain a merged leaf [M, ...] to storage slices (mixtures whole on each device)."""
-    if mesh is None or mesh.size == 1:
-        return leaf_M
-    spec = slice_spec(leaf_M.shape, mesh.size, leading=1)
-    return jax.lax.with_sharding_constraint(leaf_M, NamedSharding(mesh, spec))
+    """Compute layout to storage slices, for gradients of merged leaves [M, ...]."""
+    for spec in reversed(_layout_chain(mesh, leaf_M.shape)):
+        leaf_M = jax.lax.with_sharding_constraint(leaf_M, NamedSharding(mesh, spec))
+    return leaf_M
 
 
 def to_groups(mesh: Mesh | None, leaf_M: jax.Array) -> jax.Array:
-    """Constrain a merged leaf [M, ...] to the compute layout: mixtures over `replica`."""
+    """Storage slices of merged leaves [M, ...] to the compute layout, mixtures over `replica`."""
+    for spec in _layout_chain(mesh, leaf_M.shape):
+        leaf_M = jax.lax.with_sharding_constraint(leaf_M, NamedSharding(mesh, spec))
+    return leaf_M
+
+
+def _layout_chain(mesh: Mesh | None, shape: tuple[int, ...]) -> list[P]:
     if mesh is None or mesh.size == 1:
-        return leaf_M
-    return jax.lax.with_sharding_constraint(leaf_M, NamedSharding(mesh, P("replica")))
+        return []
+    replica = "replica" if shape[0] % mesh.shape["replica"] == 0 else None
+    dim = sliced_dim(shape[1:], mesh.size)
+    if dim is None:
+        return [P(), P(replica)]
+    gap = [None] * dim
+    return [P(None, *gap, _SLICED), P(replica, *gap, "fsdp"), P(replica)]
+
+
+def rows_of_groups(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Constrain [micro, M, rows, ...]: mixtures over `replica`, a mixture's rows over `fsdp`."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "replica", "fsdp")))

@@ -1,0 +1,62 @@
+"""The bank: expert parameters, one stack per chosen leaf, experts on the leading axis.
+
+A leaf `w` of the base network with the rule "dense" has a stack `w_E...` in the bank; one with the
+rule "none" has no entry there, and the merge leaves it as it is. Zero experts is an empty bank.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from soup_jax import tree
+from soup_jax.shapes import Array, Params
+
+RULES = ("dense", "none")
+
+
+def expert_paths(rules: Sequence[tuple[str, str]], shared: Params) -> list[str]:
+    """Paths of the leaves that get experts.
+
+    Raises:
+      UserError: a leaf that no (regex, rule) pair covers.
+    """
+    matched = tree.match_rules(rules, list(tree.flatten(shared)))
+    return [path for path, rule in matched.items() if rule == "dense"]
+
+
+def init_bank(
+    key: Array,
+    shared: Params,
+    *,
+    num_experts: int,
+    rules: Sequence[tuple[str, str]],
+    init_scale: float,
+    dtype: str = "float32",
+) -> Params:
+    """The bank for `shared`: nested like it, leaves [E, ...], missing where the rule is "none".
+
+    Experts are normal with `init_scale` times the root mean square of the shared leaf as standard
+    deviation, independent of each other; 0 makes them zero (see the module `router` for when that
+    can train).
+    """
+    if num_experts == 0:
+        return {}
+    leaves = tree.flatten(shared)
+    bank = {}
+    for i, path in enumerate(expert_paths(rules, shared)):
+        leaf = leaves[path]
+        shape = (num_experts, *leaf.shape)
+        if init_scale == 0:
+            bank[path] = jnp.zeros(shape, dtype)
+            continue
+        std = init_scale * jnp.sqrt(jnp.mean(jnp.square(leaf)))
+        noise = jax.random.normal(jax.random.fold_in(key, i), shape)
+        bank[path] = (std * noise).astype(dtype)
+    return tree.unflatten(bank)
+
+
+def num_experts(bank: Params) -> int:
+    """E; 0 for an empty bank."""
+    leaves = jax.tree.leaves(bank)
+    return leaves[0].shape[0] if leaves else 0

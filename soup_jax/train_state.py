@@ -1,0 +1,91 @@
+"""The train state: parameters, optimizer state, the step, and the step of a failure, if any."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from soup_jax import optimizer, sharding, soup
+from soup_jax.model import BaseModel
+from soup_jax.shapes import Array, Params
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes.
+
+    Attributes:
+      params: the soup.
+      opt_state: {"base": optax state, "bank": bank optimizer state}.
+      step: updates already applied, int32.
+      bad_step: the first step whose loss or gradient was not finite, or -1. From then on no update
+        is applied: the state is that before the bad step, whenever the host notices.
+    """
+
+    params: Params
+    opt_state: Any
+    step: Array
+    bad_step: Array
+
+
+def make_init(
+    cfg: ConfigDict,
+    model: BaseModel,
+    *,
+    frequencies_K: np.ndarray,
+    centroids_KC: np.ndarray | None = None,
+) -> Any:
+    """() -> TrainState, traceable, from the config's seed."""
+    config = soup.soup_config(cfg)
+
+    def init() -> TrainState:
+        params = soup.init(
+            jax.random.key(cfg.seed),
+            model.init,
+            config,
+            frequencies_K=frequencies_K,
+            centroids_KC=centroids_KC,
+        )
+        return TrainState(
+            params=params,
+            opt_state=optimizer.init_state(cfg, params),
+            step=jnp.zeros((), jnp.int32),
+            bad_step=jnp.full((), -1, jnp.int32),
+        )
+
+    return init
+
+
+def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
+    """Where each leaf of the state is stored: sliced over all devices, the bank within experts."""
+    replicated = sharding.replicated(mesh)
+
+    def bank(t: Any) -> Any:
+        return sharding.storage(mesh, t, leading=1)
+
+    bank_state = {
+        name: bank(t) if name in ("mu", "nu") and _has_experts(t, abstract.params["bank"])
+        else sharding.storage(mesh, t)
+        for name, t in abstract.opt_state["bank"].items()
+    }
+    return TrainState(
+        params={
+            "shared": sharding.storage(mesh, abstract.params["shared"]),
+            "bank": bank(abstract.params["bank"]),
+            "router": jax.tree.map(lambda _: replicated, abstract.params["router"]),
+        },
+        opt_state={
+            "base": sharding.storage(mesh, abstract.opt_state["base"]),
+            "bank": bank_state,
+        },
+        step=replicated,
+        bad_step=replicated,
+    )
+
+
+def _has_experts(moment: Any, bank: Any) -> bool:
+    return all(
+        m.shape == b.shape for m, b in zip(jax.tree.leaves(moment), jax.tree.leaves(bank))
+    )
