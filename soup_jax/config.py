@@ -130,24 +130,22 @@ CHOICES = {
 }
 AT_LEAST = {  # inclusive lower bounds
     **dict.fromkeys(
-        ("num_domains", "num_mixtures", "batch_size", "num_steps", "seq_len", "loader.num_threads")
-        + ("loader.prefetch", "model.num_layers", "model.dim", "model.num_heads")
-        + ("model.num_kv_heads", "model.hidden_dim", "embed.dim", "embed.max_features")
-        + ("embed.fit_documents", "embed.max_chars", "corpus.max_chars", "tokenizer.train_bytes")
-        + ("domain_weights.support_size", "domain_weights.min_support_size")
-        + ("optimizer.grad_accumulation", "evaluate.batch_size", "log.every_steps")
-        + ("checkpoint.keep_latest", "checkpoint.async_timeout_secs"),
+        """num_domains num_mixtures batch_size num_steps seq_len loader.num_threads loader.prefetch
+        model.num_layers model.dim model.num_heads model.num_kv_heads model.hidden_dim embed.dim
+        embed.max_features embed.fit_documents embed.max_chars corpus.max_chars
+        tokenizer.train_bytes domain_weights.support_size domain_weights.min_support_size
+        optimizer.grad_accumulation evaluate.batch_size log.every_steps checkpoint.keep_latest
+        checkpoint.async_timeout_secs""".split(),
         1,
     ),
     **dict.fromkeys(
-        ("seed", "num_experts", "corpus.min_chars", "corpus.num_workers", "router.hidden_dim")
-        + ("domain_weights.sparse", "domain_weights.generic", "domain_weights.dirichlet")
-        + ("domain_weights.file", "experts.init_scale", "optimizer.warmup_steps")
-        + ("optimizer.decay_steps", "optimizer.weight_decay", "optimizer.clip_norm")
-        + ("optimizer.bank_lr_scale", "optimizer.router_lr_scale", "optimizer.final_fraction")
-        + ("checkpoint.every_steps", "checkpoint.keep_every", "evaluate.every_steps")
-        + ("evaluate.max_documents", "evaluate.max_windows", "mesh.num_devices")
-        + ("corpus.validation_fraction", "corpus.held_out_fraction", "log.peak_tflops"),
+        """seed num_experts corpus.min_chars corpus.num_workers router.hidden_dim
+        domain_weights.sparse domain_weights.generic domain_weights.dirichlet domain_weights.file
+        experts.init_scale optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay
+        optimizer.clip_norm optimizer.bank_lr_scale optimizer.router_lr_scale
+        optimizer.final_fraction checkpoint.every_steps checkpoint.keep_every evaluate.every_steps
+        evaluate.max_windows mesh.num_devices corpus.validation_fraction
+        corpus.held_out_fraction log.peak_tflops""".split(),
         0,
     ),
     "vocab_size": 257,  # 256 bytes and the end-of-text token
@@ -237,13 +235,11 @@ def _check_combinations(cfg: ConfigDict) -> None:
 def _divides(cfg: ConfigDict, small: str, large: str) -> None:
     values = dict(flat_items(cfg))
     if values[large] % values[small]:
-        raise UserError(
-            f"config: {small} = {values[small]} must divide {large} = {values[large]}"
-        )
+        raise UserError(f"config: {small} = {values[small]} must divide {large} = {values[large]}")
 
 
 def diff(old: ConfigDict, new: ConfigDict, *, ignore: Sequence[str] = ()) -> list[str]:
-    """One line per field whose value differs; names that start with one of `ignore` are left out."""
+    """One line per field whose value differs, but for names that start with one of `ignore`."""
     before, after = dict(flat_items(old)), dict(flat_items(new))
     return [
         f"{name}: {before.get(name)!r} -> {after.get(name)!r}"

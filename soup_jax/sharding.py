@@ -26,13 +26,13 @@ _SLICED = ("fsdp", "replica")
 
 
 def sliced_dim(shape: tuple[int, ...], count: int) -> int | None:
-    """The dimension to cut into `count` equal slices: the largest that divides, the last of ties."""
+    """The dimension to cut into `count` slices: the largest that divides, the last of ties."""
     dims = [d for d, size in enumerate(shape) if size % count == 0 and size >= count]
     return max(dims, key=lambda d: (shape[d], d), default=None)
 
 
 def slice_spec(shape: tuple[int, ...], count: int, *, leading: int = 0) -> P:
-    """Spec that slices one dimension after the `leading` (expert or mixture) ones over all devices."""
+    """Spec that slices one dimension after the `leading` ones (E or M) over all devices."""
     dim = sliced_dim(shape[leading:], count)
     if dim is None or count == 1:
         return P()

@@ -66,7 +66,8 @@ def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
         return sharding.storage(mesh, t, leading=1)
 
     bank_state = {
-        name: bank(t) if name in ("mu", "nu") and _has_experts(t, abstract.params["bank"])
+        name: bank(t)
+        if name in ("mu", "nu") and _has_experts(t, abstract.params["bank"])
         else sharding.storage(mesh, t)
         for name, t in abstract.opt_state["bank"].items()
     }
@@ -86,6 +87,4 @@ def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
 
 
 def _has_experts(moment: Any, bank: Any) -> bool:
-    return all(
-        m.shape == b.shape for m, b in zip(jax.tree.leaves(moment), jax.tree.leaves(bank))
-    )
+    return all(m.shape == b.shape for m, b in zip(jax.tree.leaves(moment), jax.tree.leaves(bank)))

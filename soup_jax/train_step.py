@@ -79,9 +79,7 @@ def train_step(
     return new, totals
 
 
-def compile_step(
-    cfg: ConfigDict, model: BaseModel, mesh: Mesh, shardings: TrainState
-) -> Any:
+def compile_step(cfg: ConfigDict, model: BaseModel, mesh: Mesh, shardings: TrainState) -> Any:
     """The jitted step: state and metrics are donated, batches come in as `loader.to_device` laid
     them out, and the state keeps its storage layout."""
     replicated = sharding.replicated(mesh)
@@ -90,6 +88,4 @@ def compile_step(
         return train_step(state, metrics, batch, cfg=cfg, model=model, mesh=mesh)
 
     metric_shardings = jax.tree.map(lambda _: replicated, zero_metrics(cfg.num_domains))
-    return jax.jit(
-        step, donate_argnums=(0, 1), out_shardings=(shardings, metric_shardings)
-    )
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, metric_shardings))

@@ -1,0 +1,269 @@
+"""The console command: `soup-jax SUBCOMMAND ...`, also `python -m soup_jax.main SUBCOMMAND ...`.
+
+    soup-jax prepare     --config=FILE.py                       raw text -> prepared corpus
+    soup-jax train       --config=FILE.py --workdir=RUN         corpus -> trained soup
+    soup-jax evaluate    --workdir=RUN --specialists='DIR/*'    losses of specialists and baselines
+    soup-jax instantiate --run=RUN --documents=F --out=DIR      documents -> one small model
+    soup-jax generate    --model=DIR --prompt=TEXT              continue a prompt with it
+
+A config is a Python file with `get_config()`; `--config=FILE.py:ARG` passes it an argument, and
+`--config.section.field=value` changes a field. `soup-jax SUBCOMMAND --help` lists the flags.
+Exit status: 0 if what was asked is done; 2 for something you can fix, said in one line.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags, logging
+
+from soup_jax.errors import UserError
+
+
+def _config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "config file, FILE.py or FILE.py:ARG; names of shipped ones work anywhere",
+        lock_config=True,
+        flag_values=values,
+        sys_argv=list(argv),
+    )
+
+
+def _resolve_config(arguments: Sequence[str]) -> list[str]:
+    # `--config=experiments/quickstart.py` works outside a checkout too: the shipped file is used
+    # when there is none of that name here.
+    resolved = []
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        if flag in ("--config", "-config") and value:
+            path, colon, rest = value.partition(":")
+            if not os.path.exists(path) and path.startswith("experiments/"):
+                from soup_jax.experiments import base
+
+                shipped = pathlib.Path(base.__file__).parent / path.removeprefix("experiments/")
+                if shipped.exists():
+                    argument = f"{flag}={shipped}{colon}{rest}"
+        resolved.append(argument)
+    return resolved
+
+
+def _checked_config(values: flags.FlagValues) -> Any:
+    from soup_jax import config as config_lib
+
+    if values.config is None:
+        raise UserError("--config=FILE.py is required")
+    return config_lib.check(values.config)
+
+
+def _start_jax() -> None:
+    import jax
+
+    # Compiled steps are kept between starts; a run that resumes does not compile again.
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "soup_jax", "xla"))
+        jax.config.update("jax_compilation_cache_max_size", 4 << 30)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _define_prepare(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    _config_flag(values, argv)
+
+
+def _prepare(values: flags.FlagValues) -> int:
+    from soup_jax.prepare import prepare
+
+    prepare(_checked_config(values))
+    return 0
+
+
+def _define_train(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    _config_flag(values, argv)
+    flags.DEFINE_string(
+        "workdir", "", "the run's folder; continued if it holds one", flag_values=values
+    )
+
+
+def _train(values: flags.FlagValues) -> int:
+    cfg = _checked_config(values)
+    if not values.workdir:
+        raise UserError("--workdir=DIR is required: the folder the run is written to")
+    _start_jax()
+    from soup_jax import report, train
+
+    try:
+        train.train(cfg, values.workdir)
+    except train.Interrupted as e:
+        print(f"soup-jax: {e}")
+        return 0
+    except FloatingPointError as e:
+        print(f"soup-jax: error: {e}", file=sys.stderr)
+        return 1
+    picture = report.learning_curve(pathlib.Path(values.workdir))
+    print(f"trained: {values.workdir} (learning curve: {picture})")
+    return 0
+
+
+def _define_evaluate(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    del argv
+    string, multi = flags.DEFINE_string, flags.DEFINE_multi_string
+    string("workdir", "", "the run to evaluate", flag_values=values)
+    multi("against", [], "another run, added as a column; may be repeated", flag_values=values)
+    multi("specialists", [], "file or glob of specialist documents", flag_values=values)
+    string("json", "", "where the numbers go; default RUN/evaluation.json", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
+    flags.DEFINE_integer(
+        "max_windows", None, "scored per set; 0: all; default: the run's config", flag_values=values
+    )
+
+
+def _evaluate(values: flags.FlagValues) -> int:
+    if not values.workdir:
+        raise UserError("--workdir=RUN is required: the run to evaluate")
+    _start_jax()
+    from soup_jax import report
+
+    table, paths = report.evaluate_runs(
+        pathlib.Path(values.workdir),
+        against=[pathlib.Path(p) for p in values.against],
+        specialists=list(values.specialists),
+        json_path=values.json,
+        step=values.step,
+        max_windows=values.max_windows,
+    )
+    print(table)
+    for name, path in paths.items():
+        print(f"{name}: {path}")
+    return 0
+
+
+def _define_instantiate(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    del argv
+    string = flags.DEFINE_string
+    string("run", "", "the run whose soup is used", flag_values=values)
+    string("documents", "", "file of sample documents of the wanted specialist", flag_values=values)
+    string("out", "", "folder the specialist is written to", flag_values=values)
+    string("corpus", "", "the prepared corpus, if it was moved", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
+
+
+def _instantiate(values: flags.FlagValues) -> int:
+    for name in ("run", "documents", "out"):
+        if not values[name].value:
+            raise UserError(f"--{name} is required")
+    _start_jax()
+    from soup_jax import specialist as specialist_lib
+
+    made, nearest = specialist_lib.instantiate_to(
+        values.run, values.documents, values.out, step=values.step, corpus_dir=values.corpus
+    )
+    print(f"{made.histogram.num_documents} documents, most like these domains of the corpus:")
+    for label, weight in nearest:
+        print(f"  {weight:6.1%}  {label}")
+    for warning in made.histogram.warnings():
+        print(f"warning: {warning}")
+    print(f"specialist: {values.out}")
+    return 0
+
+
+def _define_generate(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    del argv
+    flags.DEFINE_string("model", "", "folder that `instantiate` wrote", flag_values=values)
+    flags.DEFINE_string("prompt", "", "text to continue", flag_values=values)
+    flags.DEFINE_integer("max_tokens", 100, "tokens to add", lower_bound=1, flag_values=values)
+    flags.DEFINE_float(
+        "temperature", 0.8, "0 takes the likeliest token", lower_bound=0.0, flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "of the sampling", flag_values=values)
+
+
+def _generate(values: flags.FlagValues) -> int:
+    if not values.model:
+        raise UserError("--model=DIR is required: a folder that `soup-jax instantiate` wrote")
+    _start_jax()
+    from soup_jax.generate import generate
+
+    print(
+        values.prompt
+        + generate(
+            values.model,
+            values.prompt,
+            max_tokens=values.max_tokens,
+            temperature=values.temperature,
+            seed=values.seed,
+        )
+    )
+    return 0
+
+
+Define = Callable[[flags.FlagValues, Sequence[str]], None]
+SUBCOMMANDS: dict[str, tuple[Define, Callable[[flags.FlagValues], int]]] = {
+    "prepare": (_define_prepare, _prepare),
+    "train": (_define_train, _train),
+    "evaluate": (_define_evaluate, _evaluate),
+    "instantiate": (_define_instantiate, _instantiate),
+    "generate": (_define_generate, _generate),
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one subcommand with its arguments; returns the exit status."""
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(__doc__)
+        return 0 if argv else 2
+    name, *arguments = argv
+    if name not in SUBCOMMANDS:
+        print(
+            f"soup-jax: error: unknown subcommand {name!r}; there are {', '.join(SUBCOMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    define, action = SUBCOMMANDS[name]
+    arguments = _resolve_config(arguments)
+    command = [f"soup-jax {name}", *arguments]
+    values = flags.FlagValues()
+    define(values, command)
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{__doc__}\nFlags of {name}:\n{values.main_module_help() or values.get_help()}")
+        return 0
+    logging.set_verbosity(logging.INFO)
+    try:
+        rest = values(command)[1:]
+        if rest:
+            raise UserError(f"unexpected arguments {rest}; flags are given as --name=value")
+        return action(values)
+    except UserError as e:
+        print(f"soup-jax: error: {e}", file=sys.stderr)
+    except (flags.Error, AttributeError, TypeError, KeyError, FileNotFoundError) as e:
+        if not _about_flags(e):
+            raise
+        print(f"soup-jax: error: {e}", file=sys.stderr)
+    return 2
+
+
+def _about_flags(error: BaseException) -> bool:
+    # ml_collections reports a mistyped field or value with plain Python errors from inside the
+    # parser; the same types from anywhere else are bugs and keep their traceback.
+    if isinstance(error, flags.Error):
+        return True
+    trace = error.__traceback__
+    while trace is not None:
+        if "config_flags" in trace.tb_frame.f_code.co_filename:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Where the numbers of a run go: metrics.jsonl always, TensorBoard and a progress bar beside it.
+
+Only process 0 writes. A tracker other than the JSON lines never stops a run.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+# Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets; keys are substrings
+# of jax's device_kind, longest match first.
+PEAK_TFLOPS = {
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5p": 459.0,
+    "TPU v5": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "A100": 312.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+}
+
+
+def peak_tflops(device_kind: str) -> float:
+    """Peak of a known device; 0 if it is not known (CPUs)."""
+    for name in sorted(PEAK_TFLOPS, key=len, reverse=True):
+        if name in device_kind:
+            return PEAK_TFLOPS[name]
+    return 0.0
+
+
+def summarize(sums: Mapping[str, Any], *, seconds: float, wait_seconds: float) -> dict[str, Any]:
+    """One log line from the sums of `train_step` over the steps since the last one.
+
+    Losses are nats per target, weighted by targets; `domains` maps a domain's number to
+    [windows, mean loss].
+    """
+    sums = {name: np.asarray(value) for name, value in sums.items()}
+    steps = max(float(sums["steps"]), 1.0)
+    means = ("learning_rate", "grad_norm", "shared_norm", "bank_norm", "router_norm")
+    means += ("effective_rate", "alpha_l1", "alpha_l2", "alpha_spread")
+    line: dict[str, Any] = {name: float(sums[name]) / steps for name in means}
+    line["loss"] = float(sums["domain_loss"].sum() / max(sums["domain_targets"].sum(), 1.0))
+    line["grad_norm_max"] = float(sums["grad_norm_max"])
+    line["step_ms"] = 1e3 * seconds / steps
+    line["data_wait_ms"] = 1e3 * wait_seconds / steps
+    line["tokens_per_second"] = float(sums["targets"]) / seconds
+    rows, loss, targets = (sums[f"domain_{n}"] for n in ("rows", "loss", "targets"))
+    line["domains"] = {
+        str(k): [int(rows[k]), round(float(loss[k] / max(targets[k], 1.0)), 4)]
+        for k in np.flatnonzero(rows)
+    }
+    return line
+
+
+class MetricsWriter:
+    """Appends to `<workdir>/metrics.jsonl`, and to TensorBoard if asked and installed."""
+
+    def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, start_step: int, active: bool):
+        """On resume, lines after `start_step` (of steps that a kill undid) are dropped first."""
+        self._file = None
+        self._board = None
+        if not active:
+            return
+        path = workdir / "metrics.jsonl"
+        kept = _lines_until(path, start_step)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+
+                self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+            except Exception as e:
+                logging.warning("no TensorBoard events: %s", e)
+
+    def write(self, step: int, values: Mapping[str, Any], *, kind: str = "train") -> None:
+        """One JSON line {"step", "kind", ...}; scalars also go to TensorBoard."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._file.flush()
+        if self._board is None:
+            return
+        try:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        except Exception as e:
+            logging.warning("TensorBoard is switched off: %s", e)
+            self._board = None
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _lines_until(path: pathlib.Path, step: int) -> list[str]:
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            print(f"{path}: dropped a damaged line", file=sys.stderr)
+    return kept
+
+
+def read_metrics(path: pathlib.Path, *, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of one kind, in order."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    values = [json.loads(line) for line in lines]
+    return [v for v in values if v["kind"] == kind]

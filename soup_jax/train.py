@@ -1,0 +1,430 @@
+"""The training loop: sampling plan -> sharded step -> metrics, checkpoints, evaluation.
+
+    soup-jax train --config=experiments/quickstart.py --workdir=runs/soup
+
+Where the state comes from: the newest checkpoint of the workdir, else the config's seed. A run that
+is killed and started again with the same command continues and ends bit-identical to one that was
+never killed. SIGTERM (and SIGINT) save at the current step and end with status 0.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from soup_jax import checkpoint as checkpoint_lib
+from soup_jax import config as config_lib
+from soup_jax import domain_weights, evaluate, loader, metrics, sharding, train_step, tree
+from soup_jax import model as model_lib
+from soup_jax.errors import UserError
+from soup_jax.files import write_json
+from soup_jax.mesh import make_mesh
+from soup_jax.model import BaseModel
+from soup_jax.sampler import SamplingPlan
+from soup_jax.train_state import TrainState, make_init, state_shardings
+from soup_jax.windows import Corpus, open_corpus
+
+# Fields that may differ between the starts of one run: they change no number of it.
+RESUMABLE = ("log.", "evaluate.", "checkpoint.", "loader.", "mesh.", "corpus.dir")
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the state was saved."""
+
+
+class _EvaluationCut(Exception):
+    """A signal arrived during an evaluation: saving comes first."""
+
+
+@dataclasses.dataclass
+class Run:
+    """What a training run is made of, set up before the first step."""
+
+    cfg: ConfigDict
+    workdir: pathlib.Path
+    corpus: Corpus
+    model: BaseModel
+    mesh: Mesh
+    plan: SamplingPlan
+    abstract: TrainState  # with shardings: the target of a restore
+    init: Any  # () -> TrainState, sharded
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must agree for the data of a resumed run to continue the old data."""
+        return {
+            "corpus": self.corpus.fingerprint,
+            "plan": self.plan.fingerprint(),
+            "seed": self.cfg.seed,
+            "batch_size": self.cfg.batch_size,
+            "num_mixtures": self.cfg.num_mixtures,
+        }
+
+    def data_state(self, step: int) -> dict[str, Any]:
+        """The `data` item of a checkpoint."""
+        cursors = self.plan.cursors(step).tolist()
+        return {"step": step, "cursors": cursors, "fingerprint": self.fingerprint()}
+
+
+def setup(cfg: ConfigDict, workdir: pathlib.Path, *, model: BaseModel | None = None) -> Run:
+    """Check everything that can be checked before work starts, and build the run.
+
+    Raises:
+      UserError: config, corpus, mesh or workdir do not fit each other.
+    """
+    config_lib.check(cfg)
+    corpus = open_corpus(cfg.corpus.dir)
+    loader.check_corpus(
+        corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
+    )
+    mesh = make_mesh(cfg)
+    meta = domain_weights.from_config(cfg, corpus.domain_frequencies)
+    plan = SamplingPlan(
+        meta,
+        num_windows_K=np.diff(corpus.offsets["train"]),
+        batch_size=cfg.batch_size,
+        num_mixtures=cfg.num_mixtures,
+        seed=cfg.seed,
+    )
+    model = model or model_lib.from_config(cfg)
+    make = make_init(
+        cfg,
+        model,
+        frequencies_K=corpus.domain_frequencies,
+        centroids_KC=corpus.centroids() if cfg.router.init == "centroids" else None,
+    )
+    abstract = jax.eval_shape(make)
+    shardings = state_shardings(mesh, abstract)
+    return Run(
+        cfg=cfg,
+        workdir=workdir,
+        corpus=corpus,
+        model=model,
+        mesh=mesh,
+        plan=plan,
+        abstract=checkpoint_lib.abstract_with_shardings(abstract, shardings),
+        init=jax.jit(make, out_shardings=shardings),
+    )
+
+
+def _claim_workdir(run: Run) -> None:
+    path = run.workdir / "config.json"
+    if path.exists():
+        changes = config_lib.diff(config_lib.load(path), run.cfg, ignore=RESUMABLE)
+        if changes:
+            raise UserError(
+                f"{run.workdir} holds a run with another config (old -> new):\n  "
+                + "\n  ".join(changes)
+                + "\nUse the old values to continue it, or another --workdir"
+            )
+    if jax.process_index() == 0:
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        config_lib.save(run.cfg, path)
+        leaves = tree.flatten(run.abstract.params)
+        lines = [f"{p} {x.dtype}{list(x.shape)} {x.sharding.spec}\n" for p, x in leaves.items()]
+        (run.workdir / "parameters.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> TrainState:
+    """The newest checkpoint of the workdir, its data checked against the run's; else a new state.
+
+    Raises:
+      UserError: the checkpoint's structure or its data fingerprint differs; both sides are shown.
+    """
+    restored = checkpointer.restore(run.abstract)
+    if restored is None:
+        return run.init()
+    state, data = restored
+    ours = run.fingerprint()
+    differences = [
+        f"{name}: {data['fingerprint'].get(name)!r} -> {value!r}"
+        for name, value in ours.items()
+        if data["fingerprint"].get(name) != value
+    ]
+    if differences:
+        raise UserError(
+            "the checkpoint was trained on other data (checkpoint -> now):\n  "
+            + "\n  ".join(differences)
+        )
+    run.plan.restore(data["step"], np.asarray(data["cursors"], np.int64))
+    return state
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying; a second SIGINT kills as usual."""
+    received: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        old = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: somebody else's program, and its signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+class _Meter:
+    """Sums on the device since the last log line, and the host's clock beside them."""
+
+    def __init__(self, run: Run):
+        self._zeros = jax.jit(
+            lambda: train_step.zero_metrics(run.cfg.num_domains),
+            out_shardings=sharding.replicated(run.mesh),
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums, self.wait, self.start = self._zeros(), 0.0, time.perf_counter()
+
+    def close(self, step: int) -> dict[str, Any]:
+        """A finished interval, to be read after the next step is under way; starts a new one."""
+        done = {"step": step, "sums": self.sums, "wait": self.wait}
+        done["seconds"] = time.perf_counter() - self.start
+        self.reset()
+        return done
+
+
+def train(
+    cfg: ConfigDict, workdir: str | pathlib.Path, *, model: BaseModel | None = None
+) -> TrainState:
+    """Train to `cfg.num_steps` and return the final state.
+
+    Args:
+      model: a base network of your own; by default the config's.
+
+    Raises:
+      UserError: before work starts, for anything the user can fix.
+      FloatingPointError: loss or gradient not finite; the report's path is in the message.
+      Interrupted: a signal arrived; the state was saved.
+    """
+    run = setup(cfg, pathlib.Path(workdir), model=model)
+    specialists, validation = _evaluation_sets(run)
+    _claim_workdir(run)
+    checkpoints = run.workdir / "checkpoints"
+    with _signals() as received, checkpoint_lib.Checkpointer(checkpoints, cfg) as checkpointer:
+        state = restore_or_init(run, checkpointer)
+        start = int(state.step)
+        _announce(run, start)
+        writer = metrics.MetricsWriter(
+            run.workdir,
+            tensorboard=cfg.log.tensorboard,
+            start_step=start,
+            active=jax.process_index() == 0,
+        )
+        try:
+            loop = _Loop(run, checkpointer, writer, specialists, validation, received)
+            return loop.run(state, start)
+        finally:
+            writer.close()
+
+
+def _evaluation_sets(run: Run) -> tuple[list[evaluate.SpecialistSet], Any]:
+    cfg = run.cfg
+    if not cfg.evaluate.every_steps:
+        return [], None
+    sets = [
+        evaluate.specialist_set(name, path, run.corpus, cfg)
+        for name, path in evaluate.document_sets(cfg.evaluate.specialists).items()
+    ]
+    validation = evaluate.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows)
+    return sets, validation
+
+
+def _announce(run: Run, start: int) -> None:
+    cfg, params = run.cfg, run.abstract.params
+    counts = {name: tree.num_params(part) for name, part in params.items()}
+    logging.info(
+        "%s: %.3gM shared parameters, %d experts (%.3gM), router %.3gM; mesh %s; "
+        "%d steps x %d windows x %d tokens = %.3gM tokens; starting at step %d",
+        cfg.name,
+        counts["shared"] / 1e6,
+        cfg.num_experts,
+        counts["bank"] / 1e6,
+        counts["router"] / 1e6,
+        dict(run.mesh.shape),
+        cfg.num_steps,
+        cfg.batch_size,
+        cfg.seq_len,
+        cfg.num_steps * cfg.batch_size * cfg.seq_len / 1e6,
+        start,
+    )
+    for part, leading in (("shared", 0), ("bank", 1)):
+        for line in sharding.unsliced(run.mesh, params[part], leading=leading):
+            logging.warning("no dimension divides by the devices, kept whole: %s/%s", part, line)
+
+
+class _Loop:
+    """The steps of one process, from a restored state to the last."""
+
+    def __init__(
+        self,
+        run: Run,
+        checkpointer: checkpoint_lib.Checkpointer,
+        writer: metrics.MetricsWriter,
+        specialists: list[evaluate.SpecialistSet],
+        validation: Any,
+        received: list[int],
+    ):
+        self.run_, self.checkpointer, self.writer = run, checkpointer, writer
+        self.specialists, self.validation, self.received = specialists, validation, received
+        shardings = jax.tree.map(lambda a: a.sharding, run.abstract)
+        self.step_fn = train_step.compile_step(run.cfg, run.model, run.mesh, shardings)
+        self.evaluator = evaluate.Evaluator(run.cfg, run.model, run.mesh) if specialists else None
+        peak = run.cfg.log.peak_tflops or metrics.peak_tflops(jax.devices()[0].device_kind)
+        self.peak_flops = peak * 1e12 * run.mesh.size
+        self.bar: Any = None
+
+    def run(self, state: TrainState, start: int) -> TrainState:
+        run, cfg = self.run_, self.run_.cfg
+        batches = loader.batches(
+            run.corpus,
+            run.plan,
+            rows=loader.process_rows(sharding.batch(run.mesh), cfg.batch_size),
+            start_step=start,
+            num_steps=cfg.num_steps,
+            num_threads=cfg.loader.num_threads,
+            prefetch=cfg.loader.prefetch,
+        )
+        meter, pending = _Meter(run), None
+        self.bar = tqdm(
+            total=cfg.num_steps, initial=start, unit="step", disable=not sys.stderr.isatty()
+        )
+        with self.bar:
+            for step in range(start, cfg.num_steps):
+                before = time.perf_counter()
+                batch = loader.to_device(next(batches), run.mesh)
+                meter.wait += time.perf_counter() - before
+                state, meter.sums = self.step_fn(state, meter.sums, batch)
+                done = step + 1
+                self.bar.update()
+                if pending is not None:  # read only now, with the next step under way
+                    self._log(pending, state)
+                    pending = None
+                if done % cfg.log.every_steps == 0:
+                    # Waiting for the sums bounds how far the host runs ahead of the device.
+                    pending = meter.close(done)
+                if self._evaluates(done):
+                    self._evaluate(state, done)
+                    meter.start = time.perf_counter()
+                if self.received:
+                    self._stop(state, done, pending)
+                if self._saves(done):
+                    self._save(state, done)
+            if pending is not None:
+                self._log(pending, state)
+        if start == cfg.num_steps:
+            logging.info("all %d steps are done already", cfg.num_steps)
+        return state
+
+    def _saves(self, done: int) -> bool:
+        every = self.run_.cfg.checkpoint.every_steps
+        return done == self.run_.cfg.num_steps or bool(every and done % every == 0)
+
+    def _evaluates(self, done: int) -> bool:
+        every = self.run_.cfg.evaluate.every_steps
+        due = bool(every) and (done % every == 0 or done == self.run_.cfg.num_steps)
+        return due and self.evaluator is not None
+
+    def _check_finite(self, state: TrainState) -> None:
+        bad = int(state.bad_step)
+        if bad < 0:
+            return
+        plan = self.run_.plan[bad]
+        rows, counts = np.unique(plan.domain_B, return_counts=True)
+        report = {
+            "step": bad,
+            "domains": {
+                str(k): {"label": self.run_.corpus.label(int(k)), "windows": int(n)}
+                for k, n in zip(rows, counts)
+            },
+            "h": plan.h_MK.tolist(),
+            "domain": plan.domain_B.tolist(),
+            "window": plan.window_B.tolist(),
+        }
+        path = self.run_.workdir / f"nonfinite_{bad}.json"
+        write_json(path, report)
+        # The step froze the state before this update, so what is saved here is sound.
+        self.checkpointer.save(state, self.run_.data_state(bad))
+        self.checkpointer.wait()
+        labels = ", ".join(d["label"] for d in report["domains"].values())
+        raise FloatingPointError(
+            f"loss or gradient of step {bad} is not finite (domains: {labels}); its domain weights "
+            f"and windows are in {path}, the state before it is saved in "
+            f"{self.checkpointer.directory}. Lower optimizer.learning_rate or "
+            "optimizer.bank_lr_scale, or look at these windows"
+        )
+
+    def _save(self, state: TrainState, done: int) -> None:
+        self._check_finite(state)
+        self.checkpointer.save(state, self.run_.data_state(done))
+
+    def _stop(self, state: TrainState, done: int, pending: Any) -> None:
+        if pending is not None:
+            self._log(pending, state)
+        self._save(state, done)
+        self.checkpointer.wait()
+        raise Interrupted(
+            f"{signal.Signals(self.received[0]).name}: saved step {done} of "
+            f"{self.run_.cfg.num_steps} in {self.checkpointer.directory}; the same command "
+            "continues"
+        )
+
+    def _poll(self) -> None:
+        if self.received:
+            raise _EvaluationCut
+
+    def _log(self, pending: dict[str, Any], state: TrainState) -> None:
+        cfg = self.run_.cfg
+        line = metrics.summarize(
+            pending["sums"], seconds=pending["seconds"], wait_seconds=pending["wait"]
+        )
+        self._check_finite(state)
+        line["tokens"] = pending["step"] * cfg.batch_size * cfg.seq_len
+        line["epochs_max"] = int(self.run_.plan[pending["step"] - 1].epoch_B.max())
+        if self.peak_flops and self.run_.model.flops_per_row:
+            rows = line["tokens_per_second"] / cfg.seq_len
+            line["mfu"] = rows * self.run_.model.flops_per_row / self.peak_flops
+        self.writer.write(pending["step"], line)
+        text = f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tok/s"
+        if self.bar is None or self.bar.disable:
+            logging.info("step %d/%d  %s", pending["step"], cfg.num_steps, text)
+        else:
+            self.bar.set_postfix_str(text)
+
+    def _evaluate(self, state: TrainState, done: int) -> None:
+        try:
+            result = evaluate.evaluate(
+                self.evaluator,
+                state.params,
+                self.run_.corpus,
+                specialists=self.specialists,
+                validation=self.validation,
+                between=self._poll,
+            )
+        except _EvaluationCut:
+            logging.warning("evaluation of step %d cut short by a signal", done)
+            return
+        self.writer.write(done, result, kind="evaluation")
+        averages = {c: v["loss"] for c, v in result["average"].items()}
+        for column, value in result["generic_validation"].items():
+            averages[f"generic_validation_{column}"] = value["loss"]
+        logging.info("step %d evaluation: %s", done, {k: round(v, 4) for k, v in averages.items()})
