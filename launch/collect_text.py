@@ -1,0 +1,520 @@
+"""Gather a pretraining corpus and specialist sets from text that this Python already has on disk.
+
+    python launch/collect_text.py --out runs/quickstart/text [--max-mb 40]
+
+It needs no network, no account and less than half a minute. Read are the standard library, its C
+headers, the packages that soup_jax depends on (and what they depend on), and, where they exist,
+`/usr/share/doc` and `/usr/share/common-licenses`. Nothing else is: no other installed package, no
+file of yours. Written are `generic/<kind>.jsonl` and `specialists/<name>.jsonl`, one
+{"text", "source"} a line, and last `manifest.json`, which marks a finished collection.
+
+A specialist set is a source chosen by a fixed rule (SPECIALISTS) and taken out of the generic
+corpus whole, whatever its size; related text of other sources stays in, as a specialist's domain
+is related to, but not part of, a pretraining corpus. No set was chosen by a result:
+
+- `parquet_headers`: the C++ headers of Parquet; those of Arrow, NumPy and CPython stay in.
+- `numpy_stubs`: the type stubs of NumPy; those of all other packages stay in.
+- `sklearn_cython`: the Cython of scikit-learn; that of SciPy, pyarrow, NumPy, uvloop stays in.
+- `optax_code`: the Python of Optax, tests and docstrings included; JAX, Flax and Orbax stay in.
+- `asyncio_code`: the standard library's asyncio; anyio, urllib3 and other network code stay in.
+- `statistics_tests`: the tests of scipy.stats; other tests, and scipy.stats itself, stay in.
+- `special_functions`: the long docstrings of scipy.special; those of other packages stay in.
+- `language_reference`: the prose on Python's grammar behind `help("topic")`; docstrings stay in.
+- `package_descriptions`: the text that half of the packages, by a hash of the name, show on their
+  package index page; those of the other half stay in.
+- `dataset_cards`: descriptions of machine-learning data sets in TFDS and scikit-learn; the code
+  that loads them stays in.
+- `licences`: the packages' licence files. Nearly all legal text is out of the generic corpus then
+  (its near-copies go too), so this is the set that lies outside what a soup was trained on.
+
+Documents have 200 to 20,000 characters; longer ones are cut between lines. A document that repeats
+another's text, or its first 300 characters, is dropped; so is a generic one with a fifth of its
+text in lines that a specialist set also has. The result depends on the installed files alone.
+"""
+
+import argparse
+import ast
+import collections
+import dataclasses
+import email
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import sys
+import sysconfig
+import time
+import tomllib
+from collections.abc import Iterable, Iterator
+
+from soup_jax import files
+from soup_jax.errors import UserError
+
+MIN_CHARS, MAX_CHARS = 200, 20_000
+MAX_DESCRIPTION_CHARS = 30_000  # longer ones end in a change log, a different kind of text
+SPECIALIST_MIN_BYTES, SPECIALIST_MAX_BYTES = 60_000, 1_000_000
+MIN_SPECIALISTS = 5
+MIN_GENERIC_BYTES = 12_000_000
+
+# Name of a set: pattern of the labels ("numpy/core/x.py", "python/asyncio/x.py", see `Source`).
+SPECIALISTS = {
+    "parquet_headers": r"pyarrow/include/parquet/.*\.h",
+    "numpy_stubs": r"numpy/.*\.pyi",
+    "sklearn_cython": r"sklearn/.*\.(pyx|pxd|pxi|tp)",
+    "optax_code": r"optax/.*\.py",
+    "asyncio_code": r"python/asyncio/.*\.py",
+    "statistics_tests": r"scipy/stats/tests/.*\.py",
+    "special_functions": r"scipy/special/(?!tests/|_precompute/).*\.py",
+    "language_reference": r"python/pydoc_data/topics\.py",
+    "package_descriptions": r"[^/]*\.dist-info/METADATA",
+    "dataset_cards": r"tensorflow_datasets/.*README\.md|sklearn/datasets/descr/.*\.rst",
+    "licences": r"[^/]*\.dist-info/.*",
+}
+# Neither specialist nor generic: copies of other packages, build records, hashes, generated code.
+SKIPPED = re.compile(
+    r"(^|/)(_vendor|_vendored|externals?|__pycache__|site-packages|dist-packages|ensurepip"
+    r"|url_checksums|_precompute)/|^scipy/special/|^python/(config-|_sysconfigdata|pydoc_data/|(site|user)customize)"
+    r"|_pb2(_grpc)?\.pyi?$|\.dist-info/(?!METADATA|.*(licen[sc]e|copying|notice))",
+    re.IGNORECASE,
+)
+EXTENSIONS = {
+    "stubs": ".pyi",
+    "c_family": ".h .hh .hpp .c .cc .cpp .cuh",
+    "cython": ".pyx .pxd .pxi .tp",
+    "prose": ".md .rst",
+    "web": ".html .css .js .svg",
+    "data": ".txt .json .csv .toml .yaml .yml .ini .cfg .xml .zi .tab .afm .arff .bib .po .proto "
+    ".mplstyle",
+}
+KIND_OF = {ext: kind for kind, exts in EXTENSIONS.items() for ext in exts.split()}
+# Share of the size limit, relative to one another, that a kind may take; the default is 1.
+# Docstrings are cut out of the files of "packages", so their share is in that of "packages".
+KIND_WEIGHT = {"packages": 4.0, "stdlib": 1.5, "system_docs": 0.5, "data": 0.5}
+GENERATED = re.compile(r"generated by (cython|the protocol buffer)|autogenerated by", re.IGNORECASE)
+TRIPLE_QUOTED = re.compile(r'[rRuU]?"""(.*?)"""', re.DOTALL)
+SOURCE_KINDS = ("packages", "tests", "stdlib", "stubs", "c_family", "cython")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file: `label` names it without version or machine, `kind` is its file of the corpus."""
+
+    path: pathlib.Path
+    label: str
+    package: str
+    kind: str
+    size: int
+
+    @functools.cached_property
+    def rank(self) -> str:
+        """The order in which files are taken: a hash, so that no letter comes first."""
+        return hashlib.sha256(self.label.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One line of the output."""
+
+    text: str
+    source: str
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        """Of the text in UTF-8."""
+        return len(self.text.encode())
+
+
+# ---------------------------------------------------------------------------------- finding files
+
+
+def kind_of(label: str) -> str:
+    """The kind of a file by its label; empty: not text, or not wanted."""
+    folder, _, name = label.rpartition("/")
+    if SKIPPED.search(label):
+        return ""
+    if folder.startswith("doc/"):
+        named = re.fullmatch(r"(README|NEWS|TODO|FAQ|INSTALL|HACKING)[.\w-]*", name)
+        is_text = name.endswith((".txt", ".md", ".rst", ".html")) and "licen" not in name.lower()
+        return "system_docs" if (named and not name.endswith(".gz")) or is_text else ""
+    if folder == "common-licenses":
+        return "legal"
+    if ".dist-info" in label:
+        return "prose" if name == "METADATA" else "legal"
+    if name.endswith(".py"):
+        tests = r"(^|/)(tests?|testing|idle_test)/|(^|/)test_[^/]*$|_test\.py$"
+        if re.search(tests, label):
+            return "tests"
+        return "stdlib" if label.startswith("python/") else "packages"
+    kind = KIND_OF.get(os.path.splitext(name)[1].lower(), "")
+    return "prose" if kind == "data" and label.startswith("python/") else kind
+
+
+def make_source(path: pathlib.Path, label: str, package: str) -> Source | None:
+    """The Source of a file, or None if the file is not to be read."""
+    specialist = specialist_of(label)
+    kind = kind_of(label)
+    if not (kind or specialist):
+        return None
+    try:
+        return Source(path, label, package, kind, path.stat().st_size)
+    except OSError:
+        return None  # listed by its package but deleted
+
+
+def dependencies() -> list[importlib.metadata.Distribution]:
+    """The installed packages that soup_jax needs, directly or not, sorted by name."""
+    from packaging.requirements import Requirement
+
+    def name_of(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    pyproject = pathlib.Path(__file__).resolve().parents[1] / "pyproject.toml"
+    todo = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    todo, found, seen = [(r, "") for r in todo], {}, set()
+    while todo:
+        text, extra = todo.pop()
+        requirement = Requirement(text)
+        marker = requirement.marker
+        if marker and not marker.evaluate({"extra": extra}):
+            continue
+        for extra in ["", *sorted(requirement.extras)]:
+            key = name_of(requirement.name), extra
+            if key in seen:
+                continue
+            seen.add(key)
+            try:
+                found[key[0]] = importlib.metadata.distribution(requirement.name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            todo += [(r, extra) for r in found[key[0]].requires or ()]
+    return [found[name] for name in sorted(found)]
+
+
+def package_sources(distribution: importlib.metadata.Distribution) -> Iterator[Source]:
+    """The files that a package's own record lists."""
+    for entry in distribution.files or ():
+        label = re.sub(r"^([^/]*?)-[^/]*\.dist-info/", r"\1.dist-info/", entry.as_posix())
+        if not label.startswith((".", "/")):  # scripts and man pages outside site-packages
+            source = make_source(pathlib.Path(entry.locate()), label, distribution.name)
+            if source:
+                yield source
+
+
+def folder_sources(root: str, prefix: str, *, links: bool = True) -> Iterator[Source]:
+    """The files under a folder; the package is the first sub-folder, or `prefix` without one."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - {"site-packages", "dist-packages", "__pycache__"})
+        for name in sorted(names):
+            path = pathlib.Path(folder, name)
+            relative = path.relative_to(root).as_posix()
+            if links or not path.is_symlink():
+                top, slash, _ = relative.partition("/")
+                package = prefix + top if slash else prefix
+                source = make_source(path, prefix + relative, package)
+                if source:
+                    yield source
+
+
+def find_sources() -> list[Source]:
+    """All files of this machine that may be read, sorted by label."""
+    found = [s for d in dependencies() for s in package_sources(d)]
+    found += folder_sources(sysconfig.get_path("stdlib"), "python/")
+    found += folder_sources(sysconfig.get_path("include"), "python/include/")
+    found += folder_sources("/usr/share/common-licenses", "common-licenses/", links=False)
+    found += folder_sources("/usr/share/doc", "doc/", links=False)
+    return sorted({s.label: s for s in found}.values(), key=lambda s: s.label)
+
+
+def specialist_of(label: str) -> str:
+    """The specialist set that a file belongs to; empty: none."""
+    name = next((n for n, pattern in SPECIALISTS.items() if re.fullmatch(pattern, label)), "")
+    if name == "package_descriptions":
+        package = re.sub(r"[-_.]+", "-", label.split(".dist-info")[0]).lower()
+        return name if hashlib.sha256(package.encode()).digest()[0] % 2 else ""
+    if name == "licences":
+        return name if kind_of(label) == "legal" else ""
+    return name
+
+
+# ------------------------------------------------------------------------------ files to documents
+
+
+def strip_licence_header(text: str) -> str:
+    """Source text without the comment at its start, if that is a copyright notice."""
+    comment = re.match(r"\s*(?:(?:#|//)[^\n]*\n|\s*\n|/\*.*?\*/)+", text, re.DOTALL)
+    if comment and re.search(r"copyright|licen[sc]e", comment[0], re.IGNORECASE):
+        return text[comment.end() :]
+    return text
+
+
+def split_docstrings(text: str) -> tuple[str, list[str]]:
+    """Python source as (code with only the first lines of long docstrings, those docstrings)."""
+    docstrings = []
+
+    def keep_first_line(match: re.Match) -> str:
+        before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+        if before.strip() or len(match[1]) < 400:
+            return match[0]  # a value, or too short to be a document
+        lines = match[1].strip().split("\n")
+        margin = min((len(x) - len(x.lstrip()) for x in lines[1:] if x.strip()), default=0)
+        docstrings.append("\n".join([lines[0], *(x[margin:].rstrip() for x in lines[1:])]))
+        return f'"""{lines[0]}"""'
+
+    if text.count('"""') % 2:
+        return text, []  # three quotes in a comment or in another string: do not guess
+    return TRIPLE_QUOTED.sub(keep_first_line, text), docstrings
+
+
+def pieces(text: str) -> Iterator[str]:
+    """`text` in parts of at most MAX_CHARS, cut at a paragraph if one ends late, else at a line."""
+    while len(text) > MAX_CHARS:
+        cut = text.rfind("\n\n", MAX_CHARS // 2, MAX_CHARS)
+        cut = cut if cut > 0 else text.rfind("\n", 1, MAX_CHARS)
+        cut = cut if cut > 0 else MAX_CHARS
+        yield text[:cut].strip("\n")
+        text = text[cut:].lstrip("\n")
+    yield text
+
+
+def topics(text: str) -> Iterator[str]:
+    """The values of the dictionary in pydoc_data/topics.py."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign):
+            yield from ast.literal_eval(node.value).values()
+
+
+def read_documents(source: Source, skipped: collections.Counter) -> Iterator[tuple[str, Document]]:
+    """(kind, Document) for each piece of a file; what is left out is counted by reason."""
+    try:
+        text = source.path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        skipped["files not in UTF-8"] += 1
+        return
+    except OSError:
+        skipped["files not readable"] += 1
+        return
+    specialist, kind, texts = specialist_of(source.label), source.kind, []
+    if not specialist and GENERATED.search(text[:1000]):
+        skipped["generated files"] += 1
+        return
+    if specialist == "language_reference":
+        texts = [("", t) for t in topics(text)]
+    elif source.label.endswith(".dist-info/METADATA"):
+        description = email.message_from_string(text).get_payload()
+        texts = [(kind, description[:MAX_DESCRIPTION_CHARS])]
+    else:
+        text = strip_licence_header(text) if kind in SOURCE_KINDS or not kind else text
+        code, docstrings = text, []
+        if kind == "packages" or specialist == "special_functions":
+            code, docstrings = split_docstrings(text)
+        texts = [("docstrings", d) for d in docstrings]
+        if specialist != "special_functions":
+            texts.append((kind, code))
+    for kind, text in texts:
+        for piece in pieces(text.strip("\n")):
+            letters = sum(map(str.isalpha, piece[:2000]))
+            if len(piece.strip()) < MIN_CHARS or "\0" in piece:
+                skipped["pieces under 200 characters"] += bool(piece)
+            elif letters < 0.3 * min(len(piece), 2000):
+                skipped["pieces with few letters"] += 1
+            else:
+                yield kind, Document(piece, source.label)
+
+
+# ----------------------------------------------------------------------------------------- choosing
+
+
+def fair_shares(sizes: dict[str, int], limit: float, weights: dict[str, float]) -> dict[str, float]:
+    """Cut `limit` in shares by weight; what a small one does not need goes to the others."""
+    shares, left = {}, dict(sizes)
+    while left:
+        unit = limit / sum(weights.get(k, 1.0) for k in left)
+        small = [k for k in left if left[k] <= unit * weights.get(k, 1.0)]
+        if not small:
+            return shares | {k: unit * weights.get(k, 1.0) for k in left}
+        for k in small:
+            shares[k] = left.pop(k)
+            limit -= shares[k]
+    return shares
+
+
+def choose(sources: list[Source], max_bytes: float) -> list[Source]:
+    """The files to read for the generic corpus.
+
+    Kinds share the limit by KIND_WEIGHT, the packages in a kind by the square root of their size:
+    a giant one gets more than a small one, but does not fill the kind.
+    """
+    sizes = collections.defaultdict(collections.Counter)
+    for s in sources:
+        sizes[s.kind][s.package] += s.size
+    kinds = fair_shares({k: c.total() for k, c in sizes.items()}, max_bytes, KIND_WEIGHT)
+    left = {
+        k: fair_shares(c, kinds[k], {package: math.sqrt(size) for package, size in c.items()})
+        for k, c in sizes.items()
+    }
+    chosen = []
+    for s in sorted(sources, key=lambda s: s.rank):
+        if s.size <= left[s.kind][s.package] + 0.5:
+            left[s.kind][s.package] -= s.size
+            chosen.append(s)
+    return sorted(chosen, key=lambda s: s.label)
+
+
+class Repeats:
+    """Refuses documents whose text, beginning or (in part) long lines were seen before."""
+
+    def __init__(self) -> None:
+        self.keys: set[bytes] = set()
+        self.lines: set[str] = set()
+
+    def is_new(self, document: Document) -> bool:
+        """Whether neither the whole text nor its first 300 characters stood in a document before.
+
+        White space and case do not count.
+        """
+        text = " ".join(document.text.lower().split())
+        keys = {hashlib.sha256(t.encode()).digest() for t in (text, text[:300])}
+        if keys & self.keys:
+            return False
+        self.keys |= keys
+        return True
+
+    @staticmethod
+    def long_lines(document: Document) -> Iterator[str]:
+        """The lines that are hardly in two documents by chance."""
+        return (x for x in map(str.strip, document.text.split("\n")) if len(x) >= 40)
+
+    def overlap(self, document: Document) -> float:
+        """The share of the text that stands in lines of remembered documents."""
+        shared = sum(len(x) for x in self.long_lines(document) if x in self.lines)
+        return shared / len(document.text)
+
+
+def collect(
+    sources: Iterable[Source], *, max_bytes: float, min_specialist_bytes: int = SPECIALIST_MIN_BYTES
+) -> tuple[dict[str, list[Document]], dict[str, list[Document]], collections.Counter]:
+    """The documents by kind, those by specialist set, and counts of what was left out."""
+    skipped, repeats = collections.Counter(), Repeats()
+    by_set = collections.defaultdict(list)
+    for s in sorted(sources, key=lambda s: s.label):
+        by_set[specialist_of(s.label)].append(s)
+    specialists = {}
+    for name in sorted(by_set.keys() - {""}):
+        own = Repeats()
+        kept = []
+        for s in sorted(by_set[name], key=lambda s: s.rank):
+            for _, document in read_documents(s, skipped):
+                # Long lines of documents that are too many for the set are remembered all the same.
+                repeated = own.overlap(document) > 0.5 or not repeats.is_new(document)
+                own.lines.update(own.long_lines(document))
+                skipped["repeats inside specialist sets"] += repeated
+                if not repeated:
+                    kept.append(document)
+        repeats.lines |= own.lines
+        specialists[name] = limited(kept, SPECIALIST_MAX_BYTES)
+        if sum(d.num_bytes for d in kept) < min_specialist_bytes:
+            print(f"specialist set {name} is left out: less than {min_specialist_bytes:,} bytes")
+            del specialists[name]
+    generic = collections.defaultdict(list)
+    for s in choose(by_set[""], max_bytes):
+        for kind, document in read_documents(s, skipped):
+            if repeats.overlap(document) > 0.2:
+                skipped["near-copies of specialist documents"] += 1
+            elif not repeats.is_new(document):
+                skipped["repeats inside the generic corpus"] += 1
+            else:
+                generic[kind].append(document)
+    return dict(generic), specialists, skipped
+
+
+def limited(documents: list[Document], max_bytes: int) -> list[Document]:
+    """The first documents, in the order given (a hash of the file), that fit; sorted by source."""
+    kept = []
+    for document in documents:
+        if document.num_bytes <= max_bytes:
+            max_bytes -= document.num_bytes
+            kept.append(document)
+    return sorted(kept, key=lambda d: d.source)  # stable: pieces of a file keep their order
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write(out: pathlib.Path, groups: dict[str, dict[str, list[Document]]]) -> dict[str, dict]:
+    """Write `out/<group>/<name>.jsonl`; the counts of each file."""
+    counts = {}
+    for group, sets in groups.items():
+        shutil.rmtree(out / group, ignore_errors=True)  # of a collection that was interrupted
+        counts[group] = {}
+        for name, documents in sorted(sets.items()):
+            lines = [json.dumps(dataclasses.asdict(d), ensure_ascii=False) for d in documents]
+            text = "\n".join(lines) + "\n"
+            files.write_text(out / group / f"{name}.jsonl", text)
+            counts[group][name] = {
+                "documents": len(documents),
+                "bytes": sum(d.num_bytes for d in documents),
+                "sha256": files.sha256_bytes(text.encode()),
+            }
+    return counts
+
+
+def print_table(counts: dict[str, dict]) -> None:
+    """One line per file: group, name, documents, MB."""
+    for group, sets in counts.items():
+        total = [sum(c[x] for c in sets.values()) for x in ("documents", "bytes")]
+        rows = [(name, c["documents"], c["bytes"]) for name, c in sets.items()]
+        print(f"\n{group:24}{'documents':>10}{'MB':>9}")
+        for name, documents, num_bytes in [*rows, ("total", *total)]:
+            print(f"  {name:22}{documents:>10,}{num_bytes / 1e6:>9.2f}")
+
+
+def run(out: pathlib.Path, max_mb: float) -> None:
+    """Collect into `out`, or say that it is done already; UserError when too little is found."""
+    started = time.time()
+    manifest = out / "manifest.json"
+    if manifest.exists():
+        done = files.read_json(manifest)
+        if done["max_mb"] != max_mb:
+            raise UserError(
+                f"{out} was collected with --max-mb {done['max_mb']}; give another --out"
+            )
+        print(f"{out} is complete; remove it to collect anew")
+        print_table(done["sets"])
+        return
+    if out.exists() and any(p.name not in ("generic", "specialists") for p in out.iterdir()):
+        raise UserError(f"{out} holds other files; give --out a new folder")
+    generic, specialists, skipped = collect(find_sources(), max_bytes=max_mb * 1e6)
+    found = sum(d.num_bytes for documents in generic.values() for d in documents)
+    if found < min(MIN_GENERIC_BYTES, 0.5 * max_mb * 1e6) or len(specialists) < MIN_SPECIALISTS:
+        raise UserError(
+            f"this Python ({sys.prefix}) has too little text: {found / 1e6:.1f} MB and "
+            f"{len(specialists)} specialist sets; install the package with its dependencies first"
+        )
+    counts = write(out, {"generic": generic, "specialists": specialists})
+    files.write_json(manifest, {"max_mb": max_mb, "sets": counts, "left_out": skipped})
+    print_table(counts)
+    print("\nleft out: " + ", ".join(f"{n:,} {what}" for what, n in sorted(skipped.items())))
+    print(f"{out} written in {time.time() - started:.0f} s")
+
+
+def main() -> int:
+    """The command line; 2 for a mistake that the user can fix."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
+    parser.add_argument("--max-mb", type=float, default=40.0, help="size of the generic corpus")
+    args = parser.parse_args()
+    try:
+        run(args.out, args.max_mb)
+    except UserError as e:
+        print(f"collect_text: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
