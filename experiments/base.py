@@ -31,6 +31,7 @@ def set_model(cfg: ConfigDict, preset: str) -> None:
 def get_config(preset: str = "tiny") -> ConfigDict:
     """The full config with every default; `preset` is one of MODEL_PRESETS."""
     cfg = ConfigDict()
+    cfg.name = "base"  # of the run, in logs and recipes
     cfg.seed = 0  # of the model's init and of the sampling plan; the corpus has none
     cfg.num_domains = 16  # K, clusters the corpus is cut into
     cfg.num_experts = 8  # E; 0 is the generic model through the same code

@@ -97,12 +97,12 @@ def check(cfg: ConfigDict) -> ConfigDict:
                 f"{name} = {value!r} is a {type(value).__name__}, "
                 f"expected a {type(reference[name]).__name__}"
             )
-    for name in reference:
-        if name not in found:
-            problems.append(
-                f"{name} is missing (a section was replaced as a whole; "
-                "set single fields, as in --config.section.field=value)"
-            )
+    missing = [name for name in reference if name not in found]
+    if missing:
+        problems.append(
+            f"missing fields {', '.join(missing)} (was a section replaced as a whole? set single "
+            "fields, as in --config.section.field=value)"
+        )
     if problems:
         raise UserError("config: " + "; ".join(problems))
     _check_values(cfg)

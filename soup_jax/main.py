@@ -38,17 +38,20 @@ def _config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def _resolve_config(arguments: Sequence[str]) -> list[str]:
     # `--config=experiments/quickstart.py` works outside a checkout too: the shipped file is used
     # when there is none of that name here.
+    from soup_jax.experiments import base
+
+    folder = pathlib.Path(base.__file__).parent
     resolved = []
     for argument in arguments:
         flag, _, value = argument.partition("=")
         if flag in ("--config", "-config") and value:
             path, colon, rest = value.partition(":")
-            if not os.path.exists(path) and path.startswith("experiments/"):
-                from soup_jax.experiments import base
-
-                shipped = pathlib.Path(base.__file__).parent / path.removeprefix("experiments/")
-                if shipped.exists():
-                    argument = f"{flag}={shipped}{colon}{rest}"
+            shipped = folder / path.removeprefix("experiments/")
+            if not os.path.exists(path):
+                if not (path.startswith("experiments/") and shipped.exists()):
+                    names = sorted(f"experiments/{p.name}" for p in folder.glob("[a-z]*.py"))
+                    raise UserError(f"no config file {path!r}; shipped with soup_jax: {names}")
+                argument = f"{flag}={shipped}{colon}{rest}"
         resolved.append(argument)
     return resolved
 
@@ -225,26 +228,34 @@ def run(argv: Sequence[str]) -> int:
         )
         return 2
     define, action = SUBCOMMANDS[name]
-    arguments = _resolve_config(arguments)
-    command = [f"soup-jax {name}", *arguments]
     values = flags.FlagValues()
-    define(values, command)
     if "--help" in arguments or "-h" in arguments:
-        print(f"{__doc__}\nFlags of {name}:\n{values.main_module_help() or values.get_help()}")
+        define(values, [])
+        print(f"{__doc__}\nFlags of {name}:\n{values.module_help(__name__)}")
         return 0
     logging.set_verbosity(logging.INFO)
     try:
+        command = [f"soup-jax {name}", *_resolve_config(arguments)]
+        define(values, command)
         rest = values(command)[1:]
         if rest:
             raise UserError(f"unexpected arguments {rest}; flags are given as --name=value")
         return action(values)
     except UserError as e:
         print(f"soup-jax: error: {e}", file=sys.stderr)
-    except (flags.Error, AttributeError, TypeError, KeyError, FileNotFoundError) as e:
+    except (flags.Error, AttributeError, TypeError, ValueError, KeyError) as e:
         if not _about_flags(e):
             raise
-        print(f"soup-jax: error: {e}", file=sys.stderr)
+        print(f"soup-jax: error: {_plain(e)}", file=sys.stderr)
     return 2
+
+
+def _plain(error: BaseException) -> str:
+    # The parser wraps what a config file raised in pages of tried paths, and a KeyError's text in
+    # quotes; what the user needs is the innermost sentence.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    text = lines[-1] if len(lines) > 3 else " ".join(lines)
+    return text.strip("\"'").replace("\\'", "'").replace("\\n", ". ")
 
 
 def _about_flags(error: BaseException) -> bool:
