@@ -89,6 +89,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     model.norm_eps = 1e-5  # of RMSNorm
     model.dtype = "float32"  # of activations and of the merged weights: float32 or bfloat16
     model.remat = "none"  # recompute in the backward pass: none, full, or dots (keep matmuls)
+    model.loss_chunk = 0  # positions whose logits exist at once; divides seq_len. 0: all
     model.attention = "auto"  # jax.nn.dot_product_attention's implementation: auto, xla, cudnn
 
     cfg.experts = experts = ConfigDict()

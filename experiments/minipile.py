@@ -19,7 +19,8 @@ def get_config(method: str = "soup") -> ConfigDict:
     cfg.batch_size = 16
     cfg.num_steps = 1220  # 5.0M tokens
     cfg.corpus.dir = "corpora/minipile"
-    cfg.model.update({"num_layers": 2, "dim": 64, "hidden_dim": 192})
+    cfg.model.update({"num_layers": 2, "dim": 64, "hidden_dim": 192, "num_heads": 2})
+    cfg.model.num_kv_heads = 2
     cfg.domain_weights.sparse = 0.8
     cfg.domain_weights.generic = 0.2
     cfg.domain_weights.min_support_size = 1

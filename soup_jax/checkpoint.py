@@ -10,6 +10,7 @@ a difference is printed leaf by leaf. A newest checkpoint that cannot be read is
 message, for the one before.
 """
 
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from absl import logging
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.train_state import TrainState
+
+_log = logging.getLogger(__name__)
 
 _ARRAYS = ("params", "opt_state")
 
@@ -147,7 +149,7 @@ class Checkpointer:
                 problems = _structure_diff(metadata, target)
             except Exception as e:  # a damaged checkpoint fails in many ways; all are reported
                 failures.append(f"step {candidate}: {type(e).__name__}: {e}")
-                logging.warning("unreadable checkpoint, trying the one before: %s", failures[-1])
+                _log.warning("unreadable checkpoint, trying the one before: %s", failures[-1])
                 continue
             if problems:
                 raise UserError(
@@ -160,7 +162,7 @@ class Checkpointer:
                 items = self._manager.restore(candidate, args=ocp.args.Composite(**args))
             except Exception as e:
                 failures.append(f"step {candidate}: {type(e).__name__}: {str(e)[:500]}")
-                logging.warning("unreadable checkpoint, trying the one before: %s", failures[-1])
+                _log.warning("unreadable checkpoint, trying the one before: %s", failures[-1])
                 continue
             return candidate, items
         if failures:

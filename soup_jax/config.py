@@ -143,7 +143,8 @@ AT_LEAST = {  # inclusive lower bounds
         domain_weights.sparse domain_weights.generic domain_weights.dirichlet domain_weights.file
         experts.init_scale optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay
         optimizer.clip_norm optimizer.bank_lr_scale optimizer.router_lr_scale
-        optimizer.final_fraction checkpoint.every_steps checkpoint.keep_every evaluate.every_steps
+        optimizer.final_fraction model.loss_chunk
+        checkpoint.every_steps checkpoint.keep_every evaluate.every_steps
         evaluate.max_windows mesh.num_devices corpus.validation_fraction
         corpus.held_out_fraction log.peak_tflops""".split(),
         0,
@@ -195,6 +196,8 @@ def _check_combinations(cfg: ConfigDict) -> None:
         f"optimizer.grad_accumulation = {cfg.optimizer.grad_accumulation} must divide the {rows} "
         "rows of a mixture (batch_size / num_mixtures)",
     )
+    if cfg.model.loss_chunk:
+        _divides(cfg, "model.loss_chunk", "seq_len")
     _divides(cfg, "model.num_heads", "model.dim")
     _divides(cfg, "model.num_kv_heads", "model.num_heads")
     need(cfg.model.dim // cfg.model.num_heads % 2 == 0, "model.dim / model.num_heads must be even")

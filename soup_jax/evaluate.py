@@ -150,9 +150,11 @@ def _spread(total: int, most: int) -> np.ndarray:
 def _token_set(corpus: Corpus, tokens: np.ndarray, real: np.ndarray, max_windows: int) -> TokenSet:
     kept = _spread(len(tokens), max_windows)
     tokens, real = tokens[kept], real[kept]
-    sizes = corpus.token_bytes()
-    mask = np.arange(tokens.shape[1] - 1) < real[:, None]
-    return TokenSet(tokens, real, int((sizes[tokens[:, 1:]] * mask).sum()))
+    # Decoded window by window: a character cut by a window's edge may count up to two bytes more.
+    tokenizer = corpus.tokenizer()
+    texts = [tokenizer.decode(row[1 : 1 + n].tolist()) for row, n in zip(tokens, real)]
+    eos = tokenizer.decode([corpus.eos_id])
+    return TokenSet(tokens, real, sum(len(t.replace(eos, "").encode()) for t in texts))
 
 
 class Evaluator:

@@ -65,5 +65,5 @@ def document_histogram(corpus: Corpus, texts: Sequence[str]) -> DocumentHistogra
     nearest, similarity = domains.assign(embeddings, centroids[available])
     h_K = np.zeros(corpus.num_domains)
     h_K[available] = domains.histogram(nearest, len(available))
-    low = corpus.similarity_quantiles["0.01"]
+    low = corpus.similarity_quantiles()[0.01]
     return DocumentHistogram(h_K, len(texts), float(np.mean(similarity < low)))

@@ -11,13 +11,14 @@ A config is a Python file with `get_config()`; `--config=FILE.py:ARG` passes it 
 Exit status: 0 if what was asked is done; 2 for something you can fix, said in one line.
 """
 
+import logging
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
 from soup_jax.errors import UserError
 
@@ -73,6 +74,16 @@ def _start_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "soup_jax", "xla"))
         jax.config.update("jax_compilation_cache_max_size", 4 << 30)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _set_up_logging() -> None:
+    # Our own messages only: the libraries' running commentary stays at warnings.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("soup_jax")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
 
 
 def _define_prepare(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -233,7 +244,7 @@ def run(argv: Sequence[str]) -> int:
         define(values, [])
         print(f"{__doc__}\nFlags of {name}:\n{values.module_help(__name__)}")
         return 0
-    logging.set_verbosity(logging.INFO)
+    _set_up_logging()
     try:
         command = [f"soup-jax {name}", *_resolve_config(arguments)]
         define(values, command)

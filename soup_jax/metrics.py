@@ -4,6 +4,7 @@ Only process 0 writes. A tracker other than the JSON lines never stops a run.
 """
 
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -11,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
+
+_log = logging.getLogger(__name__)
 
 # Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets; keys are substrings
 # of jax's device_kind, longest match first.
@@ -83,7 +85,7 @@ class MetricsWriter:
 
                 self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
             except Exception as e:
-                logging.warning("no TensorBoard events: %s", e)
+                _log.warning("no TensorBoard events: %s", e)
 
     def write(self, step: int, values: Mapping[str, Any], *, kind: str = "train") -> None:
         """One JSON line {"step", "kind", ...}; scalars also go to TensorBoard."""
@@ -98,7 +100,7 @@ class MetricsWriter:
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
         except Exception as e:
-            logging.warning("TensorBoard is switched off: %s", e)
+            _log.warning("TensorBoard is switched off: %s", e)
             self._board = None
 
     def close(self) -> None:

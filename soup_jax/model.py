@@ -55,6 +55,7 @@ class LlamaConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    loss_chunk: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -189,8 +190,23 @@ class Llama(nn.Module):
     cache_len: int = 0
 
     @nn.compact
-    def __call__(self, token_BL: Array, position_BL: Array | None = None) -> Array:
-        """int32 [B, L] (and positions, default 0..L-1) -> float32 logits [B, L, V]."""
+    def __call__(
+        self,
+        token_BL: Array,
+        position_BL: Array | None = None,
+        *,
+        target_BL: Array | None = None,
+    ) -> Array:
+        """Logits, or the losses of given targets.
+
+        Args:
+          token_BL: int32.
+          position_BL: default 0..L-1.
+          target_BL: int32. Given, the logits are never all held at once (see `token_losses`).
+
+        Returns:
+          float32 logits [B, L, V], or with targets cross-entropies in nats [B, L].
+        """
         c = self.cfg
         if position_BL is None:
             position_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]), token_BL.shape)
@@ -214,17 +230,41 @@ class Llama(nn.Module):
         if c.tie_embeddings:
             head_DV = embedding_VD.T
         else:
-            head_DV = self.param(
-                "head", _normal(0.02, "embed", "vocab"), (c.dim, c.vocab_size)
-            )
-        return jnp.dot(x, head_DV.astype(c.dtype), preferred_element_type=jnp.float32)
+            head_DV = self.param("head", _normal(0.02, "embed", "vocab"), (c.dim, c.vocab_size))
+        head_DV = head_DV.astype(c.dtype)
+        if target_BL is None:
+            return _logits(x, head_DV)
+        return token_losses(x, head_DV, target_BL, chunk=c.loss_chunk)
 
 
-def token_losses(logits_BLV: Array, target_BL: Array) -> Array:
-    """Cross-entropy in nats, float32 [B, L]."""
-    logits_BLV = logits_BLV.astype(jnp.float32)
-    picked_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BLV, axis=-1) - picked_BL
+def _logits(x_BLD: Array, head_DV: Array) -> Array:
+    return jnp.dot(x_BLD, head_DV, preferred_element_type=jnp.float32)
+
+
+def token_losses(x_BLD: Array, head_DV: Array, target_BL: Array, *, chunk: int = 0) -> Array:
+    """Cross-entropy of softmax(x @ head) in nats, float32 [B, L].
+
+    Args:
+      chunk: positions whose logits exist at one time, recomputed in the backward pass; must divide
+        L. 0: all of them. Logits of all positions are the largest array of a small model with a
+        usual vocabulary, by far.
+    """
+
+    def losses(x: Array, target: Array) -> Array:
+        logits = _logits(x, head_DV)
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+    length = x_BLD.shape[1]
+    if not chunk or chunk >= length:
+        return losses(x_BLD, target_BL)
+
+    # Cut along L: rows may be sharded.
+    def cut(a: Array) -> Array:
+        return jnp.moveaxis(a.reshape(a.shape[0], length // chunk, chunk, *a.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(jax.checkpoint(lambda xt: losses(*xt)), (cut(x_BLD), cut(target_BL)))
+    return jnp.moveaxis(parts, 0, 1).reshape(target_BL.shape)
 
 
 def num_target_mask(num_targets_B: Array, seq_len: int) -> Array:
@@ -242,9 +282,8 @@ def llama(cfg: LlamaConfig, *, seq_len: int) -> BaseModel:
 
     def example_losses(params: Params, batch: Mapping[str, Array]) -> tuple[Array, Array]:
         tokens = batch["tokens"]
-        logits = module.apply({"params": params}, tokens[:, :-1])
-        weights = num_target_mask(batch["num_targets"], tokens.shape[1] - 1)
-        return token_losses(logits, tokens[:, 1:]), weights
+        losses = module.apply({"params": params}, tokens[:, :-1], target_BL=tokens[:, 1:])
+        return losses, num_target_mask(batch["num_targets"], tokens.shape[1] - 1)
 
     return BaseModel(init, example_losses, flops_per_row=llama_flops(cfg, seq_len=seq_len))
 

@@ -1,13 +1,14 @@
 """What a person looks at: the evaluation of runs side by side, and the learning-curve picture."""
 
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from absl import logging
-
 from soup_jax import evaluate, files, metrics, specialist
 from soup_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate_runs(
@@ -47,7 +48,7 @@ def evaluate_runs(
     for name, path in zip(names, against):
         other = specialist.load_soup(path)
         if other.corpus.fingerprint != trained.corpus.fingerprint:
-            logging.warning(
+            _log.warning(
                 "%s was trained on another corpus: compare bits per byte, not nats per token", path
             )
         numbers = _evaluate_one(other, paths, max_windows, ("specialist", "generic_h"))
@@ -80,7 +81,7 @@ def _evaluate_one(
     for name, path in paths.items():
         sets.append(evaluate.specialist_set(name, path, corpus, cfg))
         for warning in sets[-1].histogram.warnings():
-            logging.warning("specialist %s: %s", name, warning)
+            _log.warning("specialist %s: %s", name, warning)
     return evaluate.evaluate(
         evaluate.Evaluator(cfg, trained.model, trained.mesh),
         trained.params,

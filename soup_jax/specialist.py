@@ -5,6 +5,7 @@ what it was made from, with hashes) and `tokenizer.json`.
 """
 
 import dataclasses
+import logging
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
@@ -27,6 +27,8 @@ from soup_jax.model import BaseModel
 from soup_jax.shapes import Params
 from soup_jax.train_state import make_init, state_shardings
 from soup_jax.windows import Corpus, open_corpus
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -195,7 +197,7 @@ def instantiate_to(
     trained = load_soup(run, step=step, corpus_dir=corpus_dir)
     texts, damage = evaluate.read_texts(documents, text_field=trained.cfg.corpus.text_field)
     for line in damage:
-        logging.warning("%s", line)
+        _log.warning("%s", line)
     specialist = instantiate(trained, [d.text for d in texts])
     save(trained, specialist, pathlib.Path(out))
     return specialist, specialist.histogram.nearest(trained.corpus)

@@ -9,6 +9,7 @@ never killed. SIGTERM (and SIGINT) save at the current step and end with status 
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import signal
 import sys
@@ -18,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -34,6 +34,8 @@ from soup_jax.model import BaseModel
 from soup_jax.sampler import SamplingPlan
 from soup_jax.train_state import TrainState, make_init, state_shardings
 from soup_jax.windows import Corpus, open_corpus
+
+_log = logging.getLogger(__name__)
 
 # Fields that may differ between the starts of one run: they change no number of it.
 RESUMABLE = ("log.", "evaluate.", "checkpoint.", "loader.", "mesh.", "corpus.dir")
@@ -252,7 +254,7 @@ def _evaluation_sets(run: Run) -> tuple[list[evaluate.SpecialistSet], Any]:
 def _announce(run: Run, start: int) -> None:
     cfg, params = run.cfg, run.abstract.params
     counts = {name: tree.num_params(part) for name, part in params.items()}
-    logging.info(
+    _log.info(
         "%s: %.3gM shared parameters, %d experts (%.3gM), router %.3gM; mesh %s; "
         "%d steps x %d windows x %d tokens = %.3gM tokens; starting at step %d",
         cfg.name,
@@ -269,7 +271,7 @@ def _announce(run: Run, start: int) -> None:
     )
     for part, leading in (("shared", 0), ("bank", 1)):
         for line in sharding.unsliced(run.mesh, params[part], leading=leading):
-            logging.warning("no dimension divides by the devices, kept whole: %s/%s", part, line)
+            _log.warning("no dimension divides by the devices, kept whole: %s/%s", part, line)
 
 
 class _Loop:
@@ -332,7 +334,7 @@ class _Loop:
             if pending is not None:
                 self._log(pending, state)
         if start == cfg.num_steps:
-            logging.info("all %d steps are done already", cfg.num_steps)
+            _log.info("all %d steps are done already", cfg.num_steps)
         return state
 
     def _saves(self, done: int) -> bool:
@@ -406,7 +408,7 @@ class _Loop:
         self.writer.write(pending["step"], line)
         text = f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tok/s"
         if self.bar is None or self.bar.disable:
-            logging.info("step %d/%d  %s", pending["step"], cfg.num_steps, text)
+            _log.info("step %d/%d  %s", pending["step"], cfg.num_steps, text)
         else:
             self.bar.set_postfix_str(text)
 
@@ -421,10 +423,10 @@ class _Loop:
                 between=self._poll,
             )
         except _EvaluationCut:
-            logging.warning("evaluation of step %d cut short by a signal", done)
+            _log.warning("evaluation of step %d cut short by a signal", done)
             return
         self.writer.write(done, result, kind="evaluation")
         averages = {c: v["loss"] for c, v in result["average"].items()}
         for column, value in result["generic_validation"].items():
             averages[f"generic_validation_{column}"] = value["loss"]
-        logging.info("step %d evaluation: %s", done, {k: round(v, 4) for k, v in averages.items()})
+        _log.info("step %d evaluation: %s", done, {k: round(v, 4) for k, v in averages.items()})

@@ -1,0 +1,105 @@
+import pathlib
+
+import pytest
+
+from soup_jax import config
+from soup_jax.errors import UserError
+from soup_jax.experiments import base, generic_110m, minipile, quickstart, soup_110m
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SHIPPED = {
+    "base": base.get_config(),
+    "base_35m": base.get_config("35m"),
+    "base_110m": base.get_config("110m"),
+    "base_335m": base.get_config("335m"),
+    "quickstart": quickstart.get_config(),
+    "quickstart_generic": quickstart.get_config("generic"),
+    "quickstart_fast": quickstart.get_config("fast"),
+    "quickstart_fast_generic": quickstart.get_config("fast_generic"),
+    "minipile": minipile.get_config(),
+    "minipile_generic": minipile.get_config("generic"),
+    "soup_110m": soup_110m.get_config(),
+    "generic_110m": generic_110m.get_config(),
+}
+
+
+def changed(**fields):
+    cfg = base.get_config()
+    with cfg.unlocked():
+        cfg.update_from_flattened_dict(fields)
+    return cfg
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_is_valid_and_as_recorded(name, request):
+    cfg = config.check(SHIPPED[name])
+    path = GOLDEN / f"{name}.txt"
+    if request.config.getoption("--update-golden"):
+        path.write_text(config.to_text(cfg), encoding="utf-8")
+    assert config.to_text(cfg) == path.read_text(encoding="utf-8"), (
+        f"the resolved config {name} changed; if that is meant, run "
+        "`pytest tests/config_test.py --update-golden` and commit the difference"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer.learning_rte": 1.0}, "did you mean optimizer.learning_rate"),
+        ({"num_expert": 3}, "did you mean num_experts"),
+        ({"num_mixtures": 3}, "num_mixtures = 3 must divide batch_size = 64"),
+        ({"num_steps": 0}, "num_steps = 0 must be at least 1"),
+        ({"model.dtype": "float16"}, "model.dtype = 'float16' is none of"),
+        ({"model.num_heads": 3}, "model.num_heads = 3 must divide model.dim"),
+        ({"domain_weights.sparse": 0.5}, "must add up to 1, not 0.6"),
+        ({"domain_weights.support_size": 17}, "support_size = 17 <= num_domains = 16"),
+        ({"domain_weights.path": "h.json"}, "domain_weights.file > 0 and domain_weights.path"),
+        ({"optimizer.grad_accumulation": 3}, "must divide the 64 rows"),
+        ({"optimizer.learning_rate": float("nan")}, "is not finite"),
+        ({"optimizer.learning_rate": 0.0}, "must be positive"),
+        ({"optimizer.beta2": 1.0}, r"must be in \[0, 1\)"),
+        ({"experts.rules": ((".*", "low_rnk"),)}, "experts.rules must be"),
+        ({"evaluate.histogram_fraction": 1.0}, "must be between 0 and 1"),
+    ],
+)
+def test_refuses(fields, message):
+    with pytest.raises(UserError, match=message):
+        config.check(changed(**fields))
+
+
+def test_refuses_a_wrong_type():
+    cfg = base.get_config()
+    with cfg.unlocked(), cfg.ignore_type():
+        cfg.num_steps = "many"
+    with pytest.raises(UserError, match="num_steps = 'many' is a str, expected a int"):
+        config.check(cfg)
+
+
+def test_refuses_a_replaced_section():
+    cfg = base.get_config()
+    with cfg.unlocked():
+        del cfg.optimizer
+        cfg.optimizer = {"learning_rate": 1.0}
+    with pytest.raises(UserError, match="missing fields optimizer.bank"):
+        config.check(cfg)
+
+
+def test_saved_config_comes_back_equal(tmp_path):
+    cfg = changed(**{"experts.rules": (("a.*", "none"), (".*", "dense")), "seed": 7})
+    config.save(cfg, tmp_path / "config.json")
+    assert config.diff(cfg, config.load(tmp_path / "config.json")) == []
+
+
+def test_diff_names_what_changed_and_ignores_what_it_is_told_to():
+    old, new = changed(), changed(**{"seed": 3, "log.every_steps": 1})
+    assert config.diff(old, new, ignore=("log.",)) == ["seed: 0 -> 3"]
+
+
+def test_every_field_has_a_reader():
+    """No knob that does nothing: each field's name occurs in the package that reads it."""
+    root = pathlib.Path(config.__file__).parent
+    source = "".join(p.read_text() for p in root.glob("*.py") if p.name != "config.py")
+    for name, _ in config.flat_items(base.get_config()):
+        section, _, field = name.rpartition(".")
+        if section != "model":  # splatted into LlamaConfig
+            assert f".{field}" in source, f"nothing reads the config field {name}"

@@ -1,0 +1,46 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from soup_jax import experts, tree
+from soup_jax.errors import UserError
+
+SHARED = {
+    "norm": {"scale": jnp.ones(16)},
+    "mlp": {"up": 0.5 * jax.random.normal(jax.random.key(0), (64, 96))},
+}
+
+
+def bank(**changes):
+    options = {"num_experts": 8, "rules": ((".*", "dense"),), "init_scale": 0.1} | changes
+    return experts.init_bank(jax.random.key(1), SHARED, **options)
+
+
+def test_experts_stand_on_a_leading_axis():
+    shapes = {p: x.shape for p, x in tree.flatten(bank()).items()}
+    assert shapes == {"norm/scale": (8, 16), "mlp/up": (8, 64, 96)}
+    assert experts.num_experts(bank()) == 8
+
+
+def test_rules_choose_the_leaves_and_must_cover_all():
+    chosen = bank(rules=((r"norm/.*", "none"), (".*", "dense")))
+    assert list(tree.flatten(chosen)) == ["mlp/up"]
+    with pytest.raises(UserError, match="no rule matches the leaf 'norm/scale'"):
+        bank(rules=((r"mlp/.*", "dense"),))
+
+
+def test_init_scale_is_relative_to_the_shared_leaf_and_experts_differ():
+    up = bank()["mlp"]["up"]
+    np.testing.assert_allclose(up.std(axis=(1, 2)), 0.05, rtol=0.05)
+    assert not np.allclose(up[0], up[1])
+
+
+def test_zero_scale_gives_zeros_and_zero_experts_an_empty_bank():
+    assert all((x == 0).all() for x in jax.tree.leaves(bank(init_scale=0.0)))
+    assert bank(num_experts=0) == {}
+    assert experts.num_experts({}) == 0
+
+
+def test_storage_dtype():
+    assert {x.dtype for x in jax.tree.leaves(bank(dtype="bfloat16"))} == {jnp.dtype("bfloat16")}

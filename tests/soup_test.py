@@ -1,0 +1,139 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from soup_jax import loader, merge, mesh, model, soup, tree
+from soup_jax.experiments import base
+
+K, E, M, B, L = 10, 6, 4, 16, 12
+FREQUENCIES = np.full(K, 1 / K)
+
+
+def make_config(**fields):
+    cfg = base.get_config()
+    cfg.update_from_flattened_dict(
+        {
+            "num_domains": K,
+            "num_experts": E,
+            "num_mixtures": M,
+            "batch_size": B,
+            "seq_len": L,
+            "vocab_size": 300,
+            "model.dim": 32,
+            "model.hidden_dim": 64,
+            "experts.init_scale": 0.3,
+        }
+        | fields
+    )
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "tokens": jnp.asarray(rng.integers(0, 300, (B, L + 1)), jnp.int32),
+        "num_targets": jnp.asarray(rng.integers(1, L + 1, B), jnp.int32),
+        "h": jnp.asarray(rng.dirichlet(np.full(K, 0.3), M), jnp.float32),
+    }
+
+
+def init(cfg):
+    base_model = model.from_config(cfg)
+    config = soup.soup_config(cfg)
+    params = soup.init(jax.random.key(0), base_model.init, config, frequencies_K=FREQUENCIES)
+    return base_model, config, params
+
+
+def plain_loss(params, batch, base_model, config):
+    """The definition: merge each mixture, average the loss over all targets."""
+    alpha = soup.coefficients(params, batch["h"], config)
+    total, weight = 0.0, 0.0
+    for m in range(M):
+        theta = merge.merge(params["shared"], params["bank"], alpha[min(m, len(alpha) - 1)])
+        rows = {k: v[m * B // M : (m + 1) * B // M] for k, v in batch.items() if k != "h"}
+        losses, weights = base_model.example_losses(theta, rows)
+        total, weight = total + (losses * weights).sum(), weight + weights.sum()
+    return total / weight
+
+
+def assert_close(a, b, tolerance=2e-5):
+    for path, x in tree.flatten(a).items():
+        y = tree.flatten(b)[path]
+        scale = max(float(abs(x).max()), 1e-6)
+        np.testing.assert_allclose(x / scale, y / scale, atol=tolerance, err_msg=path)
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+@pytest.mark.parametrize("normalization", ["none", "softmax", "ball"])
+def test_factored_gradients_are_those_of_the_plain_loss(batch, num_micro, normalization):
+    base_model, config, params = init(make_config(**{"router.normalization": normalization}))
+    loss, expected = jax.value_and_grad(plain_loss)(params, batch, base_model, config)
+    (ours, _), grads, alpha = soup.value_and_grad(
+        params, batch, model=base_model, config=config, num_micro=num_micro
+    )
+    np.testing.assert_allclose(ours, loss, rtol=1e-5)
+    assert_close(expected["shared"], grads.shared)
+    assert_close(expected["router"], grads.router)
+    bank = jax.tree.map(lambda g: jnp.einsum("ME,M...->E...", alpha, g), grads.merged)
+    assert_close(expected["bank"], bank)
+    norms = soup.squared_norms(grads, list(tree.flatten(params["bank"])))
+    for part in ("shared", "router", "bank"):
+        direct = sum(jnp.sum(x**2) for x in jax.tree.leaves(expected[part]))
+        np.testing.assert_allclose(norms[part], direct, rtol=1e-3)
+
+
+def test_gradients_on_a_mesh_equal_those_on_one_device(batch):
+    cfg = make_config()
+    base_model, config, params = init(cfg)
+    (loss, _), expected, _ = soup.value_and_grad(params, batch, model=base_model, config=config)
+    for replica in (1, 2, 4):
+        cfg.mesh.replica = replica
+        m = mesh.make_mesh(cfg, jax.devices()[:4])
+        f = jax.jit(
+            lambda p, b, m=m: soup.value_and_grad(p, b, model=base_model, config=config, mesh=m)
+        )
+        (ours, _), grads, _ = f(params, loader.to_device(batch, m))
+        np.testing.assert_allclose(ours, loss, rtol=1e-5)
+        assert_close(expected._asdict(), grads._asdict())
+
+
+def test_zero_experts_is_the_generic_model(batch):
+    base_model, config, params = init(make_config(num_experts=0))
+    assert params["bank"] == {}
+    assert params["router"] == {}
+    losses, weights = base_model.example_losses(
+        params["shared"], {k: v for k, v in batch.items() if k != "h"}
+    )
+    (ours, _), grads, _ = soup.value_and_grad(params, batch, model=base_model, config=config)
+    np.testing.assert_allclose(ours, (losses * weights).sum() / weights.sum(), rtol=1e-6)
+    theta, alpha = soup.specialist(params, batch["h"][0], config)
+    assert alpha.shape == (0,)
+    assert_close(theta, params["shared"], 0)
+    plain = jax.grad(lambda p: plain_loss({**params, "shared": p}, batch, base_model, config))
+    assert_close(plain(params["shared"]), grads.shared)
+
+
+def test_the_shared_init_does_not_depend_on_the_number_of_experts():
+    _, _, with_experts = init(make_config())
+    _, _, without = init(make_config(num_experts=0))
+    assert_close(with_experts["shared"], without["shared"], 0)
+
+
+def test_row_stats_are_those_of_their_rows(batch):
+    base_model, config, params = init(make_config())
+    for num_micro in (1, 2):
+        (loss, (row_loss, row_weight)), _, _ = soup.value_and_grad(
+            params, batch, model=base_model, config=config, num_micro=num_micro
+        )
+        np.testing.assert_array_equal(row_weight, batch["num_targets"])
+        np.testing.assert_allclose(row_loss.sum() / row_weight.sum(), loss, rtol=1e-5)
+
+
+def test_specialist_is_the_merge_at_the_routed_coefficients(batch):
+    _, config, params = init(make_config())
+    h = np.asarray(batch["h"][2])
+    theta, alpha = soup.specialist(params, h, config)
+    np.testing.assert_allclose(alpha, soup.coefficients(params, batch["h"], config)[2], rtol=1e-5)
+    assert_close(merge.merge(params["shared"], params["bank"], alpha), theta, 0)

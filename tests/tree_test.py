@@ -1,0 +1,38 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from soup_jax import tree
+from soup_jax.errors import UserError
+
+TREE = {"a": {"b": jnp.zeros((2, 3)), "c": jnp.ones(4)}, "d": jnp.zeros(())}
+
+
+def test_flatten_and_unflatten_are_inverse():
+    leaves = tree.flatten(TREE)
+    assert list(leaves) == ["a/b", "a/c", "d"]
+    assert jax.tree.structure(tree.unflatten(leaves)) == jax.tree.structure(TREE)
+
+
+def test_first_matching_rule_wins():
+    rules = (("a/.*", "none"), (".*", "dense"))
+    assert tree.match_rules(rules, list(tree.flatten(TREE))) == {
+        "a/b": "none",
+        "a/c": "none",
+        "d": "dense",
+    }
+
+
+def test_a_rule_must_match_the_whole_path():
+    with pytest.raises(UserError, match="no rule matches the leaf 'a/b'"):
+        tree.match_rules((("a", "dense"),), ["a/b"])
+
+
+def test_a_broken_regex_is_named():
+    with pytest.raises(UserError, match=r"'\[' is not a regular expression"):
+        tree.match_rules((("[", "dense"),), ["a"])
+
+
+def test_sizes():
+    assert tree.num_params(TREE) == 11
+    assert tree.num_bytes(TREE) == 44
