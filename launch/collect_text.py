@@ -28,8 +28,9 @@ is related to, but not part of, a pretraining corpus. No set was chosen by a res
   (its near-copies go too), so this is the set that lies outside what a soup was trained on.
 
 Documents have 200 to 20,000 characters; longer ones are cut between lines. A document that repeats
-another's text, or its first 300 characters, is dropped; so is a generic one with a fifth of its
-text in lines that a specialist set also has. The result depends on the installed files alone.
+another's text, or its first 300 characters, is dropped; so is a generic one that shares a fifth
+of its phrases, or of those of a specialist document, with specialist documents. The result depends
+on the installed files alone.
 """
 
 import argparse
@@ -365,15 +366,23 @@ def choose(sources: list[Source], max_bytes: float) -> list[Source]:
     return sorted(chosen, key=lambda s: s.label)
 
 
-class Repeats:
-    """Refuses documents whose text, beginning or (in part) long lines were seen before."""
+def phrases(document: Document) -> set[str]:
+    """Runs of ten words that begin with a long one: hardly in two documents by chance.
+
+    They do not depend on how the lines are wrapped; every fourth word or so begins one.
+    """
+    words = document.text.split()
+    return {" ".join(words[i : i + 10]) for i, word in enumerate(words[:-9]) if len(word) >= 7}
+
+
+class Texts:
+    """Whole documents seen so far: the exact guard."""
 
     def __init__(self) -> None:
         self.keys: set[bytes] = set()
-        self.lines: set[str] = set()
 
-    def is_new(self, document: Document) -> bool:
-        """Whether neither the whole text nor its first 300 characters stood in a document before.
+    def add(self, document: Document) -> bool:
+        """Whether the document was new: neither its text nor its first 300 characters seen.
 
         White space and case do not count.
         """
@@ -384,38 +393,50 @@ class Repeats:
         self.keys |= keys
         return True
 
-    @staticmethod
-    def long_lines(document: Document) -> Iterator[str]:
-        """The lines that are hardly in two documents by chance."""
-        return (x for x in map(str.strip, document.text.split("\n")) if len(x) >= 40)
 
-    def overlap(self, document: Document) -> float:
-        """The share of the text that stands in lines of remembered documents."""
-        shared = sum(len(x) for x in self.long_lines(document) if x in self.lines)
-        return shared / len(document.text)
+class Phrases:
+    """The phrases of documents, and where they stand: the near-copy guard."""
+
+    def __init__(self) -> None:
+        self.documents_of: dict[str, set[int]] = collections.defaultdict(set)
+        self.num_phrases: list[int] = []
+
+    def add(self, document: Document) -> None:
+        """Remember a document."""
+        own = phrases(document)
+        for phrase in own:
+            self.documents_of[phrase].add(len(self.num_phrases))
+        self.num_phrases.append(len(own))
+
+    def overlap(self, document: Document) -> tuple[float, float]:
+        """(share of its phrases that are remembered, largest share of one remembered document)."""
+        own = phrases(document)
+        common = own & self.documents_of.keys()
+        counts = collections.Counter(i for phrase in common for i in self.documents_of[phrase])
+        largest = max((n / self.num_phrases[i] for i, n in counts.items()), default=0.0)
+        return len(common) / max(len(own), 1), largest
 
 
 def collect(
     sources: Iterable[Source], *, max_bytes: float, min_specialist_bytes: int = SPECIALIST_MIN_BYTES
 ) -> tuple[dict[str, list[Document]], dict[str, list[Document]], collections.Counter]:
     """The documents by kind, those by specialist set, and counts of what was left out."""
-    skipped, repeats = collections.Counter(), Repeats()
+    skipped, texts, held_out = collections.Counter(), Texts(), Phrases()
     by_set = collections.defaultdict(list)
     for s in sorted(sources, key=lambda s: s.label):
         by_set[specialist_of(s.label)].append(s)
     specialists = {}
     for name in sorted(by_set.keys() - {""}):
-        own = Repeats()
-        kept = []
+        own, kept = Phrases(), []
         for s in sorted(by_set[name], key=lambda s: s.rank):
             for _, document in read_documents(s, skipped):
-                # Long lines of documents that are too many for the set are remembered all the same.
-                repeated = own.overlap(document) > 0.5 or not repeats.is_new(document)
-                own.lines.update(own.long_lines(document))
+                repeated = own.overlap(document)[0] > 0.5 or not texts.add(document)
+                # What the set leaves out is held out of the generic corpus all the same.
+                own.add(document)
+                held_out.add(document)
                 skipped["repeats inside specialist sets"] += repeated
                 if not repeated:
                     kept.append(document)
-        repeats.lines |= own.lines
         specialists[name] = limited(kept, SPECIALIST_MAX_BYTES)
         if sum(d.num_bytes for d in kept) < min_specialist_bytes:
             print(f"specialist set {name} is left out: less than {min_specialist_bytes:,} bytes")
@@ -423,9 +444,9 @@ def collect(
     generic = collections.defaultdict(list)
     for s in choose(by_set[""], max_bytes):
         for kind, document in read_documents(s, skipped):
-            if repeats.overlap(document) > 0.2:
+            if max(held_out.overlap(document)) > 0.2:
                 skipped["near-copies of specialist documents"] += 1
-            elif not repeats.is_new(document):
+            elif not texts.add(document):
                 skipped["repeats inside the generic corpus"] += 1
             else:
                 generic[kind].append(document)
