@@ -41,7 +41,8 @@ if [[ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]]; then
   [[ -n "${DRY_RUN:-}" ]] || echo "$stamp" > "$venv/stamp"
 fi
 
-run "$venv/bin/ruff" check .
-run "$venv/bin/ruff" format --check .
+# The environments are excluded by name: without a .git folder ruff does not read .gitignore.
+run "$venv/bin/ruff" check --extend-exclude '.venv-*' .
+run "$venv/bin/ruff" format --check --extend-exclude '.venv-*' .
 # The odd expansion keeps an empty list legal under `set -u` in the bash 3.2 of macOS.
 run "$venv/bin/python" -m pytest ${arguments[@]+"${arguments[@]}"}

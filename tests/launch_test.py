@@ -35,8 +35,8 @@ def test_scripts_parse_and_stop_at_errors(script: pathlib.Path):
 def test_test_script_lints_and_passes_arguments_on(tmp_path):
     commands = dry_run(tmp_path, "launch/test.sh", "--all", "-k", "a or b")
     tails = [[pathlib.Path(c[0]).name, *c[1:]] for c in commands]
-    assert ["ruff", "check", "."] in tails
-    assert ["ruff", "format", "--check", "."] in tails
+    assert ["ruff", "check", "--extend-exclude", ".venv-*", "."] in tails
+    assert ["ruff", "format", "--check", "--extend-exclude", ".venv-*", "."] in tails
     assert tails[-1] == ["python", "-m", "pytest", "--run-slow", "-k", "a or b"]
     assert dry_run(tmp_path, "launch/test.sh")[-1][1:] == ["-m", "pytest"]
 
