@@ -214,10 +214,18 @@ def _walk(folder: str, report: Report) -> Iterator[str]:
     def unreadable(e: OSError) -> None:
         report.add("unreadable", str(e.filename), 0, e.strerror or str(e))
 
-    paths = []
-    for root, folders, names in os.walk(folder, onerror=unreadable):
+    paths, visited = [], set()
+    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        if os.path.realpath(root) in visited:  # a link that leads back
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(root))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [os.path.join(root, n) for n in names if not n.startswith(".")]
+        for name in names:
+            path = os.path.join(root, name)
+            # A broken link is kept, to be reported; a pipe or a device would block for ever.
+            if not name.startswith(".") and (os.path.isfile(path) or not os.path.exists(path)):
+                paths.append(path)
     # By parts, so that the order is that of a walk and does not depend on the separator's rank.
     yield from sorted(filter(file_format, paths), key=lambda p: pathlib.PurePath(p).parts)
 
@@ -352,6 +360,8 @@ def _chunks(source: SourceFile) -> Iterator[bytes]:
             while data:
                 if stream is None:
                     data = data.lstrip(b"\0")  # padding after a member, as gzip itself allows
+                    if not data:
+                        break
                     if source.compression == ".gz":
                         stream = zlib.decompressobj(wbits=31)
                     else:

@@ -9,6 +9,7 @@ A document without a direction (a row of zeros) has similarity 0 and falls to do
 that care look at the similarity. This module knows neither files nor tokens.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -113,11 +114,16 @@ def top_terms(
 
 
 def _kmeans(rows: np.ndarray, num_clusters: int) -> np.ndarray:
-    from sklearn.cluster import KMeans
+    import sklearn.cluster
+    import sklearn.exceptions
 
     if num_clusters == 1:
         return rows.mean(axis=0, keepdims=True)
-    return KMeans(num_clusters, n_init=1, max_iter=100, random_state=0).fit(rows).cluster_centers_
+    kmeans = sklearn.cluster.KMeans(num_clusters, n_init=1, max_iter=100, random_state=0)
+    with warnings.catch_warnings():
+        # Rows too alike for so many clusters: `_fill_empty` puts it right, or says it plainly.
+        warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
+        return kmeans.fit(rows).cluster_centers_
 
 
 def _two_levels(rows: np.ndarray, num_domains: int) -> np.ndarray:

@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import joblib
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -64,7 +65,10 @@ def prepare(cfg: Any) -> windows.Corpus:
     request = make_request(cfg, sources)
     if (directory / "manifest.json").exists():
         return _finished(directory, request)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the folder corpus.dir = {directory}: {e.strerror}") from e
     with _locked(directory):
         work = _start(cfg, directory, sources, request)
         # The manifest among the staged artefacts says that all of them are there; after that,
@@ -220,15 +224,17 @@ def _start(
         differences = _differences(files.read_json(record), request)
         if differences:
             _say(f"unfinished work is dropped, it was for other settings: {'; '.join(differences)}")
-            shutil.rmtree(directory / ".work")
+            record.unlink()  # first, so that half-deleted work is never continued
         else:
             _say("continuing the unfinished work of an earlier run")
     if not record.exists():
+        shutil.rmtree(record.parent, ignore_errors=True)
         files.write_json(record, request)
     splits = ["train", "validation"]
     if cfg.corpus.held_out_fraction > 0:
         splits.append("held_out")
-    num_workers = cfg.corpus.num_workers or len(os.sched_getaffinity(0))
+    # joblib's count respects what a container or a batch system has granted.
+    num_workers = cfg.corpus.num_workers or joblib.cpu_count()
     return _Work(cfg, directory, sources, request, tuple(splits), num_workers)
 
 
@@ -601,7 +607,10 @@ def _manifest(
 def _publish(work: _Work) -> None:
     """Move the artefacts to their place, the manifest last; remove the rest."""
     for path in sorted(work.final.iterdir(), key=lambda path: path.name == "manifest.json"):
-        os.replace(path, work.directory / path.name)
+        target = work.directory / path.name
+        if target.is_dir():  # of a run with other settings that was killed while it moved things
+            shutil.rmtree(target)
+        os.replace(path, target)
     shutil.rmtree(work.path)
 
 

@@ -3,7 +3,8 @@
 Folder (`prepare` writes it, `open_corpus` reads it):
 
     windows/                 a TFDS data set of ArrayRecord files, readable without TensorFlow:
-                             splits train, validation, held_out; feature "tokens" [L + 1]
+                             splits train, validation, held_out (those that have windows);
+                             feature "tokens" [L + 1]
     offsets.safetensors      offsets/<split> int64 [K + 1], pad/<split> int64 [K]
     domains.json             K entries: label, terms, documents, windows and tokens per split
     centroids.safetensors    centroids float32 [K, dim], similarity_quantiles float32 [3]
@@ -84,12 +85,12 @@ class Layout:
         return cls(seq_len, token_dtype(vocab_size), eos_id, offsets, pad)
 
     def files(self) -> list[WindowFile]:
-        """The files of all splits; a split without windows has one file without records."""
+        """The files of all splits; a split without windows has none (TFDS cannot open it)."""
         result = []
         per_file = max(1, FILE_BYTES // (self.dtype.itemsize * (self.seq_len + 1)))
         for split, offsets in self.offsets.items():
             total = int(offsets[-1])
-            count = max(1, -(-total // per_file))
+            count = -(-total // per_file)
             for i in range(count):
                 # Equal files rather than full ones and a small rest.
                 start, stop = total * i // count, total * (i + 1) // count
@@ -262,6 +263,8 @@ class Corpus:
         import tensorflow_datasets as tfds
 
         self._check_split(split)
+        if self.offsets[split][-1] == 0:
+            return ()
         return tfds.builder_from_directory(self.path / "windows").as_data_source(split)
 
     def read_windows(self, split: str, record_ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -311,6 +314,8 @@ class Corpus:
             from array_record.python import array_record_data_source
 
             self._check_split(split)
+            if self.offsets[split][-1] == 0:
+                raise ValueError(f"the split {split!r} of {self.path} has no windows")
             shards = [
                 _Shard(str(self.path / "windows" / file["name"]), 0, file["windows"], 0)
                 for file in self.manifest["window_files"][split]
