@@ -35,8 +35,11 @@ class Checkpointer:
 
     def __init__(self, directory: pathlib.Path, cfg: ConfigDict | None = None):
         """`cfg` gives the keep policy and time-out; without it the checkpoints are only read."""
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        if cfg is not None:
+        if cfg is None:
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, save_interval_steps=0, create=False
+            )
+        else:
             keep = [checkpoint_managers.LatestN(cfg.checkpoint.keep_latest)]
             if cfg.checkpoint.keep_every:
                 keep.append(checkpoint_managers.EveryNSteps(cfg.checkpoint.keep_every))

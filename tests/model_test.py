@@ -1,0 +1,223 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from soup_jax import model, soup, tree
+from soup_jax.experiments import base
+
+CONFIG = model.LlamaConfig(
+    vocab_size=97, num_layers=2, dim=32, num_heads=4, num_kv_heads=2, hidden_dim=48
+)
+L = 16
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jnp.asarray(np.random.default_rng(0).integers(0, 97, (3, L)), jnp.int32)
+
+
+def init(config=CONFIG):
+    return model.llama(config, seq_len=L).init(jax.random.key(0))
+
+
+def test_no_position_sees_the_future(tokens):
+    module = model.Llama(CONFIG)
+    params = init()
+    embedded = params["embedding"][tokens[:1]]
+
+    def logits(x):  # a differentiable input: the embeddings of the tokens
+        fed = {**params, "embedding": x[0]}
+        out = module.apply({"params": fed}, jnp.arange(L)[None])
+        return out
+
+    # Untied head, so that the output does not depend on x through the projection.
+    untied = dataclasses.replace(CONFIG, tie_embeddings=False, vocab_size=L)
+    module = model.Llama(untied)
+    params = init(untied)
+    jacobian = jax.jacobian(lambda x: logits(x)[0].sum(-1))(embedded)[:, 0]  # [L out, L in, D]
+    reach = abs(jacobian).sum(-1)
+    assert (np.triu(reach, 1) == 0).all()
+    assert (np.diag(reach) > 0).all()
+    assert (reach[-1] > 0).all()
+
+
+def test_cached_decoding_equals_the_full_forward(tokens):
+    params = init()
+    full = model.Llama(CONFIG).apply({"params": params}, tokens[:1])
+    cached = model.Llama(CONFIG, cache_len=32)
+    logits, state = cached.apply({"params": params}, tokens[:1, :5], mutable="cache")
+    np.testing.assert_allclose(logits, full[:, :5], atol=2e-5)
+    for i in range(5, L):
+        logits, state = cached.apply(
+            {"params": params, **state},
+            tokens[:1, i : i + 1],
+            jnp.full((1, 1), i),
+            mutable="cache",
+        )
+        np.testing.assert_allclose(logits[:, 0], full[:, i], atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 8])
+def test_chunked_losses_and_gradients_equal_the_plain_ones(tokens, chunk):
+    batch = {"tokens": jnp.pad(tokens, ((0, 0), (0, 1))), "num_targets": jnp.array([16, 9, 1])}
+
+    def f(params, config):
+        losses, weights = model.llama(config, seq_len=L).example_losses(params, batch)
+        return (losses * weights).sum()
+
+    plain = jax.value_and_grad(f)(init(), CONFIG)
+    cut = jax.value_and_grad(f)(init(), dataclasses.replace(CONFIG, loss_chunk=chunk))
+    np.testing.assert_allclose(plain[0], cut[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain[1], cut[1])
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_nothing_but_memory(tokens, remat):
+    def f(params, config):
+        logits = model.Llama(config).apply({"params": params}, tokens)
+        return jnp.square(logits).mean()
+
+    def num_saved(config):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p: f(p, config)))(init())
+        return str(jaxpr).count("remat")
+
+    changed = dataclasses.replace(CONFIG, remat=remat)
+    assert num_saved(changed) > num_saved(CONFIG)
+    plain, rematted = (jax.grad(f)(init(), c) for c in (CONFIG, changed))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, rematted)
+
+
+def test_padding_targets_weigh_nothing(tokens):
+    batch = {"tokens": jnp.pad(tokens, ((0, 0), (0, 1))), "num_targets": jnp.array([16, 3, 0])}
+    _, weights = model.llama(CONFIG, seq_len=L).example_losses(init(), batch)
+    np.testing.assert_array_equal(weights.sum(1), [16, 3, 0])
+    assert (weights[1, :3] == 1).all()
+
+
+def test_bfloat16_compute_keeps_float32_losses_and_parameters(tokens):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(init(config))} == {jnp.dtype("float32")}
+    logits = model.Llama(config).apply({"params": init(config)}, tokens)
+    assert logits.dtype == jnp.float32
+    exact = model.Llama(CONFIG).apply({"params": init()}, tokens)
+    assert 0 < abs(logits - exact).max() < 0.05
+
+
+def test_rotation_keeps_length_and_depends_on_distance_only():
+    q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 8))
+
+    def score(i, j):
+        at = lambda x, p: model.rotate(x, jnp.full((1, 1), p), 10_000.0)  # noqa: E731
+        return float((at(q, i) * at(k, j)).sum())
+
+    np.testing.assert_allclose(score(3, 1), score(13, 11), rtol=1e-4)
+    assert abs(score(3, 1) - score(3, 2)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("35m", 10.6), ("110m", 85.0), ("335m", 303.0)]
+)
+def test_preset_sizes_without_embeddings(preset, millions):
+    abstract = jax.eval_shape(
+        model.from_config(base.get_config(preset)).init, jax.random.key(0)
+    )
+    leaves = tree.flatten(abstract)
+    embedding = leaves.pop("embedding")
+    assert embedding.shape[0] == 4096
+    np.testing.assert_allclose(tree.num_params(leaves) / 1e6, millions, rtol=0.02)
+
+
+def test_logical_axes_name_every_dimension():
+    axes = tree.flatten(model.logical_axes(CONFIG))
+    leaves = tree.flatten(init())
+    assert axes.keys() == leaves.keys()
+    for path, leaf in leaves.items():
+        assert len(axes[path]) == leaf.ndim, path
+
+
+def test_flops_count_the_matmuls_that_xla_counts():
+    config = dataclasses.replace(CONFIG, dim=64, num_heads=4, num_kv_heads=4, hidden_dim=128)
+    base_model = model.llama(config, seq_len=L)
+    batch = {"tokens": jnp.zeros((1, L + 1), jnp.int32), "num_targets": jnp.array([L])}
+    params = init(dataclasses.replace(config, num_layers=1))
+    single = model.llama(dataclasses.replace(config, num_layers=1), seq_len=L)
+    forward = jax.jit(lambda p: single.example_losses(p, batch)[0].sum())
+    counted = forward.lower(params).compile().cost_analysis()["flops"]
+    # Ours counts causal attention at half of the square that XLA computes; the rest of the
+    # difference is softmax, norms and the like.
+    ours = single.flops_per_row / 3
+    assert ours < counted < 1.35 * ours
+    assert base_model.flops_per_row > single.flops_per_row
+
+
+class Regression(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.tanh(nn.Dense(8)(x)))
+
+
+class NnxRegression(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.layers[1](nnx.tanh(self.layers[0](x)))
+
+
+def squared_error(apply, batch):
+    error = jnp.square(apply(batch["x"])[:, 0] - batch["y"])
+    return error, jnp.ones_like(error)
+
+
+@pytest.mark.parametrize(
+    "base_model",
+    [
+        model.from_linen(Regression(), example=jnp.zeros((1, 4)), losses=squared_error),
+        model.from_nnx(NnxRegression, losses=squared_error),
+    ],
+    ids=["linen", "nnx"],
+)
+def test_any_flax_module_can_be_souped(base_model):
+    rng = np.random.default_rng(0)
+    config = soup.SoupConfig(num_domains=3, num_experts=2, init_scale=0.5)
+    params = soup.init(
+        jax.random.key(0), base_model.init, config, frequencies_K=np.full(3, 1 / 3)
+    )
+    batch = {
+        "x": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
+        "y": jnp.ones(6),
+        "h": jnp.eye(3)[:2],
+    }
+
+    def plain(params):
+        alpha = soup.coefficients(params, batch["h"], config)
+        total = 0.0
+        for m in range(2):
+            theta = jax.tree.map(
+                lambda s, e, m=m: s + jnp.tensordot(alpha[m], e, 1), params["shared"], params["bank"]
+            )
+            rows = {k: batch[k][3 * m : 3 * m + 3] for k in ("x", "y")}
+            total = total + base_model.example_losses(theta, rows)[0].sum()
+        return total / 6
+
+    loss, expected = jax.value_and_grad(plain)(params)
+    (ours, _), grads, _ = soup.value_and_grad(params, batch, model=base_model, config=config)
+    np.testing.assert_allclose(ours, loss, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        tree.flatten(expected["shared"]),
+        tree.flatten(grads.shared),
+    )
+
+
+def test_modules_with_running_statistics_are_refused():
+    module = nn.BatchNorm(use_running_average=False)
+    with pytest.raises(ValueError, match="merges parameters only"):
+        model.from_linen(module, example=jnp.zeros((2, 4)), losses=squared_error).init(
+            jax.random.key(0)
+        )

@@ -1,0 +1,175 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from soup_jax import optimizer, soup, tree
+from soup_jax.experiments import base
+
+E, M = 4, 3
+
+
+def make_config(**fields):
+    cfg = base.get_config()
+    cfg.update_from_flattened_dict({"num_experts": E, "num_mixtures": M, "num_steps": 100} | fields)
+    return cfg
+
+
+def make_params(seed=0):
+    key = jax.random.split(jax.random.key(seed), 5)
+    shared = {"w": jax.random.normal(key[0], (6, 5)), "norm": {"scale": jnp.ones((2, 5))}}
+    bank = {
+        "w": 0.1 * jax.random.normal(key[1], (E, 6, 5)),
+        "norm": {"scale": 0.1 * jax.random.normal(key[2], (E, 2, 5))},
+    }
+    router = {"linear": jax.random.normal(key[3], (7, E))}
+    return {"shared": shared, "bank": bank, "router": router}
+
+
+def make_grads(step):
+    key = jax.random.split(jax.random.key(100 + step), 4)
+    merged = {
+        "w": jax.random.normal(key[0], (M, 6, 5)),
+        "norm": {"scale": jax.random.normal(key[1], (M, 2, 5))},
+    }
+    return soup.SoupGrads(
+        shared=jax.tree.map(lambda g: g.sum(0), merged),
+        router={"linear": jax.random.normal(key[2], (7, E))},
+        merged=merged,
+        alpha_ME=jax.random.normal(key[3], (M, E)),
+    )
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_adamw_bank_equals_optax_over_50_steps(clip_norm):
+    """The factored path against plain optax on materialised gradients, clipping and decay on."""
+    cfg = make_config(
+        **{
+            "optimizer.bank": "adamw",
+            "optimizer.bank_lr_scale": 0.3,
+            "optimizer.router_lr_scale": 2.0,
+            "optimizer.clip_norm": clip_norm,
+            "optimizer.learning_rate": 0.01,
+        }
+    )
+    o, rate = cfg.optimizer, optimizer.schedule(cfg)
+
+    def reference(scale, weight_decay):
+        return optax.adamw(
+            lambda s: scale * rate(s),
+            b1=o.beta1,
+            b2=o.beta2,
+            eps=o.eps,
+            weight_decay=weight_decay,
+            mask=lambda p: tree.map_named(lambda path, x: path.endswith("w"), p),
+        )
+
+    plain = optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.partition(
+            {
+                "shared": reference(1.0, o.weight_decay),
+                "bank": reference(0.3, o.weight_decay),
+                "router": reference(2.0, 0.0),
+            },
+            {"shared": "shared", "bank": "bank", "router": "router"},
+        ),
+    )
+    ours = theirs = make_params()
+    our_state, their_state = optimizer.init_state(cfg, ours), plain.init(theirs)
+    update = jax.jit(lambda p, s, g, i: optimizer.apply_update(cfg, p, s, g, i)[:2])
+    for i in range(50):
+        grads = make_grads(i)
+        full = {
+            "shared": grads.shared,
+            "router": grads.router,
+            "bank": jax.tree.map(
+                lambda g, a=grads.alpha_ME: jnp.einsum("ME,M...->E...", a, g), grads.merged
+            ),
+        }
+        ours, our_state = update(ours, our_state, grads, jnp.asarray(i))
+        updates, their_state = plain.update(full, their_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), ours, theirs)
+
+
+def test_merged_bank_moves_each_expert_by_its_share_of_the_preconditioned_directions():
+    cfg = make_config(**{"optimizer.clip_norm": 0.0, "optimizer.warmup_steps": 0})
+    o, params = cfg.optimizer, make_params()
+    state, nu = optimizer.init_state(cfg, params), np.zeros((6, 5))
+    expected = np.asarray(params["bank"]["w"], np.float64)
+    for i in range(5):
+        grads = make_grads(i)
+        lr = float(optimizer.schedule(cfg)(jnp.asarray(i))) * o.bank_lr_scale
+        params, state, _ = optimizer.apply_update(cfg, params, state, grads, jnp.asarray(i))
+        g = np.asarray(grads.merged["w"], np.float64)
+        nu = o.beta2 * nu + (1 - o.beta2) * g.sum(0) ** 2
+        direction = g / (np.sqrt(nu / (1 - o.beta2 ** (i + 1))) + o.eps)
+        expected *= 1 - lr * o.weight_decay
+        expected -= lr * np.einsum("me,mij->eij", np.asarray(grads.alpha_ME), direction)
+    np.testing.assert_allclose(params["bank"]["w"], expected, atol=1e-5)
+
+
+def test_merged_bank_has_no_state_per_expert():
+    cfg = make_config(**{"optimizer.bank": "merged"})
+    params = make_params()
+    state = optimizer.init_state(cfg, params)["bank"]
+    assert tree.num_params(state) == tree.num_params(params["shared"])
+
+
+def test_equal_experts_separate_under_merged_and_not_under_adamw_with_softmax():
+    """Why `merged` is there: Adam ignores the scale of a gradient."""
+    alpha = jnp.asarray([[0.1, 0.2, 0.3, 0.4]] * M)  # positive, as from a softmax
+    spreads = {}
+    for bank in ("merged", "adamw"):
+        cfg = make_config(**{"optimizer.bank": bank, "optimizer.clip_norm": 0.0})
+        params = make_params()
+        params["bank"] = jax.tree.map(jnp.zeros_like, params["bank"])
+        state = optimizer.init_state(cfg, params)
+        for i in range(5):
+            grads = make_grads(i)._replace(alpha_ME=alpha)
+            params, state, _ = optimizer.apply_update(cfg, params, state, grads, jnp.asarray(i))
+        w = params["bank"]["w"]
+        spreads[bank] = float((w.std(0) / (abs(w).mean(0) + 1e-12)).mean())
+    assert spreads["adamw"] < 1e-3
+    assert spreads["merged"] > 0.3
+
+
+def test_norm_scales_and_biases_do_not_decay():
+    assert optimizer.decays("layers/mlp/up", 3)
+    assert not optimizer.decays("layers/mlp_norm/scale", 2)
+    assert not optimizer.decays("final_norm/scale", 1)
+    assert not optimizer.decays("hidden_bias", 2)
+
+
+def rates(cfg):
+    return np.array([optimizer.schedule(cfg)(s) for s in range(cfg.num_steps + 1)])
+
+
+def test_schedules():
+    options = {"optimizer.learning_rate": 1.0, "optimizer.warmup_steps": 10}
+    for kind in ("cosine", "wsd", "constant"):
+        lr = rates(make_config(**options, **{"optimizer.schedule": kind}))
+        assert lr[0] > 0
+        assert (np.diff(lr[:11]) > 0).all()
+        np.testing.assert_allclose(lr[10], 1.0, rtol=1e-6)
+        assert lr.max() <= 1 + 1e-6
+    cosine = rates(make_config(**options))
+    np.testing.assert_allclose(cosine[-1], 0.1, rtol=1e-4)
+    wsd = rates(
+        make_config(**options, **{"optimizer.schedule": "wsd", "optimizer.decay_steps": 20})
+    )
+    np.testing.assert_allclose(wsd[10:80], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(wsd[-1], 0.1, rtol=1e-4)
+
+
+def test_clipping_bounds_the_global_norm_with_the_experts_in_it():
+    cfg = make_config(**{"optimizer.clip_norm": 1.0})
+    params, grads = make_params(), make_grads(0)
+    info = optimizer.apply_update(
+        cfg, params, optimizer.init_state(cfg, params), grads, jnp.asarray(0)
+    )[2]
+    bank = jax.tree.map(lambda g: jnp.einsum("ME,M...->E...", grads.alpha_ME, g), grads.merged)
+    full = (grads.shared, grads.router, bank)
+    np.testing.assert_allclose(info.grad_norm, optax.tree.norm(full), rtol=1e-5)
