@@ -28,6 +28,13 @@ def set_model(cfg: ConfigDict, preset: str) -> None:
     cfg.model.num_kv_heads = cfg.model.num_heads
 
 
+def set_generic(cfg: ConfigDict) -> None:
+    """Make a soup's config that of its generic baseline: no experts, natural frequencies only."""
+    cfg.num_experts = 0
+    cfg.num_mixtures = 1
+    cfg.domain_weights.update({"sparse": 0.0, "generic": 1.0, "dirichlet": 0.0, "file": 0.0})
+
+
 def get_config(preset: str = "tiny") -> ConfigDict:
     """The full config with every default; `preset` is one of MODEL_PRESETS."""
     cfg = ConfigDict()

@@ -32,12 +32,7 @@ def get_config(method: str = "soup") -> ConfigDict:
     cfg.optimizer.bank_lr_scale = 1.0
     cfg.checkpoint.every_steps = 500
     if method == "generic":
-        cfg.num_experts = 0
-        cfg.num_mixtures = 1
-        cfg.domain_weights.sparse = 0.0
-        cfg.domain_weights.generic = 1.0
-        cfg.domain_weights.min_support_size = 4
-        cfg.domain_weights.support_size = 4
+        base.set_generic(cfg)
     elif method != "soup":
         raise ValueError(f"unknown method {method!r}: soup or generic")
     return cfg

@@ -49,6 +49,7 @@ _set_environment()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -66,3 +67,85 @@ def _devices() -> None:
 
     assert jax.device_count() == NUM_DEVICES
     assert jax.default_backend() == "cpu"
+
+
+TOPICS = {
+    "cooking": "butter flour oven bake sugar dough simmer garlic onion pepper roast whisk",
+    "sailing": "wind harbour keel tack mast anchor tide rudder sail hull compass storm",
+    "algebra": "ring ideal module kernel group lemma proof morphism field basis tensor rank",
+    "python": "def return import class self yield lambda tuple assert except raise print",
+}
+
+
+def topic_text(topic: str, seed: int, *, num_words: int = 120) -> str:
+    """A document whose words are mostly of one topic: separable, and never the same twice."""
+    import numpy as np
+
+    rng = np.random.default_rng([seed, len(topic), ord(topic[0])])
+    words = TOPICS[topic].split() + ["the", "a", "of", "and", "to"]
+    return " ".join(rng.choice(words, num_words)) + f" ({topic} {seed})."
+
+
+def tiny_config(**fields):
+    """A config whose runs take seconds: 6 domains, 4 experts, a base network of about 30,000."""
+    from soup_jax.experiments import base
+
+    cfg = base.get_config()
+    cfg.update_from_flattened_dict(
+        {
+            "name": "tiny",
+            "num_domains": 6,
+            "num_experts": 4,
+            "num_mixtures": 2,
+            "vocab_size": 400,
+            "seq_len": 32,
+            "batch_size": 16,
+            "num_steps": 12,
+            "corpus.num_workers": 1,
+            "corpus.validation_fraction": 0.1,
+            "embed.dim": 8,
+            "model.dim": 32,
+            "model.hidden_dim": 48,
+            "model.num_heads": 2,
+            "model.num_kv_heads": 2,
+            "domain_weights.support_size": 2,
+            "domain_weights.min_support_size": 1,
+            "experts.init_scale": 0.1,
+            "optimizer.warmup_steps": 2,
+            "checkpoint.every_steps": 5,
+            "log.every_steps": 4,
+            "log.tensorboard": False,
+            "evaluate.max_windows": 8,
+            "evaluate.batch_size": 8,
+        }
+        | fields
+    )
+    return cfg
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """generic.jsonl with 160 documents of four topics, and one file of 30 for two of them."""
+    import json
+
+    folder = tmp_path_factory.mktemp("text")
+    sets = {"generic": [(t, i) for i in range(40) for t in TOPICS]}
+    sets |= {t: [(t, 1000 + i) for i in range(30)] for t in ("cooking", "python")}
+    for name, documents in sets.items():
+        lines = [json.dumps({"text": topic_text(t, i)}) + "\n" for t, i in documents]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tiny_text: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a prepared corpus that fits `tiny_config`."""
+    from soup_jax.prepare import prepare
+
+    directory = str(tmp_path_factory.mktemp("corpus") / "prepared")
+    prepare(
+        tiny_config(
+            **{"corpus.dir": directory, "corpus.sources": (str(tiny_text / "generic.jsonl"),)}
+        )
+    )
+    return directory

@@ -1,0 +1,139 @@
+"""The compiled step on eight devices: what it computes, and what it moves."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from soup_jax import loader, mesh, model, sharding, train_state, train_step, tree
+
+FREQUENCIES = np.full(6, 1 / 6)
+
+
+def build(num_devices=8, **fields):
+    cfg = tiny_config(**fields)
+    base_model = model.from_config(cfg)
+    m = mesh.make_mesh(cfg, jax.devices()[:num_devices])
+    init = train_state.make_init(cfg, base_model, frequencies_K=FREQUENCIES)
+    shardings = train_state.state_shardings(m, jax.eval_shape(init))
+    state = jax.jit(init, out_shardings=shardings)()
+    step = train_step.compile_step(cfg, base_model, m, shardings)
+    sums = jax.device_put(train_step.zero_metrics(6), sharding.replicated(m))
+    return cfg, m, state, step, sums
+
+
+def make_batch(cfg, m, seed=0):
+    rng = np.random.default_rng(seed)
+    batch = {
+        "tokens": rng.integers(0, 400, (16, 33)).astype(np.int32),
+        "num_targets": np.full(16, 32, np.int32),
+        "domain": rng.integers(0, 6, 16).astype(np.int32),
+        "h": rng.dirichlet(np.ones(6), cfg.num_mixtures).astype(np.float32),
+    }
+    return loader.to_device(batch, m)
+
+
+def run(steps=3, **fields):
+    cfg, m, state, step, sums = build(**fields)
+    for i in range(steps):
+        state, sums = step(state, sums, make_batch(cfg, m, i))
+    return state, sums, step
+
+
+@pytest.mark.parametrize("bank", ["merged", "adamw"])
+def test_every_mesh_computes_the_same(bank):
+    # Adam's first steps are sign-like: a rounding difference of a tiny gradient moves a weight by
+    # the learning rate. A larger eps keeps the comparison about the layout.
+    fields = {"optimizer.bank": bank, "optimizer.eps": 1e-3, "num_mixtures": 4}
+    reference, sums, _ = run(num_devices=1, **fields)
+    for num_devices, replica in ((2, 2), (4, 2), (8, 4), (8, 1)):
+        state, other, _ = run(num_devices=num_devices, **fields, **{"mesh.replica": replica})
+        np.testing.assert_allclose(other["loss"], sums["loss"], rtol=1e-5)
+        for path, x in tree.flatten(reference.params).items():
+            y = tree.flatten(state.params)[path]
+            np.testing.assert_allclose(x, y, atol=2e-5, err_msg=path)
+
+
+def test_gradient_accumulation_changes_nothing():
+    fields = {"optimizer.eps": 1e-3, "num_devices": 2}
+    one, one_sums, _ = run(**fields)
+    two, two_sums, _ = run(**fields, **{"optimizer.grad_accumulation": 4})
+    np.testing.assert_allclose(one_sums["domain_loss"], two_sums["domain_loss"], rtol=1e-4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), one.params, two.params)
+
+
+def test_one_compilation_for_all_steps():
+    assert run(steps=4)[2]._cache_size() == 1
+
+
+def test_state_keeps_its_storage_layout_and_the_bank_is_sliced_within_experts():
+    state, _, _ = run()
+    leaves = tree.flatten(state.params["bank"])
+    sliced = 0
+    for path, leaf in leaves.items():
+        spec = leaf.sharding.spec
+        assert not spec or spec[0] is None, f"{path} is split along the experts: {spec}"
+        if leaf.addressable_shards[0].data.size * 8 == leaf.size:
+            sliced += leaf.size
+    assert sliced > 0.95 * tree.num_params(leaves)
+
+
+def test_metrics_sum_over_steps_and_domains():
+    cfg, m, state, step, sums = build()
+    batches = [make_batch(cfg, m, i) for i in range(3)]
+    for batch in batches:
+        state, sums = step(state, sums, batch)
+    counts = sum(np.bincount(np.asarray(b["domain"]), minlength=6) for b in batches)
+    np.testing.assert_array_equal(sums["domain_rows"], counts)
+    np.testing.assert_array_equal(sums["domain_targets"], 32 * counts)
+    assert float(sums["steps"]) == 3
+    assert int(state.step) == 3
+    np.testing.assert_allclose(
+        sums["domain_loss"].sum() / sums["domain_targets"].sum(), sums["loss"] / 3, rtol=1e-5
+    )
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_remembered():
+    cfg, m, state, step, sums = build()
+    state, sums = step(state, sums, make_batch(cfg, m, 0))
+    params = jax.tree.map(np.asarray, state.params)
+    bad = make_batch(cfg, m, 1) | {"h": jnp.full((2, 6), jnp.nan)}
+    bad["h"] = jax.device_put(bad["h"], sharding.replicated(m))
+    state, sums = step(state, sums, bad)
+    state, sums = step(state, sums, make_batch(cfg, m, 2))
+    assert int(state.bad_step) == 1
+    assert int(state.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(np.asarray, state.params))
+
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\("
+)
+
+
+def collective_elements(num_experts):
+    cfg, m, state, step, sums = build(num_experts=num_experts, num_mixtures=4)
+    text = step.lower(state, sums, make_batch(cfg, m)).compile().as_text()
+    found = []
+    for shapes, kind, _ in COLLECTIVE.findall(text):
+        sizes = [
+            int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
+            for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
+        ]
+        found.append((kind, sum(sizes)))
+    return found, cfg
+
+
+def test_communication_does_not_grow_with_the_number_of_experts():
+    """The merge is local to a slice: what moves is the merged models and the router."""
+    few, cfg = collective_elements(8)
+    many, _ = collective_elements(64)
+    assert few
+    base_size = tree.num_params(jax.eval_shape(model.from_config(cfg).init, jax.random.key(0)))
+    # The router's parameters and alpha do grow, by K + hidden + M numbers an expert.
+    grown = sum(n for _, n in many) - sum(n for _, n in few)
+    assert grown <= 8 * (64 - 8) * (6 + 64 + 8)
+    assert max(n for _, n in many) <= 4 * base_size
