@@ -32,7 +32,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from soup_jax import domains, files
+from soup_jax import corpus, domains, files
 from soup_jax import embed as embed_lib
 from soup_jax import tokenizer as tokenizer_lib
 from soup_jax.errors import UserError
@@ -284,6 +284,25 @@ class Corpus:
         data = np.frombuffer(b"".join(records), np.uint8).reshape(len(ids), -1)
         data = data[:, -dtype.itemsize * (self.seq_len + 1) :]
         return np.ascontiguousarray(data).view(dtype).astype(np.int32)
+
+    def summary(self) -> list[str]:
+        """Lines on what was read, dropped and damaged, and what came of it."""
+        counts = self.manifest["counts"]
+        lines = [
+            f"{self.path}: {counts['documents']:,} documents read, {counts['duplicates']:,} "
+            f"duplicates and {counts['too_short']:,} too short ones dropped, {counts['cut']:,} "
+            f"long ones cut; {self.num_domains} domains, vocabulary of {self.vocab_size:,}"
+        ]
+        for split, count in counts["splits"].items():
+            lines.append(
+                f"  {split}: {count['documents']:,} documents, {count['bytes'] / 1e6:,.1f} MB, "
+                f"{count['tokens']:,} tokens, {count['windows']:,} windows of {self.seq_len}"
+            )
+        damage = corpus.Report(files.read_json(self.path / "report.json")).lines()
+        lines.append(
+            f"  damaged: {counts['damaged']}" + (" (all in report.json)" if damage else "")
+        )
+        return lines + [f"    {line}" for line in damage]
 
     def verify(self) -> None:
         """Compare the SHA-256 of every artefact with the manifest; reads the whole folder.

@@ -16,7 +16,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = """
     errors files config shapes tree mesh sharding
-    tokenizer corpus embed domains windows histogram prepare domain_weights sampler loader
+    tokenizer corpus embed domains windows histogram request shards prepare
+    domain_weights sampler loader
     model experts router merge soup loss
     optimizer train_state train_step metrics checkpoint evaluate train
     specialist finetune export generate report main

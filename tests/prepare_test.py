@@ -21,7 +21,7 @@ import zstandard
 from ml_collections import ConfigDict
 from soup_jax.experiments import base
 
-from soup_jax import corpus, domains, embed, prepare, tokenizer, windows
+from soup_jax import corpus, domains, embed, prepare, shards, tokenizer, windows
 from soup_jax.errors import UserError
 
 TOPICS = [
@@ -107,7 +107,7 @@ def texts_of(prepared: windows.Corpus, split: str) -> list[str]:
 def small_pieces():
     """Several shards and several window files, from little text."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(prepare, "SHARD_DOCUMENTS", 25)
+    patch.setattr(shards, "SHARD_DOCUMENTS", 25)
     patch.setattr(windows, "FILE_BYTES", 5000)
     yield
     patch.undo()
@@ -232,10 +232,10 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
 # Runs `prepare`, and is killed by SIGKILL when stage `stage` has given its first result.
 KILLED_PROGRAM = """
 import os, signal, sys
-from soup_jax import embed, prepare, windows
+from soup_jax import embed, prepare, shards, windows
 sys.path.insert(0, {tests!r})
 import prepare_test
-prepare.SHARD_DOCUMENTS, windows.FILE_BYTES = 25, 5000
+shards.SHARD_DOCUMENTS, windows.FILE_BYTES = 25, 5000
 parallel_map, stage = embed.parallel_map, 0
 def killing(function, jobs, *, num_workers):
     global stage
