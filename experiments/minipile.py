@@ -4,6 +4,7 @@
 """
 
 from ml_collections import ConfigDict
+
 from soup_jax.experiments import base
 
 

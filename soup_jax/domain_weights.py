@@ -118,7 +118,9 @@ def read_rows(path: pathlib.Path, num_domains: int) -> np.ndarray:
     try:
         rows = np.atleast_2d(np.asarray(value, np.float64))
     except (TypeError, ValueError) as e:
-        raise UserError(f"{path} must hold a list of {num_domains} numbers, or lists of them") from e
+        raise UserError(
+            f"{path} must hold a list of {num_domains} numbers, or lists of them"
+        ) from e
     if rows.ndim != 2 or rows.shape[1] != num_domains:
         raise UserError(f"{path} has shape {rows.shape}, expected rows of {num_domains} weights")
     if not np.isfinite(rows).all() or (rows < 0).any() or (abs(rows.sum(1) - 1) > 1e-3).any():

@@ -53,9 +53,7 @@ class BatchSource:
         }
 
 
-def num_targets(
-    corpus: Corpus, split: str, domain: np.ndarray, window: np.ndarray
-) -> np.ndarray:
+def num_targets(corpus: Corpus, split: str, domain: np.ndarray, window: np.ndarray) -> np.ndarray:
     """int32 [n]: targets of each window that are text; only a domain's last window has fewer."""
     size = np.diff(corpus.offsets[split])[domain]
     pad = np.where(window == size - 1, np.asarray(corpus.pad[split])[domain], 0)

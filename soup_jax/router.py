@@ -76,9 +76,7 @@ def centroid_projection(
     return coordinates.astype(np.float32)
 
 
-def route(
-    router: Params, h_MK: Array, *, normalization: str, scale: float, center: bool
-) -> Array:
+def route(router: Params, h_MK: Array, *, normalization: str, scale: float, center: bool) -> Array:
     """alpha_ME of M domain weights; differentiable in the router's trained leaves."""
     x_MK = h_MK.astype(jnp.float32)
     if center:

@@ -31,7 +31,9 @@ def check_shapes(**arrays: Any) -> dict[str, int]:
     for name, array in arrays.items():
         letters = name.rsplit("_", 1)[-1]
         if len(array.shape) != len(letters):
-            raise ValueError(f"{name} has shape {tuple(array.shape)}, expected dimensions {letters}")
+            raise ValueError(
+                f"{name} has shape {tuple(array.shape)}, expected dimensions {letters}"
+            )
         for letter, size in zip(letters, array.shape):
             if sizes.setdefault(letter, size) != size:
                 raise ValueError(

@@ -8,7 +8,6 @@ never killed. SIGTERM (and SIGINT) save at the current step and end with status 
 """
 
 import contextlib
-import dataclasses
 import logging
 import pathlib
 import signal
@@ -19,26 +18,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from soup_jax import checkpoint as checkpoint_lib
-from soup_jax import config as config_lib
-from soup_jax import domain_weights, evaluate, loader, metrics, sharding, train_step, tree
-from soup_jax import model as model_lib
-from soup_jax.errors import UserError
+from soup_jax import evaluate, loader, metrics, sharding, train_step, tree
 from soup_jax.files import write_json
-from soup_jax.mesh import make_mesh
 from soup_jax.model import BaseModel
-from soup_jax.sampler import SamplingPlan
-from soup_jax.train_state import TrainState, make_init, state_shardings
-from soup_jax.windows import Corpus, open_corpus
+from soup_jax.run import Run, claim_workdir, restore_or_init, setup
+from soup_jax.train_state import TrainState
 
 _log = logging.getLogger(__name__)
-
-# Fields that may differ between the starts of one run: they change no number of it.
-RESUMABLE = ("log.", "evaluate.", "checkpoint.", "loader.", "mesh.", "corpus.dir")
 
 
 class Interrupted(Exception):
@@ -47,119 +37,6 @@ class Interrupted(Exception):
 
 class _EvaluationCut(Exception):
     """A signal arrived during an evaluation: saving comes first."""
-
-
-@dataclasses.dataclass
-class Run:
-    """What a training run is made of, set up before the first step."""
-
-    cfg: ConfigDict
-    workdir: pathlib.Path
-    corpus: Corpus
-    model: BaseModel
-    mesh: Mesh
-    plan: SamplingPlan
-    abstract: TrainState  # with shardings: the target of a restore
-    init: Any  # () -> TrainState, sharded
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must agree for the data of a resumed run to continue the old data."""
-        return {
-            "corpus": self.corpus.fingerprint,
-            "plan": self.plan.fingerprint(),
-            "seed": self.cfg.seed,
-            "batch_size": self.cfg.batch_size,
-            "num_mixtures": self.cfg.num_mixtures,
-        }
-
-    def data_state(self, step: int) -> dict[str, Any]:
-        """The `data` item of a checkpoint."""
-        cursors = self.plan.cursors(step).tolist()
-        return {"step": step, "cursors": cursors, "fingerprint": self.fingerprint()}
-
-
-def setup(cfg: ConfigDict, workdir: pathlib.Path, *, model: BaseModel | None = None) -> Run:
-    """Check everything that can be checked before work starts, and build the run.
-
-    Raises:
-      UserError: config, corpus, mesh or workdir do not fit each other.
-    """
-    config_lib.check(cfg)
-    corpus = open_corpus(cfg.corpus.dir)
-    loader.check_corpus(
-        corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
-    )
-    mesh = make_mesh(cfg)
-    meta = domain_weights.from_config(cfg, corpus.domain_frequencies)
-    plan = SamplingPlan(
-        meta,
-        num_windows_K=np.diff(corpus.offsets["train"]),
-        batch_size=cfg.batch_size,
-        num_mixtures=cfg.num_mixtures,
-        seed=cfg.seed,
-    )
-    model = model or model_lib.from_config(cfg)
-    make = make_init(
-        cfg,
-        model,
-        frequencies_K=corpus.domain_frequencies,
-        centroids_KC=corpus.centroids() if cfg.router.init == "centroids" else None,
-    )
-    abstract = jax.eval_shape(make)
-    shardings = state_shardings(mesh, abstract)
-    return Run(
-        cfg=cfg,
-        workdir=workdir,
-        corpus=corpus,
-        model=model,
-        mesh=mesh,
-        plan=plan,
-        abstract=checkpoint_lib.abstract_with_shardings(abstract, shardings),
-        init=jax.jit(make, out_shardings=shardings),
-    )
-
-
-def _claim_workdir(run: Run) -> None:
-    path = run.workdir / "config.json"
-    if path.exists():
-        changes = config_lib.diff(config_lib.load(path), run.cfg, ignore=RESUMABLE)
-        if changes:
-            raise UserError(
-                f"{run.workdir} holds a run with another config (old -> new):\n  "
-                + "\n  ".join(changes)
-                + "\nUse the old values to continue it, or another --workdir"
-            )
-    if jax.process_index() == 0:
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        config_lib.save(run.cfg, path)
-        leaves = tree.flatten(run.abstract.params)
-        lines = [f"{p} {x.dtype}{list(x.shape)} {x.sharding.spec}\n" for p, x in leaves.items()]
-        (run.workdir / "parameters.txt").write_text("".join(lines), encoding="utf-8")
-
-
-def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> TrainState:
-    """The newest checkpoint of the workdir, its data checked against the run's; else a new state.
-
-    Raises:
-      UserError: the checkpoint's structure or its data fingerprint differs; both sides are shown.
-    """
-    restored = checkpointer.restore(run.abstract)
-    if restored is None:
-        return run.init()
-    state, data = restored
-    ours = run.fingerprint()
-    differences = [
-        f"{name}: {data['fingerprint'].get(name)!r} -> {value!r}"
-        for name, value in ours.items()
-        if data["fingerprint"].get(name) != value
-    ]
-    if differences:
-        raise UserError(
-            "the checkpoint was trained on other data (checkpoint -> now):\n  "
-            + "\n  ".join(differences)
-        )
-    run.plan.restore(data["step"], np.asarray(data["cursors"], np.int64))
-    return state
 
 
 @contextlib.contextmanager
@@ -220,7 +97,7 @@ def train(
     """
     run = setup(cfg, pathlib.Path(workdir), model=model)
     specialists, validation = _evaluation_sets(run)
-    _claim_workdir(run)
+    claim_workdir(run)
     checkpoints = run.workdir / "checkpoints"
     with _signals() as received, checkpoint_lib.Checkpointer(checkpoints, cfg) as checkpointer:
         state = restore_or_init(run, checkpointer)

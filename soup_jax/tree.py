@@ -57,7 +57,9 @@ def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[
     try:
         compiled = [(re.compile(pattern), rule) for pattern, rule in rules]
     except re.error as e:
-        raise UserError(f"rules {list(rules)}: {e.pattern!r} is not a regular expression: {e}") from e
+        raise UserError(
+            f"rules {list(rules)}: {e.pattern!r} is not a regular expression: {e}"
+        ) from e
     matched = {}
     for path in paths:
         for pattern, rule in compiled:

@@ -80,7 +80,7 @@ def test_refuses_a_replaced_section():
     with cfg.unlocked():
         del cfg.optimizer
         cfg.optimizer = {"learning_rate": 1.0}
-    with pytest.raises(UserError, match="missing fields optimizer.bank"):
+    with pytest.raises(UserError, match=r"missing fields optimizer\.bank"):
         config.check(cfg)
 
 

@@ -82,7 +82,7 @@ def topic_text(topic: str, seed: int, *, num_words: int = 120) -> str:
     import numpy as np
 
     rng = np.random.default_rng([seed, len(topic), ord(topic[0])])
-    words = TOPICS[topic].split() + ["the", "a", "of", "and", "to"]
+    words = [*TOPICS[topic].split(), "the", "a", "of", "and", "to"]
     return " ".join(rng.choice(words, num_words)) + f" ({topic} {seed})."
 
 

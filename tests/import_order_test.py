@@ -19,7 +19,7 @@ MODULES = """
     tokenizer corpus embed domains windows histogram request shards prepare
     domain_weights sampler loader
     model experts router merge soup loss
-    optimizer train_state train_step metrics checkpoint evaluate train
+    optimizer train_state train_step metrics checkpoint evaluate run train
     specialist finetune export generate report main
 """.split()
 READS_EXPERIMENTS = ("config", "main")  # the field list, and the folder of the shipped files

@@ -25,20 +25,16 @@ def init(config=CONFIG):
     return model.llama(config, seq_len=L).init(jax.random.key(0))
 
 
-def test_no_position_sees_the_future(tokens):
-    module = model.Llama(CONFIG)
-    params = init()
-    embedded = params["embedding"][tokens[:1]]
+def test_no_position_sees_the_future():
+    # Untied, so that the output depends on x only through the inputs; one token per position, so
+    # that the embeddings are a differentiable input.
+    config = dataclasses.replace(CONFIG, tie_embeddings=False, vocab_size=L)
+    module, params = model.Llama(config), init(config)
 
-    def logits(x):  # a differentiable input: the embeddings of the tokens
-        fed = {**params, "embedding": x[0]}
-        out = module.apply({"params": fed}, jnp.arange(L)[None])
-        return out
+    def logits(x):
+        return module.apply({"params": {**params, "embedding": x[0]}}, jnp.arange(L)[None])
 
-    # Untied head, so that the output does not depend on x through the projection.
-    untied = dataclasses.replace(CONFIG, tie_embeddings=False, vocab_size=L)
-    module = model.Llama(untied)
-    params = init(untied)
+    embedded = params["embedding"][None]
     jacobian = jax.jacobian(lambda x: logits(x)[0].sum(-1))(embedded)[:, 0]  # [L out, L in, D]
     reach = abs(jacobian).sum(-1)
     assert (np.triu(reach, 1) == 0).all()
@@ -119,13 +115,9 @@ def test_rotation_keeps_length_and_depends_on_distance_only():
     assert abs(score(3, 1) - score(3, 2)) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("preset", "millions"), [("35m", 10.6), ("110m", 85.0), ("335m", 303.0)]
-)
+@pytest.mark.parametrize(("preset", "millions"), [("35m", 10.6), ("110m", 85.0), ("335m", 303.0)])
 def test_preset_sizes_without_embeddings(preset, millions):
-    abstract = jax.eval_shape(
-        model.from_config(base.get_config(preset)).init, jax.random.key(0)
-    )
+    abstract = jax.eval_shape(model.from_config(base.get_config(preset)).init, jax.random.key(0))
     leaves = tree.flatten(abstract)
     embedding = leaves.pop("embedding")
     assert embedding.shape[0] == 4096
@@ -185,9 +177,7 @@ def squared_error(apply, batch):
 def test_any_flax_module_can_be_souped(base_model):
     rng = np.random.default_rng(0)
     config = soup.SoupConfig(num_domains=3, num_experts=2, init_scale=0.5)
-    params = soup.init(
-        jax.random.key(0), base_model.init, config, frequencies_K=np.full(3, 1 / 3)
-    )
+    params = soup.init(jax.random.key(0), base_model.init, config, frequencies_K=np.full(3, 1 / 3))
     batch = {
         "x": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
         "y": jnp.ones(6),
@@ -199,7 +189,9 @@ def test_any_flax_module_can_be_souped(base_model):
         total = 0.0
         for m in range(2):
             theta = jax.tree.map(
-                lambda s, e, m=m: s + jnp.tensordot(alpha[m], e, 1), params["shared"], params["bank"]
+                lambda s, e, m=m: s + jnp.tensordot(alpha[m], e, 1),
+                params["shared"],
+                params["bank"],
             )
             rows = {k: batch[k][3 * m : 3 * m + 3] for k in ("x", "y")}
             total = total + base_model.example_losses(theta, rows)[0].sum()

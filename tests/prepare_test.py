@@ -19,10 +19,10 @@ import pytest
 import tensorflow_datasets as tfds
 import zstandard
 from ml_collections import ConfigDict
-from soup_jax.experiments import base
 
 from soup_jax import corpus, domains, embed, prepare, shards, tokenizer, windows
 from soup_jax.errors import UserError
+from soup_jax.experiments import base
 
 TOPICS = [
     "kernel module device driver interrupt memory scheduler thread",

@@ -21,9 +21,7 @@ def params(**changes):
 
 
 def route(p, h, normalization="none", scale=1.0, center=True):
-    return router.route(
-        p, jnp.asarray(h), normalization=normalization, scale=scale, center=center
-    )
+    return router.route(p, jnp.asarray(h), normalization=normalization, scale=scale, center=center)
 
 
 @pytest.fixture(scope="module")
