@@ -49,7 +49,7 @@ def test_every_mesh_computes_the_same(bank):
     # the learning rate. A larger eps keeps the comparison about the layout.
     fields = {"optimizer.bank": bank, "optimizer.eps": 1e-3, "num_mixtures": 4}
     reference, sums, _ = run(num_devices=1, **fields)
-    for num_devices, replica in ((2, 2), (4, 2), (8, 4), (8, 1)):
+    for num_devices, replica in ((2, 2), (2, 1), (4, 2), (8, 4)):
         state, other, _ = run(num_devices=num_devices, **fields, **{"mesh.replica": replica})
         np.testing.assert_allclose(other["loss"], sums["loss"], rtol=1e-5)
         for path, x in tree.flatten(reference.params).items():
