@@ -77,6 +77,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     weights.file = 0.0  # a row of `path`, drawn uniformly; one row: a fixed h (CRISP)
     weights.support_size = 4  # s of the sparse component, largest value
     weights.min_support_size = 4  # and smallest; between them log-uniformly drawn
+    weights.support_exponent = 0.0  # draw these domains by frequency ** this; 0: uniformly
     weights.concentration = 8.0  # of the Dirichlet component
     weights.path = ""  # .json: a list of K numbers, a list of such lists, or a recipe.json
 

@@ -25,6 +25,7 @@ def get_config(method: str = "soup") -> ConfigDict:
     cfg.domain_weights.sparse = 0.8
     cfg.domain_weights.generic = 0.2
     cfg.domain_weights.min_support_size = 1
+    cfg.domain_weights.support_exponent = 1.0
     cfg.domain_weights.support_size = 16
     cfg.experts.init_scale = 0.0
     cfg.router.init = "centroids"

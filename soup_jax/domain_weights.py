@@ -3,8 +3,10 @@
 `h` lies on the simplex of dimension K and weighs *windows*: a row of the batch of mixture m comes
 from domain k with probability `h_MK[m, k]`. pi is a mixture of four components:
 
-- sparse: `support_size` domains drawn uniformly without replacement, weights uniform on (0, 1) and
-  normalised (the paper's choice). With `min_support_size` below it the size is itself drawn,
+- sparse: `support_size` domains drawn without replacement, weights uniform on (0, 1) and
+  normalised. Domains are drawn with probability proportional to frequency ** support_exponent: 0 is
+  the paper's uniform draw; 1 makes the tokens of a run follow the corpus on average, which matters
+  when clusters differ much in size. With `min_support_size` below it the size is itself drawn,
   log-uniformly, so that specialists whose histogram is narrow or wide are both met in training.
 - generic: the natural frequencies, always the same h.
 - dirichlet: Dirichlet(concentration * natural frequencies), dense perturbations of the generic h.
@@ -34,6 +36,7 @@ class MetaDistribution:
       frequencies_K: natural domain frequencies, the generic h.
       min_support_size, support_size: range of the sparse component's support.
       concentration: of the Dirichlet component.
+      support_exponent: of the natural frequencies, in drawing the sparse component's domains.
       rows_RK: domain weights read from a file, or None.
     """
 
@@ -43,6 +46,7 @@ class MetaDistribution:
     support_size: int
     concentration: float
     rows_RK: np.ndarray | None = None
+    support_exponent: float = 0.0
 
     def sample(self, rng: np.random.Generator) -> np.ndarray:
         """One h [K], float64, non-negative, summing to 1."""
@@ -62,7 +66,8 @@ class MetaDistribution:
         if high > low:
             size = int(math.exp(rng.uniform(math.log(low), math.log(high + 1))))
         size = min(size, high, len(available))
-        support = rng.choice(available, size=size, replace=False)
+        chances = self.frequencies_K[available] ** self.support_exponent
+        support = rng.choice(available, size=size, replace=False, p=chances / chances.sum())
         h_K = np.zeros_like(self.frequencies_K)
         h_K[support] = 1 - rng.random(size)  # (0, 1]: no domain of the support gets weight zero
         return h_K / h_K.sum()
@@ -79,7 +84,7 @@ class MetaDistribution:
         """Hash of everything that determines the draws."""
         rows = None if self.rows_RK is None else self.rows_RK.tolist()
         value = [self.probabilities, self.frequencies_K.tolist(), self.min_support_size]
-        value += [self.support_size, self.concentration, rows]
+        value += [self.support_size, self.concentration, rows, self.support_exponent]
         return sha256_bytes(json.dumps(value).encode())
 
 
@@ -104,6 +109,7 @@ def from_config(cfg: ConfigDict, frequencies_K: np.ndarray) -> MetaDistribution:
         support_size=weights.support_size,
         concentration=weights.concentration,
         rows_RK=rows,
+        support_exponent=weights.support_exponent,
     )
 
 

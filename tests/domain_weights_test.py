@@ -45,6 +45,12 @@ def test_sparse_support_is_uniform_over_the_available_domains():
     np.testing.assert_allclose(share, 0.5, atol=4 * np.sqrt(0.25 / 8000))
 
 
+def test_support_exponent_one_makes_the_mean_h_of_single_domains_natural():
+    m = domain_weights.MetaDistribution((1.0, 0, 0, 0), FREQUENCIES, 1, 1, 5.0, None, 1.0)
+    bound = 4.5 * np.sqrt(FREQUENCIES * (1 - FREQUENCIES) / 8000)
+    assert (abs(draws(m, num=8000).mean(0) - FREQUENCIES) <= bound).all()
+
+
 def test_support_sizes_cover_their_range_log_uniformly():
     sizes = (draws(meta(low=1, high=3), num=8000) > 0).sum(1)
     expected = np.log([2 / 1, 3 / 2, 4 / 3]) / np.log(4)
