@@ -56,13 +56,13 @@ stage "train the soup" "$soup_jax" train --config="$soup" --workdir="$dir/soup" 
 stage "train the generic baseline" \
   "$soup_jax" train --config="$generic" --workdir="$dir/generic" "$corpus"
 stage "evaluate" "$soup_jax" evaluate --workdir="$dir/soup" --against="$dir/generic" \
-  --specialists="$dir/text/specialists/*.jsonl"
+  --specialists="$dir/text/specialists/*.jsonl" --text="$dir/evaluation.txt"
 stage "instantiate a specialist" "$soup_jax" instantiate --run="$dir/soup" \
   --documents="$specialist" --out="$dir/specialist"
 stage "generate with it" "$soup_jax" generate --model="$dir/specialist" --prompt="$prompt"
 
 [[ -z "${DRY_RUN:-}" ]] || exit 0
-printf '\nDone; the table and the path of its picture stand under "evaluate". Time per stage:\n%s' \
-  "$times"
+printf '\nTime per stage:\n%s\n' "$times"
+cat "$dir/evaluation.txt"
 printf '\nNext, a specialist from documents of your own (one {"text": ...} a line, or plain text):\n'
 printf '  %s instantiate --run=%s --documents=FILE --out=%s/mine\n' "$soup_jax" "$dir/soup" "$dir"

@@ -140,7 +140,8 @@ AT_LEAST = {  # inclusive lower bounds
     ),
     **dict.fromkeys(
         """seed num_experts corpus.min_chars corpus.num_workers router.hidden_dim
-        domain_weights.support_exponent domain_weights.sparse domain_weights.generic domain_weights.dirichlet domain_weights.file
+        domain_weights.support_exponent domain_weights.sparse
+        domain_weights.generic domain_weights.dirichlet domain_weights.file
         experts.init_scale optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay
         optimizer.clip_norm optimizer.bank_lr_scale optimizer.router_lr_scale
         optimizer.final_fraction model.loss_chunk

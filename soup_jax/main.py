@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 
 from soup_jax.errors import UserError
+from soup_jax.files import write_text
 
 
 def _config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -131,6 +132,7 @@ def _define_evaluate(values: flags.FlagValues, argv: Sequence[str]) -> None:
     multi("against", [], "another run, added as a column; may be repeated", flag_values=values)
     multi("specialists", [], "file or glob of specialist documents", flag_values=values)
     string("json", "", "where the numbers go; default RUN/evaluation.json", flag_values=values)
+    string("text", "", "a file that gets what is printed, too", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
     flags.DEFINE_integer(
         "max_windows", None, "scored per set; 0: all; default: the run's config", flag_values=values
@@ -151,9 +153,10 @@ def _evaluate(values: flags.FlagValues) -> int:
         step=values.step,
         max_windows=values.max_windows,
     )
-    print(table)
-    for name, path in paths.items():
-        print(f"{name}: {path}")
+    text = "\n".join([table, *(f"{name}: {path}" for name, path in paths.items())])
+    print(text)
+    if values.text:
+        write_text(values.text, text + "\n")
     return 0
 
 

@@ -56,10 +56,29 @@ def evaluate_runs(
         result["runs"][name] = _origin(other)
     path = pathlib.Path(json_path) if json_path else workdir / "evaluation.json"
     files.write_json(path, result)
-    return evaluate.table(result), {
+    return f"{evaluate.table(result)}\n{verdict(result)}", {
         "numbers": path,
         "learning curve": learning_curve(workdir, against=against),
     }
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """What the table says, in one sentence per column that the specialists are compared with."""
+    average = result["average"]
+    ours = average["specialist"]["loss"]
+    sentences = []
+    for column, value in average.items():
+        if column == "specialist":
+            continue
+        gain = value["loss"] - ours
+        word = "better" if gain > 0 else "WORSE"
+        rows = result["specialists"].values()
+        wins = sum(row["specialist"]["loss"] < row[column]["loss"] for row in rows)
+        sentences.append(
+            f"specialists are {abs(gain):.4f} nats {word} than {column} on average, "
+            f"and better on {wins} of {len(rows)} sets"
+        )
+    return "\n".join(sentences)
 
 
 def _origin(trained: specialist.TrainedSoup) -> dict[str, Any]:
