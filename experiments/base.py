@@ -70,14 +70,16 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     embed.max_chars = 20_000  # of a document that are looked at
 
     cfg.domain_weights = weights = ConfigDict()
-    # The meta-distribution pi over h: four components; their probabilities add up to 1.
-    weights.sparse = 0.9  # h with support_size domains, uniform weights, normalised
-    weights.generic = 0.1  # the natural domain frequencies
+    # The meta-distribution pi over h: four components; their probabilities add up to 1. Shares,
+    # sizes and exponent were chosen on the runs of experiments/minipile.py; its docstring has the
+    # measurements, those of the router and of the bank's learning rate below too.
+    weights.sparse = 0.8  # h with support_size domains, uniform weights, normalised
+    weights.generic = 0.2  # the natural domain frequencies
     weights.dirichlet = 0.0  # Dirichlet(concentration * natural frequencies)
     weights.file = 0.0  # a row of `path`, drawn uniformly; one row: a fixed h (CRISP)
-    weights.support_size = 4  # s of the sparse component, largest value
-    weights.min_support_size = 4  # and smallest; between them log-uniformly drawn
-    weights.support_exponent = 0.0  # draw these domains by frequency ** this; 0: uniformly
+    weights.support_size = 16  # s of the sparse component, largest value
+    weights.min_support_size = 1  # and smallest; between them log-uniformly drawn
+    weights.support_exponent = 1.0  # draw these domains by frequency ** this; 0: uniformly
     weights.concentration = 8.0  # of the Dirichlet component
     weights.path = ""  # .json: a list of K numbers, a list of such lists, or a recipe.json
 
@@ -109,9 +111,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
     cfg.router = router = ConfigDict()
     router.hidden_dim = 64  # of the MLP h -> alpha; 0: linear only
-    router.init = "random"  # of its linear part: random, or centroids (domain geometry)
+    router.init = "centroids"  # of its linear part: random, or centroids (domain geometry)
     router.center = True  # the router sees h minus the natural frequencies
-    router.normalization = "none"  # of alpha: none, softmax, tanh, l2, ball (soup_jax/router.py)
+    router.normalization = "ball"  # of alpha: none, softmax, tanh, l2, ball (soup_jax/router.py)
     router.scale = 1.0  # alpha is multiplied by this after normalisation
 
     cfg.optimizer = optimizer = ConfigDict()

@@ -22,16 +22,7 @@ def get_config(method: str = "soup") -> ConfigDict:
     cfg.corpus.dir = "corpora/minipile"
     cfg.model.update({"num_layers": 2, "dim": 64, "hidden_dim": 192, "num_heads": 2})
     cfg.model.num_kv_heads = 2
-    cfg.domain_weights.sparse = 0.8
-    cfg.domain_weights.generic = 0.2
-    cfg.domain_weights.min_support_size = 1
-    cfg.domain_weights.support_exponent = 1.0
-    cfg.domain_weights.support_size = 16
-    cfg.experts.init_scale = 0.0
-    cfg.router.init = "centroids"
-    cfg.router.normalization = "ball"
-    cfg.optimizer.learning_rate = 8e-3
-    cfg.optimizer.bank_lr_scale = 1.0
+    cfg.optimizer.learning_rate = 1.2e-2
     cfg.checkpoint.every_steps = 500
     if method == "generic":
         base.set_generic(cfg)

@@ -25,10 +25,12 @@ def get_config(method: str = "soup") -> ConfigDict:
     cfg.model.update({"num_layers": 2, "dim": 64, "hidden_dim": 192, "num_heads": 2})
     cfg.model.num_kv_heads = 2
     cfg.optimizer.learning_rate = 1.2e-2
+    cfg.evaluate.every_steps = 250
+    cfg.evaluate.max_windows = 32  # during training; the quickstart's last evaluation takes more
     if method.startswith("fast"):
         cfg.num_steps = 100
         cfg.optimizer.warmup_steps = 20
-        cfg.evaluate.max_windows = 32
+        cfg.evaluate.every_steps = 100
     if method.endswith("generic"):
         base.set_generic(cfg)
     return cfg

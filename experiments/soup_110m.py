@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
     cfg.model.dtype = "bfloat16"
     cfg.model.loss_chunk = 128
     cfg.model.remat = "dots"
-    cfg.domain_weights.min_support_size = 1
     cfg.domain_weights.support_size = 64
     cfg.optimizer.learning_rate = 1e-3
     cfg.optimizer.warmup_steps = 2000

@@ -52,11 +52,13 @@ soup_jax=$venv/bin/soup-jax
 stage "collect text" "$venv/bin/python" launch/collect_text.py --out "$dir/text"
 stage "prepare the corpus" "$soup_jax" prepare --config="$soup" "$corpus" \
   --config.corpus.sources="$dir/text/generic"
-stage "train the soup" "$soup_jax" train --config="$soup" --workdir="$dir/soup" "$corpus"
+sets=--config.evaluate.specialists=$dir/text/specialists/*.jsonl
+stage "train the soup" \
+  "$soup_jax" train --config="$soup" --workdir="$dir/soup" "$corpus" "$sets"
 stage "train the generic baseline" \
-  "$soup_jax" train --config="$generic" --workdir="$dir/generic" "$corpus"
+  "$soup_jax" train --config="$generic" --workdir="$dir/generic" "$corpus" "$sets"
 stage "evaluate" "$soup_jax" evaluate --workdir="$dir/soup" --against="$dir/generic" \
-  --specialists="$dir/text/specialists/*.jsonl" --text="$dir/evaluation.txt"
+  --specialists="$dir/text/specialists/*.jsonl" --max_windows=256 --text="$dir/evaluation.txt"
 stage "instantiate a specialist" "$soup_jax" instantiate --run="$dir/soup" \
   --documents="$specialist" --out="$dir/specialist"
 stage "generate with it" "$soup_jax" generate --model="$dir/specialist" --prompt="$prompt"
