@@ -51,7 +51,7 @@ def test_shipped_config_is_valid_and_as_recorded(name, request):
         ({"num_steps": 0}, "num_steps = 0 must be at least 1"),
         ({"model.dtype": "float16"}, "model.dtype = 'float16' is none of"),
         ({"model.num_heads": 3}, "model.num_heads = 3 must divide model.dim"),
-        ({"domain_weights.sparse": 0.5}, "must add up to 1, not 0.6"),
+        ({"domain_weights.sparse": 0.5}, "must add up to 1, not 0.7"),
         ({"domain_weights.support_size": 17}, "support_size = 17 <= num_domains = 16"),
         ({"domain_weights.path": "h.json"}, "domain_weights.file > 0 and domain_weights.path"),
         ({"optimizer.grad_accumulation": 3}, "must divide the 64 rows"),
