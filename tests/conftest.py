@@ -149,3 +149,38 @@ def tiny_corpus(tiny_text: pathlib.Path, tmp_path_factory: pytest.TempPathFactor
         )
     )
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_run(
+    tiny_text: pathlib.Path, tiny_corpus: str, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+    """The folder of a trained soup, evaluated twice on the way; to be read, not written."""
+    from soup_jax import train
+
+    fields = {
+        "corpus.dir": tiny_corpus,
+        "evaluate.every_steps": 8,
+        "evaluate.specialists": (str(tiny_text / "cooking.jsonl"), str(tiny_text / "python.jsonl")),
+    }
+    workdir = tmp_path_factory.mktemp("runs") / "soup"
+    train.train(tiny_config(**fields), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def generic_run(tiny_corpus: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a trained generic model (no experts), never evaluated; to be read only."""
+    from soup_jax import train
+
+    fields = {
+        "name": "generic",
+        "corpus.dir": tiny_corpus,
+        "num_experts": 0,
+        "num_mixtures": 1,
+        "domain_weights.sparse": 0.0,
+        "domain_weights.generic": 1.0,
+    }
+    workdir = tmp_path_factory.mktemp("runs") / "generic"
+    train.train(tiny_config(**fields), workdir)
+    return workdir
