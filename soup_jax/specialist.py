@@ -130,7 +130,8 @@ def save(trained: TrainedSoup, specialist: Specialist, out: pathlib.Path) -> Non
     Raises:
       UserError: `out` exists and is not a specialist's folder.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "recipe.json").exists():
+    foreign = out.is_file() or (out.exists() and any(out.iterdir()))
+    if foreign and not (out / "recipe.json").exists():
         raise UserError(f"{out} exists and is not a specialist; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.json").unlink(missing_ok=True)

@@ -1,0 +1,214 @@
+"""Instantiation: the merged parameters, the folder they are saved in, and what is refused."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from soup_jax import files, specialist, tree
+from soup_jax.errors import UserError
+from soup_jax.windows import open_corpus
+
+FILES = {"params.safetensors", "recipe.json", "tokenizer.json"}
+
+
+@pytest.fixture(scope="module")
+def documents(tiny_text) -> str:
+    return str(tiny_text / "cooking.jsonl")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run) -> specialist.TrainedSoup:
+    return specialist.load_soup(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_run, documents, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("made") / "cooking"
+    specialist.instantiate_to(tiny_run, documents, out)
+    return out
+
+
+def _bytes(folder: pathlib.Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def _params(run: specialist.TrainedSoup) -> dict[str, dict[str, np.ndarray]]:
+    return {k: tree.flatten(jax.device_get(v)) for k, v in run.params.items()}
+
+
+def test_folder_holds_three_files_and_the_recipe_describes_them(made, tiny_run, tiny_corpus):
+    assert {p.name for p in made.iterdir()} == FILES
+    recipe = json.loads((made / "recipe.json").read_text())
+    corpus = open_corpus(tiny_corpus)
+    assert len(recipe["h"]) == 6
+    np.testing.assert_allclose(sum(recipe["h"]), 1)
+    assert len(recipe["alpha"]) == 4
+    assert recipe["domains"] == [corpus.label(k) for k in range(6)]
+    assert recipe["num_documents"] == 30
+    assert recipe["step"] == 12
+    assert recipe["hashes"] == {
+        "corpus": corpus.fingerprint,
+        "config": files.sha256_file(tiny_run / "config.json"),
+        "tokenizer": files.sha256_file(made / "tokenizer.json"),
+        "params": files.sha256_file(made / "params.safetensors"),
+    }
+    assert (made / "tokenizer.json").read_bytes() == (corpus.path / "tokenizer.json").read_bytes()
+
+
+def test_saved_parameters_are_shared_plus_weighted_experts(made, trained):
+    recipe = json.loads((made / "recipe.json").read_text())
+    alpha = np.asarray(recipe["alpha"])
+    assert np.abs(alpha).max() > 0
+    parts = _params(trained)
+    saved = load_file(made / "params.safetensors")
+    assert list(parts["bank"])  # the experts have something to add
+    assert set(saved) == set(parts["shared"])
+    for path, leaf in parts["shared"].items():
+        expected = leaf.astype(np.float64)
+        if path in parts["bank"]:
+            expected = expected + np.tensordot(alpha, parts["bank"][path].astype(np.float64), 1)
+        assert saved[path].dtype == leaf.dtype
+        np.testing.assert_allclose(saved[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_load_gives_what_was_saved(made):
+    params, recipe = specialist.load_specialist(made)
+    saved = load_file(made / "params.safetensors")
+    assert set(tree.flatten(params)) == set(saved)
+    for path, leaf in tree.flatten(params).items():
+        np.testing.assert_array_equal(leaf, saved[path])
+    assert recipe == json.loads((made / "recipe.json").read_text())
+
+
+def test_changed_parameters_are_refused(made, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(made, folder)
+    leaves = load_file(folder / "params.safetensors")
+    name = next(iter(leaves))
+    leaves[name] = leaves[name] + 1
+    save_file(leaves, folder / "params.safetensors")
+    with pytest.raises(UserError, match="make it again"):
+        specialist.load_specialist(folder)
+
+
+@pytest.mark.parametrize("name", ["params.safetensors", "recipe.json"])
+def test_missing_file_is_refused(made, tmp_path, name):
+    folder = tmp_path / "incomplete"
+    shutil.copytree(made, folder)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=name):
+        specialist.load_specialist(folder)
+
+
+def test_twice_the_same_is_the_same_bytes(made, tiny_run, documents, tmp_path):
+    specialist.instantiate_to(tiny_run, documents, tmp_path / "again")
+    assert _bytes(tmp_path / "again") == _bytes(made)
+
+
+def test_other_documents_give_another_specialist(made, tiny_run, tiny_text, tmp_path):
+    _, nearest = specialist.instantiate_to(tiny_run, str(tiny_text / "python.jsonl"), tmp_path)
+    _, cooking = specialist.load_specialist(made)
+    _, python = specialist.load_specialist(tmp_path)
+    assert cooking["h"] != python["h"]
+    assert cooking["alpha"] != python["alpha"]
+    weights = dict(zip(python["domains"], python["h"]))
+    assert nearest
+    assert all(weights[label] == weight for label, weight in nearest)
+
+
+@pytest.fixture
+def moved(tiny_run, tiny_corpus, tmp_path) -> tuple[pathlib.Path, pathlib.Path]:
+    """A copy of the run whose corpus was moved and whose checkpoints lost their optimizer state."""
+    run, corpus = tmp_path / "run", tmp_path / "moved_corpus"
+    shutil.copytree(tiny_run, run)
+    shutil.copytree(tiny_corpus, corpus)
+    config = json.loads((run / "config.json").read_text())
+    config["corpus"]["dir"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(config))
+    removed = [*run.glob("checkpoints/*/opt_state")]
+    assert removed
+    for folder in removed:
+        shutil.rmtree(folder)
+    return run, corpus
+
+
+def test_moved_corpus_and_no_optimizer_state(made, moved, documents, tmp_path):
+    run, corpus = moved
+    with pytest.raises(UserError, match="gone"):
+        specialist.instantiate_to(run, documents, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    specialist.instantiate_to(run, documents, tmp_path / "out", corpus_dir=str(corpus))
+    for name in ("params.safetensors", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (made / name).read_bytes()
+
+
+def test_another_corpus_is_refused(moved, documents, tmp_path):
+    run, corpus = moved
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest["fingerprint"] = "0" * 64
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="trained on another corpus"):
+        specialist.instantiate_to(run, documents, tmp_path / "out", corpus_dir=str(corpus))
+
+
+def test_an_earlier_step_can_be_taken(tiny_run, documents, made, tmp_path):
+    specialist.instantiate_to(tiny_run, documents, tmp_path / "early", step=10)
+    params, recipe = specialist.load_specialist(tmp_path / "early")
+    last, _ = specialist.load_specialist(made)
+    assert recipe["step"] == 10
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(last))
+    assert any((a != b).any() for a, b in pairs)
+    with pytest.raises(UserError, match="step 7"):
+        specialist.load_soup(tiny_run, step=7)
+
+
+def test_run_without_experts_gives_its_shared_parameters(generic_run, documents, tmp_path):
+    made, _ = specialist.instantiate_to(generic_run, documents, tmp_path / "generic")
+    assert made.alpha_E.shape == (0,)
+    params, recipe = specialist.load_specialist(tmp_path / "generic")
+    assert recipe["alpha"] == []
+    shared = _params(specialist.load_soup(generic_run))["shared"]
+    found = tree.flatten(params)
+    assert set(found) == set(shared)
+    for path, leaf in shared.items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+
+
+def test_foreign_folder_is_not_overwritten(trained, tmp_path):
+    (tmp_path / "thesis.txt").write_text("ten years")
+    made = specialist.instantiate(trained, ["butter flour oven"])
+    with pytest.raises(UserError, match="is not a specialist"):
+        specialist.save(trained, made, tmp_path)
+    assert _bytes(tmp_path) == {"thesis.txt": b"ten years"}
+
+
+def test_file_in_the_place_of_the_folder_is_refused(trained, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    made = specialist.instantiate(trained, ["butter flour oven"])
+    with pytest.raises(UserError, match="is not a specialist"):
+        specialist.save(trained, made, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_a_specialist_is_replaced(made, trained, tiny_text, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(made, folder)
+    specialist.save(trained, specialist.instantiate(trained, ["def return import"]), folder)
+    _, recipe = specialist.load_specialist(folder)
+    assert recipe["num_documents"] == 1
+    assert {p.name for p in folder.iterdir()} == FILES
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run"):
+        specialist.load_soup(tmp_path / "nowhere")
+
+
+def test_no_documents_are_refused(trained):
+    with pytest.raises(UserError, match="no documents"):
+        specialist.instantiate(trained, [])
