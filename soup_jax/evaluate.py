@@ -152,9 +152,10 @@ def _token_set(corpus: Corpus, tokens: np.ndarray, real: np.ndarray, max_windows
     tokens, real = tokens[kept], real[kept]
     # Decoded window by window: a character cut by a window's edge may count up to two bytes more.
     tokenizer = corpus.tokenizer()
-    texts = [tokenizer.decode(row[1 : 1 + n].tolist()) for row, n in zip(tokens, real)]
-    eos = tokenizer.decode([corpus.eos_id])
-    return TokenSet(tokens, real, sum(len(t.replace(eos, "").encode()) for t in texts))
+    # End-of-text goes by its id: the same characters written in a document are its bytes.
+    targets = (row[1 : 1 + n] for row, n in zip(tokens, real))
+    texts = [tokenizer.decode(ids[ids != corpus.eos_id].tolist()) for ids in targets]
+    return TokenSet(tokens, real, sum(len(text.encode()) for text in texts))
 
 
 class Evaluator:

@@ -1,0 +1,330 @@
+"""Held-out losses: what is scored, how it is averaged, and the shape of the result."""
+
+import json
+import math
+import pathlib
+import shutil
+
+import conftest
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from soup_jax import corpus as corpus_lib
+from soup_jax import evaluate, merge, report, specialist
+from soup_jax.errors import UserError
+from soup_jax.windows import Corpus
+
+COLUMNS = ("specialist", "generic_h", "shared")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run) -> specialist.TrainedSoup:
+    return specialist.load_soup(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def corpus(trained) -> Corpus:
+    return trained.corpus
+
+
+@pytest.fixture(scope="module")
+def evaluator(trained) -> evaluate.Evaluator:
+    return evaluate.Evaluator(trained.cfg, trained.model, trained.mesh)
+
+
+@pytest.fixture(scope="module")
+def cooking(tiny_text, trained) -> evaluate.SpecialistSet:
+    path = str(tiny_text / "cooking.jsonl")
+    return evaluate.specialist_set("cooking", path, trained.corpus, trained.cfg)
+
+
+def _documents(text: pathlib.Path) -> list[corpus_lib.Document]:
+    return evaluate.read_texts(str(text / "cooking.jsonl"), text_field="text")[0]
+
+
+def test_documents_are_split_by_hash_into_h_and_scored(tiny_text, trained, monkeypatch):
+    seen = {}
+    whole = evaluate.document_histogram, evaluate.pack
+
+    def histogram(corpus, texts):
+        seen["h"] = list(texts)
+        return whole[0](corpus, texts)
+
+    def pack(corpus, texts, **kwargs):
+        seen["scored"] = list(texts)
+        return whole[1](corpus, texts, **kwargs)
+
+    monkeypatch.setattr(evaluate, "document_histogram", histogram)
+    monkeypatch.setattr(evaluate, "pack", pack)
+    path = str(tiny_text / "cooking.jsonl")
+    found = evaluate.specialist_set("cooking", path, trained.corpus, trained.cfg)
+    texts = {d.text: corpus_lib.hash_fraction(d.hash) for d in _documents(tiny_text)}
+    assert len(texts) == 30
+    assert sorted(seen["h"] + seen["scored"]) == sorted(texts)  # all, and none in both
+    assert set(seen["h"]) == {t for t, fraction in texts.items() if fraction < 0.5}
+    assert found.histogram.num_documents == len(seen["h"])
+
+
+def test_every_token_is_scored_once(corpus):
+    texts = [conftest.topic_text("sailing", i, num_words=5 + 3 * i) for i in range(9)]
+    packed = evaluate.pack(corpus, texts, max_windows=0)
+    tokenizer = corpus.tokenizer()
+    stream = []
+    for text in texts:
+        stream += [*tokenizer.encode(text), corpus.eos_id]
+    pairs = list(zip(packed.tokens, packed.num_targets))
+    assert np.concatenate([row[1 : 1 + n] for row, n in pairs]).tolist() == stream
+    # Each window's first input is the target before it: nothing is predicted from a gap.
+    assert packed.tokens[0, 0] == corpus.eos_id
+    np.testing.assert_array_equal(packed.tokens[1:, 0], packed.tokens[:-1, -1])
+    assert packed.tokens.shape == (math.ceil(len(stream) / 32), 33)
+    assert (packed.num_targets[:-1] == 32).all()
+    assert packed.num_targets.sum() == len(stream)
+    assert (packed.tokens[-1, packed.num_targets[-1] + 1 :] == corpus.eos_id).all()
+
+
+@pytest.mark.parametrize("num_targets", [31, 32, 33, 64])
+def test_windows_at_the_edges_of_the_length(corpus, num_targets):
+    letter = next(c for c in "qzjxv" if len(corpus.tokenizer().encode(c * 40)) == 40)
+    packed = evaluate.pack(corpus, [letter * (num_targets - 1)], max_windows=0)
+    assert len(packed.tokens) == math.ceil(num_targets / 32)
+    assert packed.num_targets.sum() == num_targets
+    assert (packed.num_targets > 0).all()
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["butter flour oven bake " * 40, "wind " * 7],
+        ["caf\u00e9 na\u00efve"],
+        ["\u65e5\u672c\u8a9e", "\U0001f35e"],
+        ["written <|endoftext|> in a text"],
+    ],
+)
+def test_bytes_are_those_of_the_texts(corpus, texts):
+    packed = evaluate.pack(corpus, texts, max_windows=0)
+    assert packed.num_bytes == sum(len(t.encode()) for t in texts)
+
+
+def test_characters_cut_by_windows_add_little(corpus):
+    text = "\u65e5\u672c\u8a9e\u3067\u3059" * 60
+    packed = evaluate.pack(corpus, [text], max_windows=0)
+    size = len(text.encode())
+    assert len(packed.tokens) > 10
+    assert size <= packed.num_bytes <= size + 4 * len(packed.tokens)
+
+
+def test_limit_keeps_windows_spread_over_the_set(corpus):
+    texts = [conftest.topic_text("algebra", i) for i in range(8)]
+    whole = evaluate.pack(corpus, texts, max_windows=0)
+    part = evaluate.pack(corpus, texts, max_windows=4)
+    kept = (np.arange(4) * len(whole.tokens)) // 4
+    np.testing.assert_array_equal(part.tokens, whole.tokens[kept])
+    np.testing.assert_array_equal(part.num_targets, whole.num_targets[kept])
+    assert part.num_bytes < whole.num_bytes
+
+
+def _direct(model, theta, scored: evaluate.TokenSet) -> float:
+    theta = jax.device_get(theta)
+    total = weight = 0.0
+    for tokens, n in zip(scored.tokens, scored.num_targets):
+        batch = {"tokens": tokens[None], "num_targets": np.asarray([n], np.int32)}
+        losses, weights = jax.device_get(model.example_losses(theta, batch))
+        assert weights.sum() == n
+        total += float((losses * weights).sum())
+        weight += n
+    return total / weight
+
+
+def test_loss_is_that_of_the_merged_network_window_by_window(trained, evaluator, cooking):
+    made = evaluator.at(trained.params, cooking.histogram.h_K)
+    found = evaluator.loss(made, cooking.scored)
+    params = jax.device_get(trained.params)
+    theta, _ = specialist.soup.specialist(
+        params, np.asarray(cooking.histogram.h_K, np.float32), trained.config()
+    )
+    np.testing.assert_allclose(
+        found["loss"], _direct(trained.model, theta, cooking.scored), rtol=1e-5
+    )
+    nats = found["loss"] * cooking.scored.num_targets.sum()
+    expected = nats / math.log(2) / cooking.scored.num_bytes
+    np.testing.assert_allclose(found["bits_per_byte"], expected, rtol=1e-6)
+
+
+def test_batch_size_and_padding_do_not_change_the_loss(trained, cooking):
+    losses = []
+    for size in (3, 8, 24):
+        with trained.cfg.unlocked():
+            cfg = trained.cfg.copy_and_resolve_references()
+            cfg.evaluate.batch_size = size
+        scorer = evaluate.Evaluator(cfg, trained.model, trained.mesh)
+        part = evaluate.TokenSet(cooking.scored.tokens[:7], cooking.scored.num_targets[:7], 100)
+        losses.append(scorer.loss(scorer.shared(trained.params), part)["loss"])
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+
+
+def test_nothing_to_score_is_refused(trained, evaluator):
+    empty = evaluate.TokenSet(np.zeros((0, 33), np.int32), np.zeros(0, np.int32), 0)
+    with pytest.raises(UserError, match="no tokens to score"):
+        evaluator.loss(evaluator.shared(trained.params), empty)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run, generic_run, tmp_path_factory):
+    """(result, printed text) of the soup against the generic run."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(tiny_run, folder / "soup")
+    shutil.copytree(generic_run, folder / "plain")
+    text, paths = report.evaluate_runs(
+        folder / "soup", against=[folder / "plain"], json_path=str(folder / "numbers.json")
+    )
+    assert paths["numbers"] == folder / "numbers.json"
+    assert paths["learning curve"].exists()
+    return json.loads(paths["numbers"].read_text()), text
+
+
+def test_result_has_the_documented_shape(evaluated, cooking):
+    result, _ = evaluated
+    assert set(result) == {"specialists", "average", "generic_validation", "runs"}
+    assert set(result["specialists"]) == {"cooking", "python"}
+    columns = {*COLUMNS, "plain"}
+    for row in result["specialists"].values():
+        assert set(row) == {"tokens", "bytes", *columns}
+        assert all(set(row[c]) == {"loss", "bits_per_byte"} for c in columns)
+    assert set(result["average"]) == columns
+    assert set(result["generic_validation"]) == columns - {"specialist"}
+    row = result["specialists"]["cooking"]
+    assert row["tokens"] == cooking.scored.num_targets.sum()
+    assert row["bytes"] == cooking.scored.num_bytes
+    assert set(result["runs"]) == {"specialist", "plain"}
+
+
+def test_average_is_the_mean_over_specialists(evaluated):
+    result, _ = evaluated
+    for column, value in result["average"].items():
+        for metric, number in value.items():
+            rows = [row[column][metric] for row in result["specialists"].values()]
+            np.testing.assert_allclose(number, np.mean(rows), rtol=1e-12)
+
+
+def test_shared_is_the_merge_at_alpha_zero(evaluated, trained, cooking):
+    params = jax.device_get(trained.params)
+    theta = merge.merge(params["shared"], params["bank"], np.zeros(4, np.float32))
+    found = evaluated[0]["specialists"]["cooking"]["shared"]["loss"]
+    np.testing.assert_allclose(found, _direct(trained.model, theta, cooking.scored), rtol=1e-5)
+
+
+def test_column_of_another_run_is_its_own_model(evaluated, generic_run, cooking):
+    other = specialist.load_soup(generic_run)
+    direct = _direct(other.model, other.params["shared"], cooking.scored)
+    found = evaluated[0]["specialists"]["cooking"]["plain"]["loss"]
+    np.testing.assert_allclose(found, direct, rtol=1e-5)
+
+
+def test_training_and_evaluation_report_the_same(evaluated, tiny_run):
+    from soup_jax import metrics
+
+    last = metrics.read_metrics(tiny_run / "metrics.jsonl", kind="evaluation")[-1]
+    for name, row in last["specialists"].items():
+        for column in COLUMNS:
+            found = evaluated[0]["specialists"][name][column]["loss"]
+            np.testing.assert_allclose(found, row[column]["loss"], rtol=1e-5)
+
+
+def test_table_stars_the_best_of_each_line():
+    def row(*losses: float) -> dict:
+        return {c: {"loss": x, "bits_per_byte": -x} for c, x in zip(COLUMNS, losses)}
+
+    result = {
+        "specialists": {"a": row(1.0, 2.0, 3.0), "b": row(3.0, 1.5, 2.0)},
+        "average": row(2.0, 1.75, 2.5),
+        "generic_validation": {k: v for k, v in row(0, 5.0, 4.0).items() if k != "specialist"},
+    }
+    cells = {}
+    for line in evaluate.table(result).splitlines():
+        name = line[: len("generic validation")].strip()
+        cells[name] = line[len("generic validation") :].split()
+    assert cells["a"] == ["1.0000*", "2.0000", "3.0000"]
+    assert cells["b"] == ["3.0000", "1.5000*", "2.0000"]
+    assert cells["average"] == ["2.0000", "1.7500*", "2.5000"]
+    assert cells["generic validation"] == ["5.0000", "4.0000*"]
+    assert "-3.0000*" in evaluate.table(result, metric="bits_per_byte")
+
+
+def test_table_of_an_evaluation_names_all_columns(evaluated):
+    _, text = evaluated
+    assert text.splitlines()[0].split() == [*COLUMNS, "plain"]
+
+
+def test_names_are_those_of_the_files(tiny_text):
+    found = evaluate.document_sets([str(tiny_text / "c*.jsonl"), str(tiny_text / "python.jsonl")])
+    assert found == {n: str(tiny_text / f"{n}.jsonl") for n in ("cooking", "python")}
+
+
+def test_pattern_without_a_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no specialist file matches"):
+        evaluate.document_sets([str(tmp_path / "*.jsonl")])
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "law.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="are named 'law'"):
+        evaluate.document_sets([str(tmp_path / "*" / "law.jsonl")])
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_too_few_documents_are_refused(tmp_path, tiny_text, trained, num):
+    # All of one half, so that the other part stays empty.
+    half = [d.text for d in _documents(tiny_text) if corpus_lib.hash_fraction(d.hash) < 0.5]
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in half[:num]))
+    with pytest.raises(UserError, match=f"has {num} documents for h and 0 to score"):
+        evaluate.specialist_set("few", str(path), trained.corpus, trained.cfg)
+
+
+@pytest.mark.parametrize("content", [b"", b"not json\n", b'{"body": "x"}\n', b"\xff\xfe\n"])
+def test_unreadable_documents_are_refused(tmp_path, trained, content):
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="holds no readable document"):
+        evaluate.specialist_set("broken", str(path), trained.corpus, trained.cfg)
+
+
+def test_a_duplicate_counts_once(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "one"}\n{"text": "two"}\n')
+    documents, damage = evaluate.read_texts(str(path), text_field="text")
+    assert [d.text for d in documents] == ["one", "two"]
+    assert damage == []
+
+
+def test_columns_of_one_name_and_no_specialists_are_refused(generic_run, tiny_text, tmp_path):
+    (tmp_path / "shared").mkdir()
+    with pytest.raises(UserError, match="--specialists"):
+        report.evaluate_runs(generic_run)
+    with pytest.raises(UserError, match="not all different"):
+        report.evaluate_runs(
+            generic_run,
+            against=[tmp_path / "shared"],
+            specialists=[str(tiny_text / "cooking.jsonl")],
+        )
+
+
+def test_corpus_without_validation_windows_is_refused(corpus):
+    import dataclasses
+
+    empty = {**corpus.offsets, "validation": np.zeros(7, np.int64)}
+    with pytest.raises(UserError, match="no validation windows"):
+        evaluate.validation_set(dataclasses.replace(corpus, offsets=empty), max_windows=8)
+
+
+def test_validation_set_is_the_split(corpus):
+    whole = evaluate.validation_set(corpus, max_windows=0)
+    total = int(corpus.offsets["validation"][-1])
+    assert len(whole.tokens) == total > 0
+    assert whole.num_targets.sum() == total * 32 - int(np.sum(corpus.pad["validation"]))
+    assert tiny_config().seq_len == whole.tokens.shape[1] - 1
