@@ -1,0 +1,184 @@
+"""The console command: exit statuses, one-line errors, help, and the whole chain once."""
+
+import json
+import logging
+import pathlib
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from soup_jax import config as config_lib
+from soup_jax import main
+
+CONFIG = "--config=experiments/quickstart.py"
+
+
+def _error(capsys, arguments: list[str]) -> str:
+    assert main.run(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("soup-jax: error: ")
+    return lines[0]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run outside the repository; the command's logging does not outlive the test."""
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger("soup_jax")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = before[:2]
+    logger.setLevel(before[2])
+
+
+def test_unknown_subcommand_lists_the_known(capsys):
+    line = _error(capsys, ["tarin"])
+    assert all(name in line for name in ("'tarin'", *main.SUBCOMMANDS))
+
+
+def test_nothing_at_all_prints_the_usage(capsys):
+    assert main.run([]) == 2
+    assert "soup-jax SUBCOMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", *main.SUBCOMMANDS])
+def test_help(name, capsys):
+    assert main.run([*([name] if name else []), "--help"]) == 0
+    captured = capsys.readouterr()
+    assert "soup-jax SUBCOMMAND" in captured.out
+    assert captured.err == ""
+    flag = {"train": "--workdir", "prepare": "--config", "evaluate": "--against"}
+    flag |= {"instantiate": "--documents", "generate": "--temperature"}
+    assert flag.get(name, "") in captured.out
+
+
+@pytest.mark.parametrize("name", [*main.SUBCOMMANDS])
+def test_unknown_flag(name, capsys):
+    assert "nosuchflag" in _error(capsys, [name, "--nosuchflag=1"])
+
+
+@pytest.mark.parametrize("name", [*main.SUBCOMMANDS])
+def test_positional_rubbish(name, capsys):
+    config = [CONFIG] if name in ("prepare", "train") else []
+    assert "rubbish" in _error(capsys, [name, *config, "rubbish"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prepare"], ["--config=FILE.py is required"]),
+        (["train"], ["--config=FILE.py is required"]),
+        (["train", CONFIG], ["--workdir=DIR is required"]),
+        (["prepare", "--config=nowhere.py"], ["nowhere.py", "experiments/quickstart.py"]),
+        (["train", CONFIG, "--config.num_expert=3"], ["num_expert", "num_experts"]),
+        (["train", CONFIG, "--config.model.dmi=3"], ["dmi"]),
+        (["train", CONFIG, "--config.num_steps=many"], ["num_steps", "many"]),
+        (["train", CONFIG, "--config.model=3"], ["model"]),
+        (["train", CONFIG, "--config.num_mixtures=0", "--workdir=r"], ["num_mixtures"]),
+        (["train", CONFIG, "--config.corpus.dir=gone", "--workdir=r"], ["gone", "prepare"]),
+        (["evaluate"], ["--workdir=RUN is required"]),
+        (["evaluate", "--workdir=gone"], ["gone is not a run"]),
+        (["evaluate", "--workdir=gone", "--step=last"], ["step", "last"]),
+        (["instantiate"], ["--run is required"]),
+        (["instantiate", "--run=r"], ["--documents is required"]),
+        (["instantiate", "--run=r", "--documents=d"], ["--out is required"]),
+        (["instantiate", "--run=gone", "--documents=d", "--out=o"], ["gone is not a run"]),
+        (["generate"], ["--model=DIR is required"]),
+        (["generate", "--model=gone"], ["gone/recipe.json does not exist"]),
+        (["generate", "--model=m", "--max_tokens=0"], ["max_tokens"]),
+        (["generate", "--model=m", "--temperature=-1"], ["temperature"]),
+    ],
+)
+def test_mistake_is_one_line(arguments, words, capsys, tmp_path):
+    line = _error(capsys, arguments)
+    assert all(word in line for word in words), line
+    assert list(tmp_path.iterdir()) == []  # refused before anything is written
+
+
+def test_error_of_a_config_file_is_its_last_sentence(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    raise ValueError('no such preset')\n")
+    assert "no such preset" in _error(capsys, ["prepare", "--config=mine.py"])
+
+
+def test_replaced_section_is_refused(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from soup_jax.experiments import base\n"
+        "def get_config():\n"
+        "    cfg = base.get_config()\n"
+        "    with cfg.unlocked():\n"
+        "        cfg.router = {'scale': 2.0}\n"
+        "    return cfg\n"
+    )
+    line = _error(capsys, ["prepare", "--config=mine.py"])
+    assert "missing fields router." in line
+    assert "replaced as a whole" in line
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(values):
+        raise KeyError("a bug")
+
+    monkeypatch.setitem(main.SUBCOMMANDS, "generate", (main._define_generate, broken))
+    with pytest.raises(KeyError, match="a bug"):
+        main.run(["generate", "--model=m"])
+
+
+def test_shipped_config_is_found_from_anywhere_and_a_local_one_wins(tmp_path):
+    argument = "--config=experiments/quickstart.py"
+    found = pathlib.Path(main._resolve_config([argument])[0].partition("=")[2])
+    assert found.is_absolute()
+    assert found.read_text().count("def get_config") == 1
+    assert main._resolve_config(["--workdir=r"]) == ["--workdir=r"]
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "quickstart.py").write_text("")
+    assert main._resolve_config([argument]) == [argument]
+
+
+def test_whole_chain(tiny_text, tmp_path, capsys):
+    flat = dict(config_lib.flat_items(tiny_config()))
+    flat |= {
+        "corpus.dir": str(tmp_path / "corpus"),
+        "corpus.sources": (str(tiny_text / "generic.jsonl"),),
+    }
+    (tmp_path / "tiny.py").write_text(
+        "from soup_jax.experiments import base\n"
+        "def get_config():\n"
+        "    cfg = base.get_config()\n"
+        f"    cfg.update_from_flattened_dict({flat!r})\n"
+        "    return cfg\n"
+    )
+    run, model, documents = tmp_path / "run", tmp_path / "model", str(tiny_text / "python.jsonl")
+    config = "--config=tiny.py"
+    assert main.run(["prepare", config]) == 0
+    assert (tmp_path / "corpus" / "manifest.json").exists()
+
+    assert main.run(["train", config, f"--workdir={run}", "--config.num_steps=6"]) == 0
+    assert "trained: " in capsys.readouterr().out
+    assert config_lib.load(run / "config.json").num_steps == 6
+    assert (run / "learning_curve.png").exists()
+    assert (run / "checkpoints" / "6").is_dir()
+
+    words = ["evaluate", f"--workdir={run}", f"--specialists={documents}", "--max_windows=2"]
+    assert main.run([*words, "--text=printed.txt"]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "printed.txt").read_text() == printed
+    result = json.loads((run / "evaluation.json").read_text())
+    assert f"{result['average']['specialist']['loss']:.4f}" in printed
+    assert str(run / "evaluation.json") in printed
+
+    words = ["instantiate", f"--run={run}", f"--documents={documents}", f"--out={model}"]
+    assert main.run(words) == 0
+    assert "30 documents" in capsys.readouterr().out
+    recipe = json.loads((model / "recipe.json").read_text())
+    np.testing.assert_allclose(sum(recipe["h"]), 1)
+    assert recipe["step"] == 6
+
+    words = ["generate", f"--model={model}", "--prompt=def class", "--max_tokens=5"]
+    assert main.run(words) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def class")
+    assert len(first) > len("def class\n")
+    assert main.run(words) == 0
+    assert capsys.readouterr().out == first
