@@ -7,17 +7,20 @@
 `step` counts the updates already applied. A restore builds its target from the config and the mesh
 at hand, so a checkpoint of one topology is read on any other; the structure is compared first and
 a difference is printed leaf by leaf. A newest checkpoint that cannot be read is skipped, with a
-message, for the one before.
+message, for the one before; a run that goes on from there first renames it to unreadable_<step>,
+since it would be taken for a later save of its own.
 """
 
 import logging
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
@@ -49,6 +52,7 @@ class Checkpointer:
                 async_options=ocp.AsyncOptions(timeout_secs=cfg.checkpoint.async_timeout_secs),
             )
         self.directory = directory.absolute()
+        self._read_only = cfg is None
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS}
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -115,6 +119,8 @@ class Checkpointer:
         if result is None:
             return None
         step, items = result
+        if not self._read_only:
+            self._set_aside([s for s in self.steps() if s > step])
         state = TrainState(
             params=items["params"],
             opt_state=items["opt_state"],
@@ -139,6 +145,19 @@ class Checkpointer:
         return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))[
             "data"
         ]
+
+    def _set_aside(self, steps: list[int]) -> None:
+        # Left in place, orbax would refuse to save at or before these steps.
+        if not steps:
+            return
+        multihost_utils.sync_global_devices("checkpoints read")
+        if jax.process_index() == 0:
+            for step in steps:
+                aside = self.directory / f"unreadable_{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+        multihost_utils.sync_global_devices("unreadable checkpoints set aside")
+        self._manager.reload()
 
     def _newest(self, target: Mapping[str, Any], *, step: int | None) -> Any:
         steps = self.steps()

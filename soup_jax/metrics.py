@@ -108,18 +108,22 @@ class MetricsWriter:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except Exception as e:
+                _log.warning("TensorBoard events may be incomplete: %s", e)
 
 
 def _lines_until(path: pathlib.Path, step: int) -> list[str]:
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    text = path.read_text(encoding="utf-8", errors="replace")  # a crash may leave any bytes
+    for line in text.splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             print(f"{path}: dropped a damaged line", file=sys.stderr)
     return kept
 

@@ -1,0 +1,209 @@
+"""Checkpoints: other topologies, damage, mismatch, the keep policy and donated buffers."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from train_step_test import build, make_batch
+
+from soup_jax import tree
+from soup_jax.checkpoint import Checkpointer
+from soup_jax.errors import UserError
+
+
+def trained(num_devices=8, steps=2, **fields):
+    cfg, m, state, step, sums = build(num_devices, **fields)
+    for i in range(steps):
+        state, sums = step(state, sums, make_batch(cfg, m, i))
+    return cfg, m, state, step, sums
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def copied(state):
+    # np.array copies: a view of a CPU buffer would change with it.
+    return jax.tree.map(np.array, {"params": state.params, "opt_state": state.opt_state})
+
+
+def assert_equal(got, want):
+    got, want = tree.flatten(got), tree.flatten(want)
+    assert got.keys() == want.keys()
+    for path, value in want.items():
+        np.testing.assert_array_equal(np.asarray(got[path]), np.asarray(value), err_msg=path)
+
+
+def save(directory, cfg, state, *steps):
+    with Checkpointer(directory, cfg) as checkpointer:
+        for step in steps:
+            checkpointer.save(state, {"step": step, "note": f"of {step}"})
+            checkpointer.wait()
+        return checkpointer.steps()
+
+
+@pytest.mark.parametrize("bank", ["merged", "adamw"])
+def test_restored_on_other_device_counts_and_back_exactly(bank, tmp_path):
+    fields = {"optimizer.bank": bank}
+    cfg, _, state, _, _ = trained(8, **fields)
+    want = copied(state)
+    for i, num_devices in enumerate((4, 2, 1, 8)):
+        save(tmp_path / str(i), cfg, state, 2)
+        _, m, other, _, _ = build(num_devices, **fields)
+        with Checkpointer(tmp_path / str(i)) as reader:
+            state, data = reader.restore(abstract(other))
+        assert data == {"step": 2, "note": "of 2"}
+        assert_equal(copied(state), want)
+        assert (int(state.step), int(state.bad_step)) == (2, -1)
+        for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(other)):
+            assert x.dtype == y.dtype
+            assert x.sharding == y.sharding
+        assert {d for x in jax.tree.leaves(state.params) for d in x.devices()} == set(
+            m.devices.flat
+        )
+
+
+def test_parameters_are_read_without_the_optimizer(tmp_path):
+    cfg, _, state, _, _ = trained()
+    save(tmp_path, cfg, state, 2, 4)
+    for step in (2, 4):
+        shutil.rmtree(tmp_path / str(step) / "opt_state")
+    with Checkpointer(tmp_path) as reader:
+        params, step = reader.restore_params(abstract(state).params)
+        assert step == 4
+        assert_equal(params, state.params)
+        assert reader.restore_params(abstract(state).params, step=2)[1] == 2
+        with pytest.raises(UserError, match=r"no checkpoint of step 3, only \[2, 4\]"):
+            reader.restore_params(abstract(state).params, step=3)
+
+
+def test_another_structure_is_refused_leaf_by_leaf(tmp_path):
+    cfg, _, state, _, _ = trained(num_experts=4)
+    save(tmp_path, cfg, state, 2)
+    _, _, wider, _, _ = build(num_experts=3)
+    _, _, other_bank, _, _ = build(**{"optimizer.bank": "adamw"})
+    with Checkpointer(tmp_path) as reader:
+        with pytest.raises(UserError, match="does not fit this config") as e:
+            reader.restore(abstract(wider))
+        lines = str(e.value).splitlines()[1:]
+        bank = tree.flatten(wider.params["bank"])
+        for path, leaf in bank.items():
+            before = f"float32{[4, *leaf.shape[1:]]}"
+            assert f"  params/bank/{path}: {before} -> float32{list(leaf.shape)}" in lines
+        assert not any("params/shared" in line for line in lines)
+        with pytest.raises(UserError, match=r"opt_state/bank/\S+: absent -> float32"):
+            reader.restore(abstract(other_bank))
+        reader.restore_params(abstract(other_bank).params)  # the parameters do fit
+
+
+def garble(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\x00garbage" * 3)
+
+
+def lose_arrays(folder):
+    shutil.rmtree(folder / "params" / "d", ignore_errors=True)
+    for path in (folder / "params").glob("*ocdbt*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+DAMAGE = {
+    "garbled": garble,
+    "arrays lost": lose_arrays,
+    "params lost": lambda folder: shutil.rmtree(folder / "params"),
+    "optimizer lost": lambda folder: shutil.rmtree(folder / "opt_state"),
+    "data lost": lambda folder: shutil.rmtree(folder / "data"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_skipped_and_then_replaced(damage, tmp_path):
+    cfg, m, state, step, sums = trained(**{"checkpoint.keep_latest": 3})
+    save(tmp_path, cfg, state, 2)
+    want = copied(state)
+    state, _ = step(state, sums, make_batch(cfg, m, 2))
+    newest = copied(state)
+    save(tmp_path, cfg, state, 8)
+    DAMAGE[damage](tmp_path / "8")
+    with Checkpointer(tmp_path, cfg) as checkpointer:
+        restored, data = checkpointer.restore(abstract(state))
+        assert data["step"] == 2
+        assert_equal(copied(restored), want)
+        # The run goes on from step 2: what it saves, before and at the damaged step, must count.
+        for step_number in (5, 8):
+            assert checkpointer.save(state, {"step": step_number})
+            checkpointer.wait()
+            restored, data = checkpointer.restore(abstract(state))
+            assert data["step"] == step_number
+            assert_equal(copied(restored), newest)
+    with Checkpointer(tmp_path) as reader:
+        assert reader.restore(abstract(state))[1]["step"] == 8
+
+
+def test_a_reader_skips_damage_and_leaves_the_folder_alone(tmp_path):
+    cfg, _, state, _, _ = trained()
+    save(tmp_path, cfg, state, 2, 4)
+    garble(tmp_path / "4")
+    before = sorted(tmp_path.rglob("*"))
+    with Checkpointer(tmp_path) as reader:
+        assert reader.restore_params(abstract(state).params)[1] == 2
+        with pytest.raises(UserError, match=r"none of the checkpoints[\s\S]*step 4"):
+            reader.restore_params(abstract(state).params, step=4)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_damaged_checkpoints_are_an_error_that_names_each(tmp_path):
+    cfg, _, state, _, _ = trained()
+    save(tmp_path, cfg, state, 2, 4)
+    for step in (2, 4):
+        garble(tmp_path / str(step))
+    with (
+        Checkpointer(tmp_path, cfg) as checkpointer,
+        pytest.raises(UserError, match=r"none of the[\s\S]*step 4: [\s\S]*step 2: "),
+    ):
+        checkpointer.restore(abstract(state))
+    assert {"2", "4"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_keep_policy(tmp_path):
+    cfg, _, state, _, _ = trained(**{"checkpoint.keep_latest": 2, "checkpoint.keep_every": 6})
+    assert save(tmp_path, cfg, state, *range(2, 17, 2)) == [6, 12, 14, 16]
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"6", "12", "14", "16"}
+
+
+def test_a_step_is_saved_once(tmp_path):
+    cfg, _, state, _, _ = trained()
+    with Checkpointer(tmp_path, cfg) as checkpointer:
+        assert checkpointer.save(state, {"step": 2})
+        checkpointer.wait()
+        assert not checkpointer.save(state, {"step": 2})
+
+
+def test_an_empty_folder_holds_nothing(tmp_path):
+    cfg, _, state, _, _ = build()
+    with Checkpointer(tmp_path / "new", cfg) as checkpointer:
+        assert checkpointer.restore(abstract(state)) is None
+        assert checkpointer.steps() == []
+    no_checkpoint = pytest.raises(UserError, match=r"new holds no checkpoint; train first")
+    with Checkpointer(tmp_path / "new") as reader, no_checkpoint:
+        reader.restore_params(abstract(state).params)
+
+
+def test_a_save_in_flight_is_not_changed_by_the_steps_after_it(tmp_path):
+    cfg, m, state, step, sums = trained()
+    batches = [make_batch(cfg, m, i) for i in range(6)]
+    target, want = abstract(state), copied(state)
+    with Checkpointer(tmp_path, cfg) as checkpointer:
+        checkpointer.save(state, {"step": 2})
+        for batch in batches:
+            state, sums = step(state, sums, batch)
+        jax.block_until_ready(state)
+        checkpointer.wait()
+        restored, _ = checkpointer.restore(target)
+    assert_equal(copied(restored), want)
+    moved = tree.flatten(state.params)
+    assert any((np.asarray(moved[p]) != x).any() for p, x in tree.flatten(want["params"]).items())

@@ -1,0 +1,133 @@
+"""Log lines: their arithmetic, and the files they go to."""
+
+import json
+
+import numpy as np
+import pytest
+
+from soup_jax import metrics, train_step
+
+
+def sums(**changes):
+    values = {k: np.asarray(v) for k, v in train_step.zero_metrics(4).items()}
+    return values | {k: np.asarray(v, np.float32) for k, v in changes.items()}
+
+
+def test_summarize_weights_losses_by_targets_and_means_by_steps():
+    line = metrics.summarize(
+        sums(
+            steps=4,
+            grad_norm=6,
+            grad_norm_max=3,
+            learning_rate=0.5,
+            targets=90,
+            domain_rows=[2, 0, 1, 0],
+            domain_loss=[30, 0, 60, 0],
+            domain_targets=[60, 0, 30, 0],
+        ),
+        seconds=2.0,
+        wait_seconds=1.0,
+    )
+    assert line["loss"] == 1.0
+    assert line["grad_norm"] == 1.5
+    assert line["grad_norm_max"] == 3.0
+    assert line["learning_rate"] == 0.125
+    assert line["step_ms"] == 500.0
+    assert line["data_wait_ms"] == 250.0
+    assert line["tokens_per_second"] == 45.0
+    assert line["domains"] == {"0": [2, 0.5], "2": [1, 2.0]}
+    assert json.loads(json.dumps(line)) == line
+
+
+def test_summarize_of_no_step_is_finite():
+    line = metrics.summarize(sums(), seconds=1.0, wait_seconds=0.0)
+    assert line.pop("domains") == {}
+    assert np.isfinite(list(line.values())).all()
+
+
+def test_peak_takes_the_longest_match():
+    assert metrics.peak_tflops("TPU v5 lite") == 197.0
+    assert metrics.peak_tflops("TPU v5") == 459.0
+    assert metrics.peak_tflops("NVIDIA H200") == 989.0
+    assert metrics.peak_tflops("cpu") == 0.0
+
+
+def writer(folder, start=0, **changes):
+    options = {"tensorboard": False, "start_step": start, "active": True} | changes
+    return metrics.MetricsWriter(folder, **options)
+
+
+def write_steps(folder, start, steps, **changes):
+    w = writer(folder, start, **changes)
+    for step in steps:
+        w.write(step, {"loss": float(step)})
+    w.close()
+
+
+def steps_of(folder):
+    return [line["step"] for line in metrics.read_metrics(folder / "metrics.jsonl")]
+
+
+def test_resume_drops_the_lines_of_steps_that_a_kill_undid(tmp_path):
+    write_steps(tmp_path, 0, (2, 4, 6, 8))
+    write_steps(tmp_path, 5, (6, 8, 10))
+    assert steps_of(tmp_path) == [2, 4, 6, 8, 10]
+    write_steps(tmp_path, 8, ())
+    assert steps_of(tmp_path) == [2, 4, 6, 8]
+    write_steps(tmp_path, 0, (1,))
+    assert steps_of(tmp_path) == [1]
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 5, "ki', b'{"step": 5}', b"\x00\x00\x00", b"\xff\xfe\n", b"3\n", b"\n"]
+)
+def test_resume_drops_what_a_kill_left_half_written(tail, tmp_path):
+    write_steps(tmp_path, 0, (2, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + tail)
+    write_steps(tmp_path, 6, (8,))
+    assert steps_of(tmp_path) == [2, 4, 8]
+
+
+def test_kinds_are_read_apart_and_a_missing_file_has_none(tmp_path):
+    w = writer(tmp_path)
+    w.write(1, {"loss": 2.0})
+    w.write(1, {"average": {}}, kind="evaluation")
+    w.close()
+    path = tmp_path / "metrics.jsonl"
+    assert metrics.read_metrics(path) == [{"step": 1, "kind": "train", "loss": 2.0}]
+    assert [v["average"] for v in metrics.read_metrics(path, kind="evaluation")] == [{}]
+    assert metrics.read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_lines_are_on_disk_before_close(tmp_path):
+    w = writer(tmp_path)
+    w.write(1, {"loss": 2.0})
+    assert steps_of(tmp_path) == [1]
+    w.close()
+
+
+def test_an_inactive_writer_writes_nothing(tmp_path):
+    write_steps(tmp_path, 0, (1, 2), active=False, tensorboard=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_the_scalars(tmp_path):
+    write_steps(tmp_path, 0, (1, 2), tensorboard=True)
+    assert any(p.stat().st_size for p in (tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("broken", ["__init__", "add_scalar", "close"])
+def test_a_failure_of_tensorboard_stops_nothing(broken, tmp_path, monkeypatch):
+    import tensorboardX
+
+    calls = []
+
+    def fail(*_, **__):
+        calls.append(broken)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tensorboardX.SummaryWriter, broken, fail)
+    write_steps(tmp_path, 0, (1, 2), tensorboard=True)
+    assert steps_of(tmp_path) == [1, 2]
+    assert calls == [broken]
