@@ -1,0 +1,69 @@
+"""What a run's set-up refuses, and what it may change between two starts."""
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from soup_jax import run as run_lib
+from soup_jax.checkpoint import Checkpointer
+from soup_jax.errors import UserError
+
+
+def start(workdir, corpus, **fields):
+    run = run_lib.setup(tiny_config(**({"corpus.dir": corpus} | fields)), workdir)
+    run_lib.claim_workdir(run)
+    return run
+
+
+def saved(workdir, corpus, step=5):
+    run = start(workdir, corpus)
+    with Checkpointer(workdir / "checkpoints", run.cfg) as checkpointer:
+        checkpointer.save(run.init(), run.data_state(step))
+    return run
+
+
+def restore(run):
+    with Checkpointer(run.workdir / "checkpoints") as reader:
+        return run_lib.restore_or_init(run, reader)
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_difference(tiny_corpus, tmp_path):
+    start(tmp_path, tiny_corpus)
+    text = (tmp_path / "config.json").read_text()
+    for name, value in (("optimizer.learning_rate", 0.123), ("seed", 7), ("batch_size", 32)):
+        with pytest.raises(UserError, match=rf"another config[\s\S]*{name}[\s\S]*{value}"):
+            start(tmp_path, tiny_corpus, **{name: value})
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_fields_that_change_no_number_may_change(tiny_corpus, tmp_path):
+    start(tmp_path, tiny_corpus)
+    fields = {"log.every_steps": 3, "checkpoint.keep_latest": 1, "loader.prefetch": 2}
+    start(tmp_path, tiny_corpus, **fields, **{"mesh.replica": 1})
+
+
+def test_a_checkpoint_of_other_data_is_refused(tiny_corpus, tmp_path):
+    saved(tmp_path, tiny_corpus)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"other data[\s\S]*seed: 0 -> 3"):
+        restore(start(tmp_path, tiny_corpus, seed=3))
+    run = start(tmp_path / "other", tiny_corpus)
+    run.workdir = tmp_path
+    object.__setattr__(run.corpus, "fingerprint", "another")
+    with pytest.raises(UserError, match=r"other data[\s\S]*corpus: .* -> 'another'"):
+        restore(run)
+
+
+def test_a_restored_plan_goes_on_as_a_fresh_one(tiny_corpus, tmp_path):
+    saved(tmp_path, tiny_corpus, step=5)
+    fresh, resumed = start(tmp_path, tiny_corpus), start(tmp_path, tiny_corpus)
+    restore(resumed)
+    for step in range(5, 40):
+        a, b = vars(fresh.plan[step]), vars(resumed.plan[step])
+        for name, value in a.items():
+            np.testing.assert_array_equal(b[name], value, err_msg=name)
+
+
+def test_an_empty_folder_starts_from_the_seed(tiny_corpus, tmp_path):
+    state = restore(start(tmp_path, tiny_corpus))
+    assert (int(state.step), int(state.bad_step)) == (0, -1)

@@ -1,0 +1,252 @@
+"""Whole runs: killed, stopped, resumed, refused, diverged, evaluated."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from soup_jax import evaluate, loader, metrics, model, train, train_step, tree
+from soup_jax import run as run_lib
+from soup_jax.checkpoint import Checkpointer
+
+
+@pytest.fixture
+def make_cfg(tiny_corpus):
+    # Saves at multiples of the log interval: a line's mean then never spans a restart.
+    fields = {"corpus.dir": tiny_corpus, "checkpoint.every_steps": 4, "log.every_steps": 2}
+    return lambda **changes: tiny_config(**(fields | changes))
+
+
+def assert_same_state(a, b):
+    a, b = (tree.flatten({"p": s.params, "o": s.opt_state, "step": s.step}) for s in (a, b))
+    assert a.keys() == b.keys()
+    for path, x in a.items():
+        assert np.asarray(x).tobytes() == np.asarray(b[path]).tobytes(), path
+
+
+def final_state(cfg, workdir):
+    with Checkpointer(workdir / "checkpoints") as reader:
+        return reader.restore(run_lib.setup(cfg, workdir).abstract)
+
+
+def losses(workdir, kind="train"):
+    lines = metrics.read_metrics(workdir / "metrics.jsonl", kind=kind)
+    return [(line["step"], line["loss"], line["grad_norm"], line["domains"]) for line in lines]
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """Hashes of the batches that reach the device; `fed.at[n] = f` calls f before the n-th."""
+
+    class Fed(list):
+        at: dict = {}  # noqa: RUF012
+
+    seen, original = Fed(), loader.to_device
+    seen.at = {}
+
+    def to_device(batch, mesh):
+        seen.at.pop(len(seen) + 1, lambda: None)()
+        seen.append(hashlib.sha256(b"".join(v.tobytes() for v in batch.values())).hexdigest())
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loader, "to_device", to_device)
+    return seen
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+CONFIG = """
+import json, os, time
+from soup_jax import loader
+from soup_jax.experiments import base
+
+if os.environ.get("SLOW"):  # leaves time to be killed between two steps
+    original = loader.to_device
+    loader.to_device = lambda *a: (time.sleep(0.05), original(*a))[1]
+
+
+def get_config():
+    cfg = base.get_config()
+    cfg.update_from_flattened_dict(json.loads({fields!r}))
+    return cfg
+"""
+
+
+@pytest.mark.parametrize("bank", ["merged", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_killed_and_terminated_runs_end_bit_identical(bank, make_cfg, tmp_path):
+    cfg = make_cfg(**{"optimizer.bank": bank, "num_steps": 48})
+    flat = {
+        f"{a}.{b}" if b else a: v
+        for a, section in cfg.to_dict().items()
+        for b, v in (section.items() if isinstance(section, dict) else [("", section)])
+    }
+    flat.pop("experts.rules")  # JSON has no tuples; the default is the same
+    path, workdir = tmp_path / "config.py", tmp_path / "killed"
+    path.write_text(CONFIG.format(fields=json.dumps(flat)))
+    command = [sys.executable, "-m", "soup_jax.main", "train"]
+    command += [f"--config={path}", f"--workdir={workdir}"]
+
+    def start(**environment):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=os.environ | environment, **pipes)
+
+    def wait_for(process, step):
+        while process.poll() is None:
+            file = workdir / "metrics.jsonl"
+            if file.exists() and f'"step": {step},' in file.read_text():
+                return
+            time.sleep(0.005)
+        raise AssertionError(process.communicate())
+
+    process = start(SLOW="1")
+    wait_for(process, random.randrange(8, 18, 2))
+    time.sleep(random.random() * 0.2)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    process = start(SLOW="1")
+    wait_for(process, 24)
+    process.terminate()
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    with Checkpointer(workdir / "checkpoints") as reader:
+        stopped = reader.steps()[-1]
+    assert f"SIGTERM: saved step {stopped} of 48" in out
+    assert 24 <= stopped < 48
+
+    out, err = (process := start()).communicate()
+    assert process.returncode == 0, err
+    whole = train.train(cfg, tmp_path / "whole")
+    state, data = final_state(cfg, workdir)
+    assert data["step"] == 48
+    assert_same_state(state, whole)
+    # The line after a SIGTERM between two lines covers only the steps since.
+    lines, want = losses(workdir), losses(tmp_path / "whole")
+    assert [line[0] for line in lines] == [line[0] for line in want]
+    for line, expected in zip(lines, want):
+        if stopped % 2 == 0 or line[0] != stopped + 1:
+            assert line == expected
+
+
+@pytest.mark.parametrize("bank", ["merged", "adamw"])
+def test_a_stopped_run_loses_no_step_and_repeats_no_batch(bank, make_cfg, tmp_path, fed):
+    cfg = make_cfg(**{"optimizer.bank": bank})
+    whole = train.train(cfg, tmp_path / "whole")
+    batches = list(fed)
+    assert len(set(batches)) == cfg.num_steps
+    fed.clear()
+    for step in (3, 10):
+        fed.at = {step: terminate}
+        with pytest.raises(train.Interrupted, match=f"SIGTERM: saved step {step} of 12"):
+            train.train(cfg, tmp_path / "cut")
+        assert len(fed) == step
+    state = train.train(cfg, tmp_path / "cut")
+    assert list(fed) == batches
+    assert_same_state(state, whole)
+    assert_same_state(final_state(cfg, tmp_path / "cut")[0], whole)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_step_is_compiled_once_a_run(make_cfg, tmp_path, monkeypatch, fed):
+    steps, original = [], train_step.compile_step
+    monkeypatch.setattr(
+        train_step, "compile_step", lambda *a: steps.append(original(*a)) or steps[-1]
+    )
+    fed.at = {5: terminate}
+    with pytest.raises(train.Interrupted):
+        train.train(make_cfg(), tmp_path)
+    train.train(make_cfg(), tmp_path)
+    assert [s._cache_size() for s in steps] == [1, 1]
+
+
+def test_a_finished_run_started_again_does_nothing(make_cfg, tmp_path, fed):
+    state = train.train(make_cfg(), tmp_path)
+    count, before = len(fed), (tmp_path / "metrics.jsonl").read_bytes()
+    folders = sorted((tmp_path / "checkpoints").rglob("*"))
+    assert_same_state(train.train(make_cfg(), tmp_path), state)
+    assert len(fed) == count
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert sorted((tmp_path / "checkpoints").rglob("*")) == folders
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_cfg, tmp_path):
+    cfg, bad = make_cfg(), 7
+    run = run_lib.setup(cfg, tmp_path)
+    offsets = run.corpus.offsets["train"]
+    windows = [
+        run.corpus.read_windows("train", offsets[p.domain_B] + p.window_B)
+        for p in (run.plan[i] for i in range(bad + 1))
+    ]
+    known = {row.tobytes() for rows in windows[:bad] for row in rows}
+    poison = next(row for row in windows[bad] if row.tobytes() not in known)
+
+    def poisoned(row):
+        good = model.from_config(cfg)
+
+        def example_losses(params, batch):
+            value, weight = good.example_losses(params, batch)
+            hit = (batch["tokens"] == jnp.asarray(row)).all(-1)
+            return jnp.where(hit[:, None], jnp.nan, value), weight
+
+        return dataclasses.replace(good, example_losses=example_losses)
+
+    with pytest.raises(FloatingPointError, match=f"step {bad} is not finite") as e:
+        train.train(cfg, tmp_path, model=poisoned(poison))
+    report = json.loads((tmp_path / f"nonfinite_{bad}.json").read_text())
+    domains = np.unique(run.plan[bad].domain_B)
+    assert set(report["domains"]) == {str(k) for k in domains}
+    for k in domains:
+        assert run.corpus.label(int(k)) in str(e.value)
+    assert report["window"] == run.plan[bad].window_B.tolist()
+    state, data = final_state(cfg, tmp_path)
+    assert data["step"] == bad
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.opt_state)))
+    assert all(np.isfinite(line[1]) for line in losses(tmp_path))
+    # Sound: with the poison gone it continues, to where a run without it ends.
+    resumed = train.train(cfg, tmp_path, model=poisoned(-np.ones_like(poison)))
+    whole = train.train(cfg, tmp_path / "whole", model=poisoned(-np.ones_like(poison)))
+    assert_same_state(resumed, whole)
+
+
+def evaluating(tiny_text):
+    names = ("cooking", "python")
+    files = tuple(str(tiny_text / f"{n}.jsonl") for n in names)
+    return {"evaluate.specialists": files, "evaluate.every_steps": 6}
+
+
+def test_evaluation_during_training_writes_lines(make_cfg, tiny_text, tmp_path):
+    state = train.train(make_cfg(**evaluating(tiny_text)), tmp_path / "with")
+    lines = metrics.read_metrics(tmp_path / "with" / "metrics.jsonl", kind="evaluation")
+    assert [line["step"] for line in lines] == [6, 12]
+    for line in lines:
+        assert set(line["specialists"]) == {"cooking", "python"}
+        for row in [*line["specialists"].values(), line["average"]]:
+            for column in ("specialist", "generic_h", "shared"):
+                assert 0 < row[column]["loss"] < 10
+        assert set(line["generic_validation"]) == {"generic_h", "shared"}
+    assert_same_state(state, train.train(make_cfg(), tmp_path / "without"))
+
+
+def test_sigterm_during_an_evaluation_saves(make_cfg, tiny_text, tmp_path, monkeypatch):
+    cfg, original = make_cfg(**evaluating(tiny_text)), evaluate.Evaluator.shared
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Evaluator, "shared", lambda *a: (terminate(), original(*a))[1])
+        with pytest.raises(train.Interrupted, match="saved step 6 of 12"):
+            train.train(cfg, tmp_path)
+    assert final_state(cfg, tmp_path)[1]["step"] == 6
+    assert metrics.read_metrics(tmp_path / "metrics.jsonl", kind="evaluation") == []
+    assert int(train.train(cfg, tmp_path).step) == 12
