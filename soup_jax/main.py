@@ -27,6 +27,10 @@ from soup_jax.files import write_text
 def _config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
     from ml_collections import config_flags
 
+    # Checked before parsing: without the file, overrides would be reported as unknown flags.
+    given = [a for a in argv if a.startswith(("--config", "-config"))]
+    if given and not any(a.lstrip("-").startswith("config=") for a in given):
+        raise UserError("--config=FILE.py is required")
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -44,7 +48,11 @@ def _resolve_config(arguments: Sequence[str]) -> list[str]:
 
     folder = pathlib.Path(base.__file__).parent
     resolved = []
-    for argument in arguments:
+    pending = list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if argument in ("--config", "-config") and pending:
+            argument = f"{argument}={pending.pop(0)}"
         flag, _, value = argument.partition("=")
         if flag in ("--config", "-config") and value:
             path, colon, rest = value.partition(":")

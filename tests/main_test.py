@@ -182,3 +182,15 @@ def test_whole_chain(tiny_text, tmp_path, capsys):
     assert len(first) > len("def class\n")
     assert main.run(words) == 0
     assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "no/such/file.py"], "no config file 'no/such/file.py'"),
+        (["--config.num_steps=3"], "--config=FILE.py is required"),
+    ],
+)
+def test_config_as_two_words_and_overrides_without_a_config(arguments, message, capsys):
+    assert main.run(["train", *arguments, "--workdir=unused"]) == 2
+    assert message in capsys.readouterr().err
