@@ -304,4 +304,7 @@ def table(result: dict[str, Any], *, metric: str = "loss") -> str:
     if result["generic_validation"]:
         lines.append(line("generic validation", result["generic_validation"]))
     unit = "nats per token" if metric == "loss" else "bits per byte"
-    return "\n".join(lines) + f"\n({unit}; lower is better; * best of the line)"
+    return (
+        "\n".join(text.rstrip() for text in lines)
+        + f"\n({unit}; lower is better; * best of the line)"
+    )
