@@ -81,9 +81,7 @@ def read_texts(path: str, *, text_field: str) -> tuple[list[corpus_lib.Document]
     return list(documents.values()), report.lines()
 
 
-def specialist_set(
-    name: str, path: str, corpus: Corpus, cfg: ConfigDict, *, limit: bool = True
-) -> SpecialistSet:
+def specialist_set(name: str, path: str, corpus: Corpus, cfg: ConfigDict) -> SpecialistSet:
     """Read, split, histogram and tokenise one specialist.
 
     Raises:
@@ -102,7 +100,7 @@ def specialist_set(
     return SpecialistSet(
         name,
         document_histogram(corpus, for_h),
-        pack(corpus, scored, max_windows=cfg.evaluate.max_windows if limit else 0),
+        pack(corpus, scored, max_windows=cfg.evaluate.max_windows),
     )
 
 
