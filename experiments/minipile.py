@@ -12,29 +12,29 @@ documents. Base network 0.24M parameters, 16 dense experts, 64 domains, 5.0M tok
 3 minutes a run. The last command printed:
 
                         specialist   generic_h     shared    generic
-    arxiv                  3.6547*    3.9735     4.0028     3.9135
-    dm_mathematics         4.7051     4.6346     4.6234*    4.6604
-    enron_emails           4.6383*    4.6588     4.6623     4.6932
-    europarl               4.4674*    4.6223     4.6266     4.6120
-    freelaw                4.3996*    4.5494     4.5542     4.5625
-    github                 4.5652*    4.7542     4.7121     4.7107
-    hackernews             4.6436*    4.6528     4.6742     4.6901
-    nih_exporter           4.3401*    4.4842     4.5374     4.5063
-    openwebtext            4.6422*    4.6541     4.6798     4.6838
-    pg19                   4.4597*    4.6305     4.6658     4.6096
-    philpapers             4.7481     4.7471*    4.7479     4.8167
-    pubmed                 4.9193*    4.9509     4.9642     5.0125
-    stackexchange          4.7020*    4.7049     4.7088     4.7219
-    ubuntu_irc             4.5979*    4.6520     4.6580     4.6416
-    uspto                  4.5059*    4.6420     4.6368     4.6398
-    wikipedia              4.5606*    4.6223     4.6442     4.6383
+    arxiv                  3.6346*    3.9760     4.0043     3.9135
+    dm_mathematics         4.6872     4.6473     4.6200*    4.6604
+    enron_emails           4.6225*    4.6341     4.6455     4.6932
+    europarl               4.4538*    4.5924     4.6073     4.6120
+    freelaw                4.3760*    4.5321     4.5466     4.5625
+    github                 4.5166*    4.7109     4.6710     4.7107
+    hackernews             4.6184*    4.6351     4.6586     4.6901
+    nih_exporter           4.3038*    4.4330     4.4954     4.5063
+    openwebtext            4.6139*    4.6264     4.6574     4.6838
+    pg19                   4.4320*    4.5950     4.6377     4.6096
+    philpapers             4.6816*    4.7051     4.7089     4.8167
+    pubmed                 4.8981*    4.9306     4.9455     5.0125
+    stackexchange          4.6728*    4.6764     4.6842     4.7219
+    ubuntu_irc             4.5490*    4.6372     4.6341     4.6416
+    uspto                  4.4808*    4.6203     4.6141     4.6398
+    wikipedia              4.5360*    4.5943     4.6249     4.6383
 
-    average                4.5344*    4.6208     4.6312     4.6321
-    generic validation                4.6310     4.6377     4.6122*
+    average                4.5048*    4.5966     4.6097     4.6321
+    generic validation                4.5983*    4.6066     4.6122
     (nats per token; lower is better; * best of the line)
-    specialists are 0.0865 nats better than generic_h on average, and better on 14 of 16 sets
-    specialists are 0.0968 nats better than shared on average, and better on 14 of 16 sets
-    specialists are 0.0977 nats better than generic on average, and better on 15 of 16 sets
+    specialists are 0.0918 nats better than generic_h on average, and better on 15 of 16 sets
+    specialists are 0.1049 nats better than shared on average, and better on 15 of 16 sets
+    specialists are 0.1272 nats better than generic on average, and better on 15 of 16 sets
 
 What decided it, each measured as above but on 64 windows a set (averages over the 16 sets;
 `generic h` is the same soup at the natural frequencies, `validation` its generic validation loss):
@@ -43,6 +43,7 @@ What decided it, each measured as above but on 64 windows a set (averages over t
     generic                                    8e-3   4.6611      4.6611     4.6681
     generic                                    1.2e-2   4.6272      4.6272     4.6209
     generic                                    2e-2     4.6349      4.6349     4.6381
+    soup as here                               8e-3     4.4972      4.5910     4.6290
     soup as here                               1.2e-2   4.5276      4.6162     4.6578
     4 mixtures of 4 rows                       1.2e-2   4.5959      4.7125     4.7392
     4 mixtures of 4 rows                       2e-2     4.6523      4.7681     4.7992
@@ -59,11 +60,10 @@ What decided it, each measured as above but on 64 windows a set (averages over t
 - A router that starts from the geometry of the centroids beats a random one by 0.06, and experts
   that start at zero separate all the same, because `merged` moves each by its own coefficient.
 
-The losers: dm_mathematics is better served by S alone, and philpapers no better than at the generic
-h. Both are failures of h. TF-IDF looks at words and hardly at numbers: 93% of the dm_mathematics
-documents land in a cluster of character tables ("iso latin giants"), 70% of philpapers in one of
-mathematics papers ("lemma mathcal ref"). An embedder that reads sentences is what the paper uses.
-The soup still pays 0.02 nats at the generic h against the generic model.
+The loser: dm_mathematics is better served by S alone. This is a failure of its h: TF-IDF looks at
+words and hardly at numbers, and 93% of its documents land in a cluster of character tables ("iso
+latin giants"). An embedder that reads sentences is what the paper uses. Rates below 8e-3 were not
+tried with 16 mixtures, nor was 2e-2.
 """
 
 from ml_collections import ConfigDict
@@ -85,10 +85,11 @@ def get_config(method: str = "soup") -> ConfigDict:
     cfg.corpus.dir = "corpora/minipile"
     cfg.model.update({"num_layers": 2, "dim": 64, "hidden_dim": 192, "num_heads": 2})
     cfg.model.num_kv_heads = 2
-    cfg.optimizer.learning_rate = 1.2e-2
+    cfg.optimizer.learning_rate = 8e-3
     cfg.checkpoint.every_steps = 500
     if method == "generic":
         base.set_generic(cfg)
+        cfg.optimizer.learning_rate = 1.2e-2
     elif method != "soup":
         raise ValueError(f"unknown method {method!r}: soup or generic")
     return cfg
