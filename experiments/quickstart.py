@@ -4,9 +4,10 @@
 
 runs prepare, train (soup and `:generic`), evaluate, instantiate and generate; the script shows each
 command. 4.1M tokens a run; on two CPU cores, install apart, 7.5 minutes (collecting text 37 s,
-prepare 72 s, soup 182 s, generic 117 s, evaluation 27 s). The learning rate is the generic
-model's best of three in `experiments/minipile.py` (the soup prefers a lower one there); it was not
-tuned on this text. The specialist sets are fixed in `launch/collect_text.py`. It printed (Python 3.11, jax 0.10.2):
+prepare 72 s, soup 182 s, generic 117 s, evaluation 27 s). The learning rate is the generic model's
+best of three in `experiments/minipile.py` (the soup prefers a lower one there); it was not tuned on
+this text. The specialist sets are fixed in `launch/collect_text.py`. It printed (Python 3.11, jax
+0.10.2):
 
                           specialist   generic_h     shared    generic
     asyncio_code             3.6953*    3.7806     3.7976     3.7325
