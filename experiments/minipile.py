@@ -43,6 +43,7 @@ What decided it, each measured as above but on 64 windows a set (averages over t
     generic                                    8e-3   4.6611      4.6611     4.6681
     generic                                    1.2e-2   4.6272      4.6272     4.6209
     generic                                    2e-2     4.6349      4.6349     4.6381
+    soup as here                               5.5e-3   4.5208      4.6148     4.6587
     soup as here                               8e-3     4.4972      4.5910     4.6290
     soup as here                               1.2e-2   4.5276      4.6162     4.6578
     4 mixtures of 4 rows                       1.2e-2   4.5959      4.7125     4.7392
@@ -62,8 +63,7 @@ What decided it, each measured as above but on 64 windows a set (averages over t
 
 The loser: dm_mathematics is better served by S alone. This is a failure of its h: TF-IDF looks at
 words and hardly at numbers, and 93% of its documents land in a cluster of character tables ("iso
-latin giants"). An embedder that reads sentences is what the paper uses. Rates below 8e-3 were not
-tried with 16 mixtures, nor was 2e-2.
+latin giants"). An embedder that reads sentences is what the paper uses.
 """
 
 from ml_collections import ConfigDict
