@@ -153,6 +153,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     evaluate.specialists = ()  # files or globs of specialist documents; a file is a specialist
     evaluate.every_steps = 0  # during training; 0: never
     evaluate.histogram_fraction = 0.5  # of a specialist's documents, by hash: they give h
+    evaluate.tuning_fraction = 0.2  # likewise: scored during training; `evaluate` scores the rest
     evaluate.max_windows = 256  # scored per document set, evenly spread over it; 0: all
     evaluate.batch_size = 32  # windows per forward pass
     set_model(cfg, preset)

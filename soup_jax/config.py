@@ -224,8 +224,10 @@ def _check_combinations(cfg: ConfigDict) -> None:
         "corpus.validation_fraction + corpus.held_out_fraction must leave documents to train on",
     )
     need(
-        0 < cfg.evaluate.histogram_fraction < 1,
-        "evaluate.histogram_fraction must be between 0 and 1: both parts need documents",
+        0 < cfg.evaluate.histogram_fraction
+        and 0 <= cfg.evaluate.tuning_fraction < 1 - cfg.evaluate.histogram_fraction,
+        "evaluate.histogram_fraction and tuning_fraction must leave documents for all parts: "
+        "0 < histogram_fraction, histogram_fraction + tuning_fraction < 1",
     )
     need(cfg.optimizer.final_fraction <= 1, "optimizer.final_fraction must be at most 1")
     need(

@@ -1,7 +1,8 @@
 """Losses of specialists, baselines and the shared parameters on held-out text.
 
-A specialist is a file (or glob) of documents. They are split by document hash: one part gives the
-histogram h, the other is scored. Columns: `specialist` (merged at its own h), `generic_h` (merged
+A specialist is a file (or glob) of documents. They are split by document hash into three parts: one
+gives the histogram h; `tuning` is scored during training, for choosing settings; `final` is what
+`soup-jax evaluate` scores, so that what it reports was used for no choice. Columns: `specialist` (merged at its own h), `generic_h` (merged
 at the natural frequencies), `shared` (S alone), and one per run compared with.
 
 Losses are nats per token; bits per byte divide by the bytes of the scored tokens, and are what to
@@ -81,21 +82,34 @@ def read_texts(path: str, *, text_field: str) -> tuple[list[corpus_lib.Document]
     return list(documents.values()), report.lines()
 
 
-def specialist_set(name: str, path: str, corpus: Corpus, cfg: ConfigDict) -> SpecialistSet:
+PARTS = ("final", "tuning")
+
+
+def specialist_set(
+    name: str, path: str, corpus: Corpus, cfg: ConfigDict, *, part: str = "final"
+) -> SpecialistSet:
     """Read, split, histogram and tokenise one specialist.
+
+    Args:
+      part: of the documents, to score: one of PARTS. With `evaluate.tuning_fraction` = 0 there is
+        no tuning part, and both names mean all documents that do not give h.
 
     Raises:
       UserError: a part of the split is empty.
     """
     documents, _ = read_texts(path, text_field=cfg.corpus.text_field)
-    fraction = cfg.evaluate.histogram_fraction
-    for_h = [d.text for d in documents if corpus_lib.hash_fraction(d.hash) < fraction]
-    scored = [d.text for d in documents if corpus_lib.hash_fraction(d.hash) >= fraction]
+    end_h = cfg.evaluate.histogram_fraction
+    start, end = end_h + cfg.evaluate.tuning_fraction, 1.0
+    if part == "tuning" and cfg.evaluate.tuning_fraction:
+        start, end = end_h, start
+    place = {d.text: corpus_lib.hash_fraction(d.hash) for d in documents}
+    for_h = [text for text, at in place.items() if at < end_h]
+    scored = [text for text, at in place.items() if start <= at < end]
     if not for_h or not scored:
         raise UserError(
             f"specialist {name!r} ({path}) has {len(for_h)} documents for h and {len(scored)} to "
-            "score; both parts need some: give more documents or change "
-            "evaluate.histogram_fraction"
+            f"score (part {part!r}); both need some: give more documents or change "
+            "evaluate.histogram_fraction and evaluate.tuning_fraction"
         )
     return SpecialistSet(
         name,
@@ -148,12 +162,9 @@ def _spread(total: int, most: int) -> np.ndarray:
 def _token_set(corpus: Corpus, tokens: np.ndarray, real: np.ndarray, max_windows: int) -> TokenSet:
     kept = _spread(len(tokens), max_windows)
     tokens, real = tokens[kept], real[kept]
-    # Decoded window by window: a character cut by a window's edge may count up to two bytes more.
     tokenizer = corpus.tokenizer()
-    # End-of-text goes by its id: the same characters written in a document are its bytes.
-    targets = (row[1 : 1 + n] for row, n in zip(tokens, real))
-    texts = [tokenizer.decode(ids[ids != corpus.eos_id].tolist()) for ids in targets]
-    return TokenSet(tokens, real, sum(len(text.encode()) for text in texts))
+    num_bytes = sum(tokenizer.num_bytes(row[1 : 1 + n]) for row, n in zip(tokens, real))
+    return TokenSet(tokens, real, num_bytes)
 
 
 class Evaluator:

@@ -145,6 +145,13 @@ def _define_evaluate(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer(
         "max_windows", None, "scored per set; 0: all; default: the run's config", flag_values=values
     )
+    flags.DEFINE_enum(
+        "part",
+        "final",
+        ["final", "tuning"],
+        "of the specialists' documents: tuning is what training's own evaluations score",
+        flag_values=values,
+    )
 
 
 def _evaluate(values: flags.FlagValues) -> int:
@@ -160,6 +167,7 @@ def _evaluate(values: flags.FlagValues) -> int:
         json_path=values.json,
         step=values.step,
         max_windows=values.max_windows,
+        part=values.part,
     )
     text = "\n".join([table, *(f"{name}: {path}" for name, path in paths.items())])
     print(text)

@@ -19,6 +19,7 @@ def evaluate_runs(
     json_path: str = "",
     step: int | None = None,
     max_windows: int | None = None,
+    part: str = "final",
 ) -> tuple[str, dict[str, pathlib.Path]]:
     """`soup-jax evaluate`: the table, and where the numbers and the picture are.
 
@@ -30,6 +31,7 @@ def evaluate_runs(
       json_path: default `evaluation.json` in the run.
       step: checkpoint of `workdir`; the others' newest is taken.
       max_windows: scored per document set, 0 for all; default: as in the run's config.
+      part: of each specialist's documents, one of evaluate.PARTS.
 
     Raises:
       UserError: no specialists given, a run or file that cannot be read, two equal column names.
@@ -43,7 +45,8 @@ def evaluate_runs(
     if len(set(columns)) != len(columns):
         raise UserError(f"the columns {columns} are not all different; rename a --against folder")
     paths = evaluate.document_sets(patterns)
-    result = _evaluate_one(trained, paths, max_windows, None)
+    result = _evaluate_one(trained, paths, max_windows, None, part)
+    result["part"] = part
     result["runs"] = {"specialist": _origin(trained)}
     for name, path in zip(names, against):
         other = specialist.load_soup(path)
@@ -51,7 +54,7 @@ def evaluate_runs(
             _log.warning(
                 "%s was trained on another corpus: compare bits per byte, not nats per token", path
             )
-        numbers = _evaluate_one(other, paths, max_windows, ("specialist", "generic_h"))
+        numbers = _evaluate_one(other, paths, max_windows, ("specialist", "generic_h"), part)
         evaluate.combine(result, numbers, name)
         result["runs"][name] = _origin(other)
     path = pathlib.Path(json_path) if json_path else workdir / "evaluation.json"
@@ -91,6 +94,7 @@ def _evaluate_one(
     paths: dict[str, str],
     max_windows: int | None,
     columns: Sequence[str] | None,
+    part: str,
 ) -> dict[str, Any]:
     cfg, corpus = trained.cfg, trained.corpus
     if max_windows is not None:
@@ -98,7 +102,7 @@ def _evaluate_one(
             cfg.evaluate.max_windows = max_windows
     sets = []
     for name, path in paths.items():
-        sets.append(evaluate.specialist_set(name, path, corpus, cfg))
+        sets.append(evaluate.specialist_set(name, path, corpus, cfg, part=part))
         for warning in sets[-1].histogram.warnings():
             _log.warning("specialist %s: %s", name, warning)
     return evaluate.evaluate(

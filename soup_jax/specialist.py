@@ -179,6 +179,9 @@ def load_specialist(folder: str | pathlib.Path) -> tuple[Params, dict[str, Any]]
     path = folder / "params.safetensors"
     if not path.exists() or files.sha256_file(path) != made["hashes"]["params"]:
         raise UserError(f"{path} is missing or not what its recipe.json describes; make it again")
+    text = folder / "tokenizer.json"
+    if not text.exists() or files.sha256_file(text) != made["hashes"]["tokenizer"]:
+        raise UserError(f"{text} is missing or not what its recipe.json describes; make it again")
     return tree.unflatten(load_file(path)), made
 
 

@@ -14,6 +14,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -43,6 +44,7 @@ class Tokenizer:
         self.vocab_size: int = max(vocab.values()) + 1  # ids may have holes; the model needs all
         self.eos_id: int = next((vocab[name] for name in EOS_NAMES if name in vocab), -1)
         self._json = inner.to_str(pretty=True)
+        self._bytes_V = _token_bytes(inner, self.vocab_size)
         self.hash: str = files.sha256_bytes(self._json.encode())
 
     def encode(self, text: str) -> list[int]:
@@ -62,9 +64,33 @@ class Tokenizer:
         """The text of token ids; a character cut in the middle becomes U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        """Bytes of text that the tokens stand for; EOS stands for none.
+
+        Exact for byte-level tokenizers, even where a slice of a text cuts a character; others are
+        decoded, and a cut character counts as U+FFFD (three bytes).
+        """
+        ids = np.asarray(ids, np.int64)
+        ids = ids[ids != self.eos_id]
+        if self._bytes_V is not None:
+            return int(self._bytes_V[ids].sum())
+        return len(self.decode(ids).encode())
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a `tokenizer.json` that any user of `tokenizers` can load."""
         files.write_text(path, self._json)
+
+
+def _token_bytes(inner: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray | None:
+    # A byte-level tokenizer spells each byte as one character; its added tokens stand for their
+    # own text.
+    if not isinstance(inner.decoder, decoders.ByteLevel):
+        return None
+    added = inner.get_added_tokens_decoder()
+    bytes_V = np.zeros(vocab_size, np.int64)
+    for token, index in inner.get_vocab(with_added_tokens=True).items():
+        bytes_V[index] = len(token.encode()) if index in added else len(token)
+    return bytes_V
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -121,7 +121,7 @@ def _evaluation_sets(run: Run) -> tuple[list[evaluate.SpecialistSet], Any]:
     if not cfg.evaluate.every_steps:
         return [], None
     sets = [
-        evaluate.specialist_set(name, path, run.corpus, cfg)
+        evaluate.specialist_set(name, path, run.corpus, cfg, part="tuning")
         for name, path in evaluate.document_sets(cfg.evaluate.specialists).items()
     ]
     validation = evaluate.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows)

@@ -59,7 +59,8 @@ def test_shipped_config_is_valid_and_as_recorded(name, request):
         ({"optimizer.learning_rate": 0.0}, "must be positive"),
         ({"optimizer.beta2": 1.0}, r"must be in \[0, 1\)"),
         ({"experts.rules": ((".*", "low_rnk"),)}, "experts.rules must be"),
-        ({"evaluate.histogram_fraction": 1.0}, "must be between 0 and 1"),
+        ({"evaluate.histogram_fraction": 1.0}, "must leave documents for all parts"),
+        ({"evaluate.tuning_fraction": 0.5}, "must leave documents for all parts"),
     ],
 )
 def test_refuses(fields, message):

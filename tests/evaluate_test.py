@@ -44,7 +44,7 @@ def _documents(text: pathlib.Path) -> list[corpus_lib.Document]:
     return evaluate.read_texts(str(text / "cooking.jsonl"), text_field="text")[0]
 
 
-def test_documents_are_split_by_hash_into_h_and_scored(tiny_text, trained, monkeypatch):
+def test_documents_are_split_by_hash_into_three_parts(tiny_text, trained, monkeypatch):
     seen = {}
     whole = evaluate.document_histogram, evaluate.pack
 
@@ -62,9 +62,19 @@ def test_documents_are_split_by_hash_into_h_and_scored(tiny_text, trained, monke
     found = evaluate.specialist_set("cooking", path, trained.corpus, trained.cfg)
     texts = {d.text: corpus_lib.hash_fraction(d.hash) for d in _documents(tiny_text)}
     assert len(texts) == 30
-    assert sorted(seen["h"] + seen["scored"]) == sorted(texts)  # all, and none in both
     assert set(seen["h"]) == {t for t, fraction in texts.items() if fraction < 0.5}
     assert found.histogram.num_documents == len(seen["h"])
+    final = seen["scored"]
+    assert set(final) == {t for t, fraction in texts.items() if fraction >= 0.7}
+    evaluate.specialist_set("cooking", path, trained.corpus, trained.cfg, part="tuning")
+    # All documents, and none in two parts.
+    assert sorted(seen["h"] + seen["scored"] + final) == sorted(texts)
+    cfg = trained.cfg.copy_and_resolve_references()
+    with cfg.unlocked():
+        cfg.evaluate.tuning_fraction = 0.0
+    for part in evaluate.PARTS:
+        evaluate.specialist_set("cooking", path, trained.corpus, cfg, part=part)
+        assert sorted(seen["h"] + seen["scored"]) == sorted(texts)
 
 
 def test_every_token_is_scored_once(corpus):
@@ -108,12 +118,11 @@ def test_bytes_are_those_of_the_texts(corpus, texts):
     assert packed.num_bytes == sum(len(t.encode()) for t in texts)
 
 
-def test_characters_cut_by_windows_add_little(corpus):
+def test_bytes_of_characters_cut_by_windows(corpus):
     text = "\u65e5\u672c\u8a9e\u3067\u3059" * 60
     packed = evaluate.pack(corpus, [text], max_windows=0)
-    size = len(text.encode())
     assert len(packed.tokens) > 10
-    assert size <= packed.num_bytes <= size + 4 * len(packed.tokens)
+    assert packed.num_bytes == len(text.encode())
 
 
 def test_limit_keeps_windows_spread_over_the_set(corpus):
