@@ -107,7 +107,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     # every leaf must match. Rules: "dense" (one full copy per expert), "none" (shared only).
     experts.rules = ((".*", "dense"),)
     experts.init_scale = 0.0  # std of the experts' init, as a multiple of the shared leaf's RMS
-    experts.dtype = "float32"  # storage of the bank
+    experts.dtype = "float32"  # storage of the bank: float32 or bfloat16
+    experts.rounding = "stochastic"  # of a bfloat16 bank after an update: stochastic or nearest
 
     cfg.router = router = ConfigDict()
     router.hidden_dim = 64  # of the MLP h -> alpha; 0: linear only
@@ -129,6 +130,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     optimizer.clip_norm = 1.0  # of the global gradient norm, experts included; 0: off
     optimizer.grad_accumulation = 1  # micro-batches per step; divides the rows of a mixture
     optimizer.bank = "merged"  # merged (preconditioned in the merged space) or adamw
+    optimizer.moment_dtype = "float32"  # storage of the bank's moments: float32 or bfloat16
     optimizer.bank_lr_scale = 0.3  # of learning_rate, for the experts
     optimizer.router_lr_scale = 1.0  # of learning_rate, for the router
 
@@ -137,6 +139,13 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     mesh.fsdp = -1  # devices inside such a group; -1: the rest
     mesh.platform = ""  # cpu, gpu or tpu; anything else found is an error. Empty: take any
     mesh.num_devices = 0  # expected device count, checked at start. 0: take what is there
+
+    mesh.gather = "step"  # when a merged model gets whole in its group: step, or layer by layer
+
+    cfg.distributed = distributed = ConfigDict()
+    distributed.init_timeout_secs = 300  # for all processes to connect; names who is missing
+    distributed.heartbeat_timeout_secs = 100  # silence after which a process counts as dead
+    distributed.step_timeout_secs = 1800  # no step done for so long: stacks, exit. 0: never
 
     cfg.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 500  # and always at the end and at SIGTERM; 0: only then

@@ -126,6 +126,9 @@ CHOICES = {
     "router.init": ("random", "centroids"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "optimizer.bank": ("merged", "adamw"),
+    "experts.rounding": ("stochastic", "nearest"),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
+    "mesh.gather": ("step", "layer"),
     "mesh.platform": ("", "cpu", "gpu", "tpu"),
 }
 AT_LEAST = {  # inclusive lower bounds
@@ -135,7 +138,8 @@ AT_LEAST = {  # inclusive lower bounds
         embed.max_features embed.fit_documents embed.max_chars corpus.max_chars
         tokenizer.train_bytes domain_weights.support_size domain_weights.min_support_size
         optimizer.grad_accumulation evaluate.batch_size log.every_steps checkpoint.keep_latest
-        checkpoint.async_timeout_secs""".split(),
+        checkpoint.async_timeout_secs distributed.init_timeout_secs
+        distributed.heartbeat_timeout_secs""".split(),
         1,
     ),
     **dict.fromkeys(
@@ -147,7 +151,7 @@ AT_LEAST = {  # inclusive lower bounds
         optimizer.final_fraction model.loss_chunk
         checkpoint.every_steps checkpoint.keep_every evaluate.every_steps
         evaluate.max_windows mesh.num_devices corpus.validation_fraction
-        corpus.held_out_fraction log.peak_tflops""".split(),
+        corpus.held_out_fraction log.peak_tflops distributed.step_timeout_secs""".split(),
         0,
     ),
     "vocab_size": 257,  # 256 bytes and the end-of-text token
@@ -224,7 +228,7 @@ def _check_combinations(cfg: ConfigDict) -> None:
         "corpus.validation_fraction + corpus.held_out_fraction must leave documents to train on",
     )
     need(
-        0 < cfg.evaluate.histogram_fraction
+        cfg.evaluate.histogram_fraction > 0
         and 0 <= cfg.evaluate.tuning_fraction < 1 - cfg.evaluate.histogram_fraction,
         "evaluate.histogram_fraction and tuning_fraction must leave documents for all parts: "
         "0 < histogram_fraction, histogram_fraction + tuning_fraction < 1",

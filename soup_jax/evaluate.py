@@ -2,8 +2,9 @@
 
 A specialist is a file (or glob) of documents. They are split by document hash into three parts: one
 gives the histogram h; `tuning` is scored during training, for choosing settings; `final` is what
-`soup-jax evaluate` scores, so that what it reports was used for no choice. Columns: `specialist` (merged at its own h), `generic_h` (merged
-at the natural frequencies), `shared` (S alone), and one per run compared with.
+`soup-jax evaluate` scores, so that what it reports was used for no choice. Columns: `specialist`
+(merged at its own h), `generic_h` (merged at the natural frequencies), `shared` (S alone), and one
+per run compared with.
 
 Losses are nats per token; bits per byte divide by the bytes of the scored tokens, and are what to
 compare between runs with different tokenizers.

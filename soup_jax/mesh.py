@@ -5,6 +5,7 @@ devices inside a group, which share the rows of their mixtures. State is sliced 
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -32,14 +33,14 @@ def num_groups(cfg: ConfigDict) -> int:
     return cfg.num_mixtures if cfg.num_experts else 1
 
 
-def make_mesh(cfg: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The (replica, fsdp) mesh of the config over `devices` (default: all of them).
 
     Raises:
       UserError: the platform or the number of devices is not what the config asks for, or the
         sizes do not multiply to it, or the mixtures do not divide over the replicas.
     """
-    devices = list(jax.devices()) if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
     if cfg.mesh.platform and devices[0].platform != cfg.mesh.platform:
         raise UserError(

@@ -51,6 +51,7 @@ def summarize(sums: Mapping[str, Any], *, seconds: float, wait_seconds: float) -
     means = ("learning_rate", "grad_norm", "shared_norm", "bank_norm", "router_norm")
     means += ("effective_rate", "alpha_l1", "alpha_l2", "alpha_spread")
     line: dict[str, Any] = {name: float(sums[name]) / steps for name in means}
+    line["steps"] = int(steps)  # averaged here; fewer than usual after a stop between two lines
     line["loss"] = float(sums["domain_loss"].sum() / max(sums["domain_targets"].sum(), 1.0))
     line["grad_norm_max"] = float(sums["grad_norm_max"])
     line["step_ms"] = 1e3 * seconds / steps
@@ -115,21 +116,23 @@ class MetricsWriter:
 
 
 def _lines_until(path: pathlib.Path, step: int) -> list[str]:
+    return [json.dumps(v) + "\n" for v in _read_lines(path) if v["step"] <= step]
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    kept = []
+    lines = []
     text = path.read_text(encoding="utf-8", errors="replace")  # a crash may leave any bytes
     for line in text.splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+            value = json.loads(line) if line.endswith("\n") else {}
+            lines.append({"step": value["step"], "kind": value["kind"], **value})
         except (ValueError, KeyError, TypeError):
             print(f"{path}: dropped a damaged line", file=sys.stderr)
-    return kept
+    return lines
 
 
 def read_metrics(path: pathlib.Path, *, kind: str = "train") -> list[dict[str, Any]]:
-    """The lines of one kind, in order."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    values = [json.loads(line) for line in lines]
-    return [v for v in values if v["kind"] == kind]
+    """The lines of one kind, in order; a damaged one is left out with a message."""
+    return [v for v in _read_lines(path) if v["kind"] == kind]

@@ -7,6 +7,7 @@ both sides shown.
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from soup_jax.train_state import TrainState, make_init, state_shardings
 from soup_jax.windows import Corpus, open_corpus
 
 # Fields that may differ between the starts of one run: they change no number of it.
-RESUMABLE = ("log.", "evaluate.", "checkpoint.", "loader.", "mesh.", "corpus.dir")
+RESUMABLE = ("log.", "evaluate.", "checkpoint.", "loader.", "mesh.", "distributed.", "corpus.dir")
 
 
 @dataclasses.dataclass
@@ -58,8 +59,18 @@ class Run:
         return {"step": step, "cursors": cursors, "fingerprint": self.fingerprint()}
 
 
-def setup(cfg: ConfigDict, workdir: pathlib.Path, *, model: BaseModel | None = None) -> Run:
+def setup(
+    cfg: ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    model: BaseModel | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Run:
     """Check everything that can be checked before work starts, and build the run.
+
+    Args:
+      model: the base network, if it is not the config's.
+      devices: to train on; default: all of all processes.
 
     Raises:
       UserError: config, corpus, mesh or workdir do not fit each other.
@@ -69,7 +80,7 @@ def setup(cfg: ConfigDict, workdir: pathlib.Path, *, model: BaseModel | None = N
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
     )
-    mesh = make_mesh(cfg)
+    mesh = make_mesh(cfg, devices)
     meta = domain_weights.from_config(cfg, corpus.domain_frequencies)
     plan = SamplingPlan(
         meta,

@@ -13,7 +13,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -83,19 +83,24 @@ class _Meter:
 
 
 def train(
-    cfg: ConfigDict, workdir: str | pathlib.Path, *, model: BaseModel | None = None
+    cfg: ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    model: BaseModel | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> TrainState:
     """Train to `cfg.num_steps` and return the final state.
 
     Args:
       model: a base network of your own; by default the config's.
+      devices: to train on; default: all of all processes.
 
     Raises:
       UserError: before work starts, for anything the user can fix.
       FloatingPointError: loss or gradient not finite; the report's path is in the message.
       Interrupted: a signal arrived; the state was saved.
     """
-    run = setup(cfg, pathlib.Path(workdir), model=model)
+    run = setup(cfg, pathlib.Path(workdir), model=model, devices=devices)
     specialists, validation = _evaluation_sets(run)
     claim_workdir(run)
     checkpoints = run.workdir / "checkpoints"

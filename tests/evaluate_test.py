@@ -196,7 +196,7 @@ def evaluated(tiny_run, generic_run, tmp_path_factory):
 
 def test_result_has_the_documented_shape(evaluated, cooking):
     result, _ = evaluated
-    assert set(result) == {"specialists", "average", "generic_validation", "runs"}
+    assert set(result) == {"specialists", "average", "generic_validation", "part", "runs"}
     assert set(result["specialists"]) == {"cooking", "python"}
     columns = {*COLUMNS, "plain"}
     for row in result["specialists"].values():
@@ -232,13 +232,18 @@ def test_column_of_another_run_is_its_own_model(evaluated, generic_run, cooking)
     np.testing.assert_allclose(found, direct, rtol=1e-5)
 
 
-def test_training_and_evaluation_report_the_same(evaluated, tiny_run):
+def test_training_scores_the_tuning_part(tiny_run, tmp_path):
     from soup_jax import metrics
+
+    shutil.copytree(tiny_run, tmp_path / "soup")
+    _, paths = report.evaluate_runs(tmp_path / "soup", part="tuning")
+    evaluated = json.loads(paths["numbers"].read_text())
+    assert evaluated["part"] == "tuning"
 
     last = metrics.read_metrics(tiny_run / "metrics.jsonl", kind="evaluation")[-1]
     for name, row in last["specialists"].items():
         for column in COLUMNS:
-            found = evaluated[0]["specialists"][name][column]["loss"]
+            found = evaluated["specialists"][name][column]["loss"]
             np.testing.assert_allclose(found, row[column]["loss"], rtol=1e-5)
 
 

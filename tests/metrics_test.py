@@ -89,6 +89,15 @@ def test_resume_drops_what_a_kill_left_half_written(tail, tmp_path):
     assert steps_of(tmp_path) == [2, 4, 8]
 
 
+def test_a_killed_run_is_read_without_its_half_line(tmp_path, capsys):
+    write_steps(tmp_path, 0, (2, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 99, "ki')
+    lines = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    assert [v["step"] for v in lines] == [2, 4]
+    assert "damaged" in capsys.readouterr().err
+
+
 def test_kinds_are_read_apart_and_a_missing_file_has_none(tmp_path):
     w = writer(tmp_path)
     w.write(1, {"loss": 2.0})

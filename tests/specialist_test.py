@@ -96,7 +96,16 @@ def test_changed_parameters_are_refused(made, tmp_path):
         specialist.load_specialist(folder)
 
 
-@pytest.mark.parametrize("name", ["params.safetensors", "recipe.json"])
+def test_changed_tokenizer_is_refused(made, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(made, folder)
+    with (folder / "tokenizer.json").open("a") as f:
+        f.write("\n")
+    with pytest.raises(UserError, match=r"tokenizer\.json .*make it again"):
+        specialist.load_specialist(folder)
+
+
+@pytest.mark.parametrize("name", ["params.safetensors", "recipe.json", "tokenizer.json"])
 def test_missing_file_is_refused(made, tmp_path, name):
     folder = tmp_path / "incomplete"
     shutil.copytree(made, folder)
