@@ -4,7 +4,7 @@ A leaf `w` of the base network with the rule "dense" has a stack `w_E...` in the
 rule "none" has no entry there, and the merge leaves it as it is. Zero experts is an empty bank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -60,3 +60,38 @@ def num_experts(bank: Params) -> int:
     """E; 0 for an empty bank."""
     leaves = jax.tree.leaves(bank)
     return leaves[0].shape[0] if leaves else 0
+
+
+def update_blocks(
+    functions: Sequence[Callable[..., Array]], stacks: Sequence[Array], *, block_size: int
+) -> tuple[Array, ...]:
+    """Replace stacks [E, ...] block by block of experts, in place where their buffers are donated.
+
+    What the functions need in between then exists for one block at a time: temporaries do not grow
+    with the number of experts.
+
+    Args:
+      functions: one per stack, (first expert of the block, *blocks) -> new block of its stack, of
+        the same shape and dtype. They are applied in order and see the new blocks of those before:
+        if each were computed from the old blocks of all, XLA would copy whole stacks on CPUs.
+      stacks: of the same E.
+      block_size: experts in a block; the last one may be smaller.
+    """
+    num = stacks[0].shape[0]
+
+    def step(first: Array | int, size: int, stacks: Sequence[Array]) -> tuple[Array, ...]:
+        stacks = list(stacks)
+        for i, function in enumerate(functions):
+            new = function(first, *(jax.lax.dynamic_slice_in_dim(x, first, size) for x in stacks))
+            stacks[i] = jax.lax.dynamic_update_slice_in_dim(stacks[i], new, first, 0)
+        return tuple(stacks)
+
+    if num <= block_size:
+        return step(0, num, stacks)
+    whole = num // block_size
+    stacks = jax.lax.fori_loop(
+        0, whole, lambda i, x: step(i * block_size, block_size, x), tuple(stacks)
+    )
+    if num % block_size:
+        stacks = step(whole * block_size, num % block_size, stacks)
+    return stacks

@@ -20,6 +20,7 @@ def merge_many(
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    layers: str = "",
 ) -> Params:
     """M merged models, stacked: leaves [M, ...] like `shared`'s.
 
@@ -29,6 +30,7 @@ def merge_many(
       alpha_ME: coefficients, M rows; with an empty bank only M is read.
       dtype: of the result, rounded once, after a float32 sum; None keeps each shared leaf's.
       mesh: lays slices and groups out on it; None leaves that to the compiler.
+      layers: leaves whose path starts so stay sliced over `fsdp`: the network gathers them itself.
     """
     experts = tree.flatten(bank)
     num_mixtures = alpha_ME.shape[0]
@@ -36,13 +38,51 @@ def merge_many(
     def leaf(path: str, shared_leaf: Array) -> Array:
         merged = jnp.broadcast_to(shared_leaf, (num_mixtures, *shared_leaf.shape))
         if path in experts:
-            merged = merged + jnp.einsum(
-                "ME,E...->M...", alpha_ME, experts[path], preferred_element_type=jnp.float32
-            )
+            merged = merged + combine(alpha_ME, experts[path])
         merged = merged.astype(dtype or shared_leaf.dtype)
-        return sharding.to_groups(mesh, merged)
+        gather = not (layers and path.startswith(layers))
+        return sharding.to_groups(mesh, merged, gather=gather)
 
     return tree.map_named(leaf, shared)
+
+
+def combine(alpha_ME: Array, leaf_E: Array) -> Array:
+    """sum_e alpha_me leaf_e, float32 [M, ...]; exact products also for a bfloat16 bank."""
+    alpha_ME, parts = _parts(alpha_ME, leaf_E.dtype)
+    # Accelerators multiply float32 in fewer bits unless told otherwise.
+    sums = jnp.einsum(
+        "ME,E...->M...",
+        alpha_ME,
+        leaf_E,
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return sums.reshape(parts, -1, *sums.shape[1:]).sum(0) if parts > 1 else sums
+
+
+def inner(leaf_M: Array, leaf_E: Array) -> Array:
+    """<leaf_m, leaf_e> over all but the leading dimension, float32 [M, E]."""
+    leaf_M, parts = _parts(leaf_M, leaf_E.dtype)
+    axes = tuple(range(1, leaf_E.ndim))
+    # The bank comes first: as the second operand XLA would transpose a copy of it. No reshape,
+    # which would undo the slicing.
+    products_EM = jnp.tensordot(
+        leaf_E,
+        leaf_M,
+        axes=(axes, axes),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return products_EM.T.reshape(parts, -1, leaf_E.shape[0]).sum(0)
+
+
+def _parts(x: Array, dtype: jnp.dtype) -> tuple[Array, int]:
+    # A float32 operand beside a bfloat16 bank would make XLA convert a copy of the bank. So it is
+    # given as two bfloat16 numbers instead, high and low part: 16 bits of mantissa.
+    if dtype != jnp.bfloat16 or x.dtype == jnp.bfloat16:
+        return x, 1
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return jnp.concatenate([high, x - high]).astype(jnp.bfloat16), 2
 
 
 def merge(shared: Params, bank: Params, alpha_E: Array, *, dtype: str | None = None) -> Params:

@@ -32,11 +32,16 @@ class BaseModel:
         sum(losses * weights) / sum(weights) over the whole batch.
       flops_per_row: floating-point operations of forward and backward of one row, for MFU; 0 if
         unknown.
+      layers: how the paths of the leaves begin that are stacked by layer and used one at a time.
+      with_gather: function -> the same network, which applies that function to the parameters of a
+        layer where it uses them, for `mesh.gather` = "layer"; None if it cannot.
     """
 
     init: Callable[[Array], Params]
     example_losses: Callable[[Params, Mapping[str, Array]], tuple[Array, Array]]
     flops_per_row: float = 0.0
+    layers: str = ""
+    with_gather: "Callable[[Callable[[Params], Params]], BaseModel] | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +189,11 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens to logits."""
+    """Tokens to logits; `gather` gets a layer's parameters where they are used."""
 
     cfg: LlamaConfig
     cache_len: int = 0
+    gather: Callable[[Params], Params] | None = None
 
     @nn.compact
     def __call__(
@@ -214,12 +220,8 @@ class Llama(nn.Module):
             "embedding", _normal(0.02, "vocab", "embed"), (c.vocab_size, c.dim)
         )
         x = embedding_VD.astype(c.dtype)[token_BL]
-        block = Block
-        if c.remat != "none":
-            policy = None if c.remat == "full" else jax.checkpoint_policies.dots_saveable
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
         x, _ = nn.scan(
-            block,
+            self._block(),
             variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
@@ -235,6 +237,28 @@ class Llama(nn.Module):
         if target_BL is None:
             return _logits(x, head_DV)
         return token_losses(x, head_DV, target_BL, chunk=c.loss_chunk)
+
+    def _block(self) -> Any:
+        policies = jax.checkpoint_policies
+        policy = policies.dots_saveable if self.cfg.remat == "dots" else None
+        block = Block
+        if self.gather is not None:
+
+            def whole(variables: Any) -> Any:
+                return {"params": self.gather(variables["params"])}
+
+            block = nn.map_variables(Block, "params", trans_in_fn=whole)
+            if self.cfg.remat == "none":
+                # Kept for the backward pass, the gathered layers would add up to a whole model.
+                policy = _save_all_but_gathered
+        if self.cfg.remat == "none" and self.gather is None:
+            return block
+        return nn.remat(block, policy=policy, prevent_cse=False)
+
+
+def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    # A name given to the result would not do: what it is computed from would be saved instead.
+    return primitive.name not in ("sharding_constraint", "custom_vjp_call")
 
 
 def _logits(x_BLD: Array, head_DV: Array) -> Array:
@@ -272,12 +296,14 @@ def num_target_mask(num_targets_B: Array, seq_len: int) -> Array:
     return (jnp.arange(seq_len) < num_targets_B[:, None]).astype(jnp.float32)
 
 
-def llama(cfg: LlamaConfig, *, seq_len: int) -> BaseModel:
+def llama(
+    cfg: LlamaConfig, *, seq_len: int, gather: Callable[[Params], Params] | None = None
+) -> BaseModel:
     """The decoder as a BaseModel over batches {"tokens": [rows, L + 1], "num_targets": [rows]}."""
-    module = Llama(cfg)
+    module = Llama(cfg, gather=gather)
 
     def init(key: Array) -> Params:
-        variables = module.init(key, jnp.zeros((1, 2), jnp.int32))
+        variables = Llama(cfg).init(key, jnp.zeros((1, 2), jnp.int32))
         return nn.meta.unbox(variables["params"])
 
     def example_losses(params: Params, batch: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -285,7 +311,13 @@ def llama(cfg: LlamaConfig, *, seq_len: int) -> BaseModel:
         losses = module.apply({"params": params}, tokens[:, :-1], target_BL=tokens[:, 1:])
         return losses, num_target_mask(batch["num_targets"], tokens.shape[1] - 1)
 
-    return BaseModel(init, example_losses, flops_per_row=llama_flops(cfg, seq_len=seq_len))
+    return BaseModel(
+        init,
+        example_losses,
+        flops_per_row=llama_flops(cfg, seq_len=seq_len),
+        layers="layers/",
+        with_gather=lambda function: llama(cfg, seq_len=seq_len, gather=function),
+    )
 
 
 def llama_flops(cfg: LlamaConfig, *, seq_len: int) -> float:

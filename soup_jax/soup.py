@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from soup_jax import experts, merge, router, sharding, tree
+from soup_jax.errors import UserError
 from soup_jax.model import BaseModel
 from soup_jax.shapes import Array, Params, check_shapes
 
@@ -139,12 +140,15 @@ def value_and_grad(
     config: SoupConfig,
     mesh: Mesh | None = None,
     num_micro: int = 1,
+    gather: str = "step",
 ) -> tuple[tuple[Array, Any], SoupGrads, Array]:
     """Loss, factored gradients and alpha of one batch of M mixtures.
 
     Args:
       batch: leaves [B, ...] ordered by mixture, and "h" [M, K].
       num_micro: micro-batches; the merge and the bank's part are done once for all of them.
+      gather: when merged models become whole inside a group of devices: "step", or "layer", by the
+        network itself, layer by layer, forward and backward.
 
     Returns:
       ((loss, row_stats), grads, alpha_ME): the weighted mean loss of the batch, and per row the
@@ -155,8 +159,18 @@ def value_and_grad(
         lambda r: coefficients({"router": r}, h_MK, config), params["router"]
     )
     groups = alpha_ME.shape[0]
+    layers = ""
+    if gather == "layer":
+        if model.with_gather is None:
+            raise UserError("mesh.gather = 'layer': this network cannot gather its own layers")
+        layers, model = model.layers, model.with_gather(sharding.gather_layer(mesh))
     theta_M = merge.merge_many(
-        params["shared"], params["bank"], alpha_ME, dtype=config.compute_dtype, mesh=mesh
+        params["shared"],
+        params["bank"],
+        alpha_ME,
+        dtype=config.compute_dtype,
+        mesh=mesh,
+        layers=layers,
     )
     rows = {name: value for name, value in batch.items() if name != "h"}
     loss_sum, weight, row_stats, merged = _merged_gradients(
@@ -182,14 +196,8 @@ def coefficient_gradient(merged: Params, bank: Params, alpha_ME: Array) -> Array
     gradients = tree.flatten(merged)
     total = jnp.zeros_like(alpha_ME)
     for path, leaf in tree.flatten(bank).items():
-        total = total + _inner(gradients[path], leaf)
+        total = total + merge.inner(gradients[path], leaf)
     return total
-
-
-def _inner(x: Array, y: Array) -> Array:
-    # [M, ...], [E, ...] -> [M, E], without a reshape that would undo the slicing.
-    axes = tuple(range(1, x.ndim))
-    return jnp.tensordot(x, y, axes=(axes, axes), preferred_element_type=jnp.float32)
 
 
 def _merged_gradients(
@@ -249,9 +257,9 @@ def squared_norms(grads: SoupGrads, bank_paths: Sequence[str]) -> dict[str, Arra
         return sum((jnp.sum(jnp.square(x)) for x in jax.tree.leaves(t)), jnp.zeros(()))
 
     gram_MM = jnp.zeros((grads.alpha_ME.shape[0],) * 2)
-    merged = tree.flatten(grads.merged)
+    gradients = tree.flatten(grads.merged)
     for path in bank_paths:
-        gram_MM = gram_MM + _inner(merged[path], merged[path])
+        gram_MM = gram_MM + merge.inner(gradients[path], gradients[path])
     alpha_gram_MM = grads.alpha_ME @ grads.alpha_ME.T
     return {
         "shared": total(grads.shared),

@@ -50,19 +50,21 @@ def train_step(
         config=soup.soup_config(cfg),
         mesh=mesh,
         num_micro=cfg.optimizer.grad_accumulation,
+        gather=cfg.mesh.gather,
     )
     params, opt_state, info = optimizer.apply_update(
-        cfg, state.params, state.opt_state, grads, state.step
+        cfg,
+        state.params,
+        state.opt_state,
+        grads,
+        state.step,
+        good=(state.bad_step < 0) & jnp.isfinite(loss),
     )
-    finite = jnp.isfinite(loss) & jnp.isfinite(info.grad_norm)
-    bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
-    good = bad_step < 0
-    new = TrainState(params, opt_state, state.step + 1, bad_step)
-    # Selected inside the fused update: costs no pass over the bank of its own.
-    new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state._replace(bad_step=bad_step))
+    bad_step = jnp.where((state.bad_step < 0) & ~info.good, state.step, state.bad_step)
+    new = TrainState(params, opt_state, state.step + info.good.astype(jnp.int32), bad_step)
     spread = alpha_ME.std(axis=0).mean() if alpha_ME.size else jnp.zeros(())
     sums = {
-        **info._asdict(),
+        **{name: value for name, value in info._asdict().items() if name != "good"},
         "steps": 1.0,
         "loss": loss,
         "alpha_l1": jnp.abs(alpha_ME).sum(-1).mean(),

@@ -18,7 +18,7 @@ MODULES = """
     errors files config shapes tree mesh sharding
     tokenizer corpus embed domains windows histogram request shards prepare
     domain_weights sampler loader
-    model experts router merge soup loss
+    rounding model experts router merge soup loss
     optimizer train_state train_step metrics checkpoint evaluate run train
     specialist finetune export generate report main
 """.split()

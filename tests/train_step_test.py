@@ -1,5 +1,6 @@
 """The compiled step on eight devices: what it computes, and what it moves."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import loader, mesh, model, sharding, train_state, train_step, tree
+from soup_jax import loader, mesh, model, sharding, soup, train_state, train_step, tree
+from soup_jax.errors import UserError
 
 FREQUENCIES = np.full(6, 1 / 6)
 
@@ -63,6 +65,68 @@ def test_gradient_accumulation_changes_nothing():
     two, two_sums, _ = run(**fields, **{"optimizer.grad_accumulation": 4})
     np.testing.assert_allclose(one_sums["domain_loss"], two_sums["domain_loss"], rtol=1e-4)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), one.params, two.params)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(("num_mixtures", "replica"), [(4, 2), (1, 1)])
+def test_gathering_layer_by_layer_computes_the_same(remat, num_mixtures, replica):
+    fields = {"optimizer.eps": 1e-3, "num_mixtures": num_mixtures, "mesh.replica": replica}
+    fields |= {"model.remat": remat, "model.num_layers": 3}
+    once, once_sums, _ = run(**fields)
+    layered, layered_sums, _ = run(**fields, **{"mesh.gather": "layer"})
+    np.testing.assert_allclose(once_sums["loss"], layered_sums["loss"], rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), once.params, layered.params
+    )
+
+
+def test_gathering_layer_by_layer_holds_one_layer_at_a_time():
+    """Temporaries of a deep network grow by slices of the layers, not by whole layers."""
+    fields = {"num_mixtures": 1, "model.dim": 128, "model.hidden_dim": 512, "batch_size": 16}
+    temporaries = {}
+    for gather in ("step", "layer"):
+        for num_layers in (2, 10):
+            cfg, m, state, step, sums = build(
+                **fields, **{"mesh.gather": gather, "model.num_layers": num_layers}
+            )
+            compiled = step.lower(state, sums, make_batch(cfg, m)).compile()
+            temporaries[gather, num_layers] = compiled.memory_analysis().temp_size_in_bytes
+    layer = 4 * (4 * 128**2 + 3 * 128 * 512)
+    grown = {g: temporaries[g, 10] - temporaries[g, 2] for g in ("step", "layer")}
+    assert grown["step"] > 8 * layer  # weights and gradients whole
+    assert grown["layer"] < grown["step"] - 8 * layer
+
+
+def test_a_network_that_cannot_gather_its_layers_is_refused():
+    cfg = tiny_config()
+    network = dataclasses.replace(model.from_config(cfg), with_gather=None)
+    batch = {"h": jnp.ones((2, 6)) / 6}
+    with pytest.raises(UserError, match="cannot gather its own layers"):
+        soup.value_and_grad(
+            {"router": {}},
+            batch,
+            model=network,
+            config=soup.SoupConfig(num_domains=6, num_experts=0),
+            gather="layer",
+        )
+
+
+@pytest.mark.parametrize("bank", ["merged", "adamw"])
+def test_bfloat16_bank_and_moments_stay_close_to_float32(bank):
+    fields = {"optimizer.bank": bank, "optimizer.eps": 1e-3, "num_experts": 20}
+    exact, exact_sums, _ = run(steps=6, **fields)
+    small = {"experts.dtype": "bfloat16", "optimizer.moment_dtype": "bfloat16"}
+    stored, sums, _ = run(steps=6, **fields, **small)
+    moments = jax.tree.leaves(stored.opt_state["bank"])
+    assert {x.dtype for x in (*jax.tree.leaves(stored.params["bank"]), *moments)} == {
+        jnp.dtype("bfloat16")
+    }
+    np.testing.assert_allclose(sums["loss"], exact_sums["loss"], rtol=2e-3)
+    for path, x in tree.flatten(exact.params["bank"]).items():
+        y = np.asarray(tree.flatten(stored.params["bank"])[path], np.float32)
+        # Six roundings of 2^-8 each, with room; an update that did not arrive would be 1.
+        error = np.abs(x - y).max() / np.abs(x).max()
+        assert error < 0.1, path
 
 
 def test_one_compilation_for_all_steps():

@@ -1,0 +1,59 @@
+"""Storing float32 results in fewer bits: nearest, or stochastic rounding.
+
+An update smaller than half a unit in the last place of a bfloat16 number is lost by rounding to the
+nearest, each time. Rounded stochastically (up with the probability that makes the mean right) it is
+kept on average.
+
+The random bits are a hash of an element's index and a seed. They are made inside the fused update:
+no array of random bits of the bank's size exists, and every slice makes its own.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from soup_jax.shapes import Array
+
+
+def store(x: Array, dtype: str, *, seed: Array | None = None, first: Array | int = 0) -> Array:
+    """float32 `x` in `dtype`, rounded to the nearest, or stochastically if a seed is given.
+
+    Args:
+      dtype: float32 or bfloat16; only the latter rounds stochastically.
+      seed: uint32 scalar, another one for every leaf and step.
+      first: index along the leading dimension of the first row of `x`, when it is a part of a leaf.
+    """
+    if seed is None or jnp.dtype(dtype) != jnp.bfloat16:
+        return x.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    noise = _hash(_index(x.shape, first), seed) >> 16
+    # Adding to the 16 bits that are cut carries into the kept ones with their probability.
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    # The carry would turn the largest numbers and NaN into something else.
+    safe = jnp.abs(x) < jnp.finfo(jnp.bfloat16).max
+    return jnp.where(safe, rounded, x).astype(jnp.bfloat16)
+
+
+def make_seed(step: Array, salt: int) -> Array:
+    """uint32 seed of a step (int32 scalar) and a fixed number that tells leaves apart."""
+    return _hash(step.astype(jnp.uint32), jnp.uint32(salt & 0xFFFFFFFF))
+
+
+def _index(shape: tuple[int, ...], first: Array | int) -> Array:
+    # Row-major number of each element, modulo 2**32.
+    index = jnp.zeros(shape, jnp.uint32)
+    for d in range(len(shape)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, d)
+        if d == 0:
+            along = along + jnp.asarray(first, jnp.uint32)
+        index = index + along * jnp.uint32(math.prod(shape[d + 1 :]) & 0xFFFFFFFF)
+    return index
+
+
+def _hash(x: Array, seed: Array) -> Array:
+    # Two rounds of a multiply-xorshift mixer on 32 bits; wrap-around is meant.
+    x = (x ^ seed) * jnp.uint32(0x9E3779B1)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x85EBCA77) + seed
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE3D)
+    return x ^ (x >> 16)
