@@ -343,8 +343,12 @@ name = os.environ.get("SOUP_JAX_PROCESS_ID", "0")
 received = []
 signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
 (here / f"ready{name}").touch()
-while not received:
+for _ in range(1500):  # not for ever: a signal that is lost shall fail the test, not hang it
+    if received:
+        break
     time.sleep(0.02)
+else:
+    sys.exit(99)
 time.sleep(0.2)  # saving
 log("saved", name)
 """
@@ -571,8 +575,12 @@ def test_pod_passes_sigterm_on_and_asks_for_a_restart(tmp_path):
 received = []
 signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
 (here / "ready").touch()
-while not received:
+for _ in range(1500):  # not for ever: a signal that is lost shall fail the test, not hang it
+    if received:
+        break
     time.sleep(0.02)
+else:
+    sys.exit(99)
 log("saved")
 """
     process = start_pod(tmp_path, program)
@@ -699,7 +707,9 @@ received = []
 signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
 log(sys.argv[1:])
 (here / "ready").touch()
-while "wait" in sys.argv[-1] and not received:
+for _ in range(1500 if "wait" in sys.argv[-1] else 0):
+    if received:
+        break
     time.sleep(0.02)
 log("saved" if received else "done")
 sys.exit(3 * (not received))
