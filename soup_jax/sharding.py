@@ -114,13 +114,13 @@ def to_groups(mesh: Mesh | None, leaf_M: jax.Array, *, gather: bool = True) -> j
     return leaf_M
 
 
-def to_slices(mesh: Mesh | None, leaf_M: jax.Array) -> jax.Array:
+def to_slices(mesh: Mesh | None, leaf_M: jax.Array, *, gather: bool = True) -> jax.Array:
     """Compute layout to storage slices, for gradients of merged leaves [M, ...].
 
-    They come as partial sums over the rows of a group, so that the first hop can be a
-    reduce-scatter: they are never whole.
+    Args:
+      gather: as it was in `to_groups`.
     """
-    for spec in _layout_chain(mesh, leaf_M.shape)[1::-1]:
+    for spec in reversed(_layout_chain(mesh, leaf_M.shape)[: 3 if gather else 2]):
         leaf_M = jax.lax.with_sharding_constraint(leaf_M, NamedSharding(mesh, spec))
     return leaf_M
 

@@ -178,10 +178,12 @@ def value_and_grad(
     )
     # Dividing after summing: the batch's weight is known only when all micro-batches are through.
     inverse = 1.0 / jnp.maximum(weight, 1.0)
-    merged = jax.tree.map(
-        lambda g: sharding.to_slices(mesh, g).astype(jnp.float32) * inverse,
-        merged,
-    )
+
+    def stored(path: str, g: Array) -> Array:
+        gather = not (layers and path.startswith(layers))
+        return sharding.to_slices(mesh, g, gather=gather).astype(jnp.float32) * inverse
+
+    merged = tree.map_named(stored, merged)
     grads = SoupGrads(
         shared=jax.tree.map(lambda g: g.sum(0), merged),
         router=route_vjp(coefficient_gradient(merged, params["bank"], alpha_ME))[0],

@@ -77,7 +77,7 @@ def test_to_groups_and_back_keep_the_values(shape, replica, fsdp, gather):
     @jax.jit
     def there_and_back(y):
         groups = sharding.to_groups(m, y, gather=gather)
-        return groups, sharding.to_slices(m, groups)
+        return groups, sharding.to_slices(m, groups, gather=gather)
 
     groups, back = there_and_back(jax.device_put(x, stored))
     np.testing.assert_array_equal(groups, x)
