@@ -16,9 +16,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from soup_jax.shapes import Array, Params
+
+# Results of matrix products by weights, which `remat = "dots"` keeps for the backward pass. By name:
+# jax's own policies for matrix products would also keep the attention scores, which are larger than
+# all of these together, or under vmap over mixtures nothing.
+SAVED_DOTS = ("projected", "attended", "attention_out", "mlp_hidden")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +123,8 @@ class Attention(nn.Module):
             w = self.param(
                 name, _normal(std, "embed", "heads"), (c.dim, num_heads * c.head_dim)
             ).astype(x.dtype)
-            projected[name] = (x @ w).reshape(*x.shape[:2], num_heads, c.head_dim)
+            y = checkpoint_name(x @ w, "projected")
+            projected[name] = y.reshape(*x.shape[:2], num_heads, c.head_dim)
         query = rotate(projected["query"], position_BL, c.rope_theta)
         key = rotate(projected["key"], position_BL, c.rope_theta)
         value = projected["value"]
@@ -133,7 +140,8 @@ class Attention(nn.Module):
             )
         out_std = std * (2 * c.num_layers) ** -0.5
         out = self.param("out", _normal(out_std, "heads", "embed"), (c.dim, c.dim))
-        return y.reshape(*x.shape) @ out.astype(x.dtype)
+        y = checkpoint_name(y.reshape(*x.shape), "attended")
+        return checkpoint_name(y @ out.astype(x.dtype), "attention_out")
 
     def _cached(self, query: Array, key: Array, value: Array, position_BL: Array) -> Array:
         # Positions are the same for all rows: rows of one call are written at one place.
@@ -164,7 +172,9 @@ class Mlp(nn.Module):
         up_DF = self.param("up", _normal(std, "embed", "mlp"), shape).astype(x.dtype)
         out_std = c.hidden_dim**-0.5 * (2 * c.num_layers) ** -0.5
         down_FD = self.param("down", _normal(out_std, "mlp", "embed"), shape[::-1])
-        return (nn.silu(x @ gate_DF) * (x @ up_DF)) @ down_FD.astype(x.dtype)
+        gate = checkpoint_name(x @ gate_DF, "mlp_hidden")
+        up = checkpoint_name(x @ up_DF, "mlp_hidden")
+        return (nn.silu(gate) * up) @ down_FD.astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -216,7 +226,8 @@ class Llama(nn.Module):
         x = embedding_VD.astype(c.dtype)[token_BL]
         block = Block
         if c.remat != "none":
-            policy = None if c.remat == "full" else jax.checkpoint_policies.dots_saveable
+            save_dots = jax.checkpoint_policies.save_only_these_names(*SAVED_DOTS)
+            policy = None if c.remat == "full" else save_dots
             block = nn.remat(Block, policy=policy, prevent_cse=False)
         x, _ = nn.scan(
             block,
