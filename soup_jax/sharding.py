@@ -67,6 +67,17 @@ def unsliced(mesh: Mesh, tree: Any, *, leading: int = 0) -> list[str]:
     return lines
 
 
+def everywhere(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Constrain a small array to be the same on every device.
+
+    Without it the compiler splits what depends on the number of experts (alpha, its gradient) along
+    the experts and gathers it again for every leaf.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+
+
 def to_slices(mesh: Mesh | None, leaf_M: jax.Array) -> jax.Array:
     """Compute layout to storage slices, for gradients of merged leaves [M, ...]."""
     for spec in reversed(_layout_chain(mesh, leaf_M.shape)):

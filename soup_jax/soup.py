@@ -154,6 +154,7 @@ def value_and_grad(
     alpha_ME, route_vjp = jax.vjp(
         lambda r: coefficients({"router": r}, h_MK, config), params["router"]
     )
+    alpha_ME = sharding.everywhere(mesh, alpha_ME)
     groups = alpha_ME.shape[0]
     theta_M = merge.merge_many(
         params["shared"], params["bank"], alpha_ME, dtype=config.compute_dtype, mesh=mesh
@@ -162,15 +163,16 @@ def value_and_grad(
     loss_sum, weight, row_stats, merged = _merged_gradients(
         theta_M, rows, model=model, groups=groups, num_micro=num_micro, mesh=mesh
     )
+    merged = jax.tree.map(lambda g: sharding.to_slices(mesh, g).astype(jnp.float32), merged)
     # Dividing after summing: the batch's weight is known only when all micro-batches are through.
+    # dalpha is divided after its sum over devices, so that this sum need not wait for the weight's.
     inverse = 1.0 / jnp.maximum(weight, 1.0)
-    merged = jax.tree.map(
-        lambda g: sharding.to_slices(mesh, g).astype(jnp.float32) * inverse,
-        merged,
-    )
+    dalpha_ME = coefficient_gradient(merged, params["bank"], alpha_ME)
+    dalpha_ME = sharding.everywhere(mesh, dalpha_ME) * inverse
+    merged = jax.tree.map(lambda g: g * inverse, merged)
     grads = SoupGrads(
         shared=jax.tree.map(lambda g: g.sum(0), merged),
-        router=route_vjp(coefficient_gradient(merged, params["bank"], alpha_ME))[0],
+        router=route_vjp(dalpha_ME)[0],
         merged=merged,
         alpha_ME=alpha_ME,
     )
