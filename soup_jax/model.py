@@ -21,9 +21,9 @@ from ml_collections import ConfigDict
 
 from soup_jax.shapes import Array, Params
 
-# Results of matrix products by weights, which `remat = "dots"` keeps for the backward pass. By name:
-# jax's own policies for matrix products would also keep the attention scores, which are larger than
-# all of these together, or under vmap over mixtures nothing.
+# Results of products by weights, which `remat = "dots"` keeps for the backward pass. By name: jax's
+# own policies for products would also keep the attention scores, which are larger than all of these
+# together, or under vmap over mixtures nothing.
 SAVED_DOTS = ("projected", "attended", "attention_out", "mlp_hidden")
 
 
