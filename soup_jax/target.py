@@ -90,7 +90,7 @@ def _tpu_slice(topology: str) -> Target:
             f"examples are {', '.join(TOPOLOGY_EXAMPLES)}"
         ) from e
     devices = slice_.devices
-    return Target(chips.find(generation), f"{len(devices)} x {topology}", devices)
+    return Target(chips.find(generation), f"{len(devices)} x {generation} ({topology})", devices)
 
 
 def _quiet_libtpu(environment: Mapping[str, str]) -> dict[str, str]:
