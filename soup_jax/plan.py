@@ -36,6 +36,8 @@ class Plan:
         whether that is in a loop over layers.
       memory: what the compiler reports; None for what it does not, as it ran out of memory.
       total_bytes: arguments, temporaries, program, and outputs that reuse no argument.
+      estimated_bytes: the total as shapes alone suggest it, without a compiler.
+      memory_bytes: of the chip.
       collectives: empty if the compiler ran out of memory.
       roofline: see `estimate.roofline`.
       changes: of the config, that make it fit; empty if it fits.
@@ -51,6 +53,7 @@ class Plan:
     merged_leaves: dict[tuple[int, bool], str]
     memory: dict[str, int | None]
     total_bytes: int
+    estimated_bytes: float
     memory_bytes: int
     flops: dict[str, float]
     collectives: list[hlo.Collective]
@@ -99,6 +102,7 @@ def make_plan(cfg: ConfigDict, target: Target) -> Plan:
         merged_leaves=_merged_leaves(on_target, step),
         memory=memory,
         total_bytes=total,
+        estimated_bytes=estimate.estimated_bytes(on_target, list(target.devices)),
         memory_bytes=limit,
         flops=estimate.step_flops(on_target, step),
         collectives=found,
@@ -230,7 +234,8 @@ def _memory_lines(plan: Plan) -> list[str]:
         lines += [f"{'outputs that reuse no argument':<36}{_gb(m['outputs'] - m['aliased'])}"]
     lines += [f"{'program':<36}{_gb(m['program'])}"]
     total = f"{_gb(plan.total_bytes)} of {plan.memory_bytes / 1e9:g}"
-    return [*lines, f"{'total':<36}{total}"]
+    lines += [f"{'total':<36}{total}"]
+    return [*lines, f"{'  estimated from shapes alone':<36}{_gb(plan.estimated_bytes)}"]
 
 
 def _traffic_lines(plan: Plan) -> list[str]:
@@ -267,9 +272,10 @@ def _time_lines(plan: Plan) -> list[str]:
 
 def _verdict_lines(plan: Plan) -> list[str]:
     over = (plan.total_bytes - plan.memory_bytes) / 1e9
+    approximately = " (approximation)" if plan.approximate else ""
     if plan.fits:
-        return [f"fits: {-over:.2f} GB per device are left"]
-    lines = [f"does not fit: {over:.2f} GB per device too much. Estimated to save:"]
+        return [f"fits{approximately}: {-over:.2f} GB per device are left"]
+    lines = [f"does not fit{approximately}: {over:.2f} GB per device too much. Estimated to save:"]
     for change in plan.changes:
         alone = ", enough alone" if change.saves >= 1e9 * over else ""
         lines.append(f"  {change.saves / 1e9:7.2f} GB  {change}{alone}")

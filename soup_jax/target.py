@@ -109,6 +109,8 @@ def _quiet_libtpu(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _chips(chip: Chip, count: int) -> Target:
     name = f"{count} x {chip.name}"
+    if chip.platform != "tpu":  # jax tries a TPU first where libtpu is installed
+        os.environ.update(_quiet_libtpu(os.environ))
     forced = f"--xla_force_host_platform_device_count={count}"
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -111,8 +114,9 @@ def test_plan_for_absent_gpus_says_that_it_approximates(approximate):
     assert "all-to-all" in text
     assert "merged embedding" in text
     assert "UNEXPECTED" not in text
-    assert text.splitlines()[-1].startswith("fits: 141.00 GB")
+    assert text.splitlines()[-1].startswith("fits (approximation): 141.00 GB")
     assert approximate.fits
+    assert approximate.estimated_bytes > sum(approximate.state.values())
     values = json.loads(json.dumps(plan.to_json(approximate)))
     assert values["fits"] is True
     assert values["memory"]["arguments"] == pytest.approx(sum(approximate.state.values()), abs=64)
@@ -130,7 +134,7 @@ def test_a_plan_that_does_not_fit_names_changes(approximate, monkeypatch):
     assert not made.fits
     assert made.changes
     text = plan.to_text(made)
-    assert "does not fit:" in text
+    assert "does not fit (approximation):" in text
     assert all(str(change) in text for change in made.changes)
     assert "or 16 devices instead of 8" in text
 
@@ -201,3 +205,21 @@ def test_command_writes_json_and_its_exit_status_says_whether_it_fits(
     monkeypatch.setattr(plan.Plan, "fits", False)
     assert main.run(words) == 1
     assert main.run([*words, "--chip=H201"]) == 2
+
+
+@pytest.mark.slow
+def test_pod_benchmark_runs_dry(tmp_path):
+    script = pathlib.Path(__file__).parents[1] / "benchmarks" / "pod.py"
+    config = script.parents[1] / "experiments" / "soup_110m.py"
+    words = ["--dry_run", f"--config={config}", f"--json={tmp_path}/pod.json"]
+    words += ["--config.optimizer.bank=adamw", f"--trace={tmp_path}/trace"]
+    done = subprocess.run(
+        [sys.executable, script, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    values = json.loads((tmp_path / "pod.json").read_text())
+    assert values["tokens per second"] > 0
+    assert np.isfinite(values["mean loss"])
+    assert values["devices"] == "8 x cpu"
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    assert "merge, ms" in done.stdout
