@@ -7,47 +7,24 @@ alike; medians and ratios to the dense step are printed. Random tokens; no data 
 """
 
 import argparse
-import runpy
 import statistics
 import time
 
+import common
 import jax
-import numpy as np
-
-from soup_jax import config as config_lib
-from soup_jax import loader, mesh, model, sharding, train_state, train_step
 
 
 def build(cfg):
-    """() -> seconds of one step, state kept inside."""
-    config_lib.check(cfg)
-    base_model, m = model.from_config(cfg), mesh.make_mesh(cfg)
-    frequencies = np.full(cfg.num_domains, 1 / cfg.num_domains)
-    init = train_state.make_init(cfg, base_model, frequencies_K=frequencies)
-    shardings = train_state.state_shardings(m, jax.eval_shape(init))
-    state = jax.jit(init, out_shardings=shardings)()
-    sums = jax.device_put(train_step.zero_metrics(cfg.num_domains), sharding.replicated(m))
-    step = train_step.compile_step(cfg, base_model, m, shardings)
-    rng = np.random.default_rng(0)
-    shape = (cfg.batch_size, cfg.seq_len + 1)
-    batch = {
-        "tokens": rng.integers(0, cfg.vocab_size, shape).astype(np.int32),
-        "num_targets": np.full(cfg.batch_size, cfg.seq_len, np.int32),
-        "domain": rng.integers(0, cfg.num_domains, cfg.batch_size).astype(np.int32),
-        "h": rng.dirichlet(np.ones(cfg.num_domains), cfg.num_mixtures).astype(np.float32),
-    }
-    batch = loader.to_device(batch, m)
+    """() -> seconds of one step, state kept inside; and the seconds of the first one."""
+    training = common.build(cfg)
 
     def run():
-        nonlocal state, sums
         start = time.perf_counter()
-        state, sums = step(state, sums, batch)
-        jax.block_until_ready(state)
+        training.advance()
+        jax.block_until_ready(training.state)
         return time.perf_counter() - start
 
-    start = time.perf_counter()
-    run()
-    return run, time.perf_counter() - start
+    return run, run()
 
 
 def main():
@@ -56,7 +33,6 @@ def main():
     parser.add_argument("--experts", default="8,32")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    get_config = runpy.run_path(args.config)["get_config"]
     variants = {"dense": {"num_experts": 0, "num_mixtures": 1}}
     for num_experts in (int(e) for e in args.experts.split(",")):
         for bank in ("merged", "adamw"):
@@ -64,7 +40,7 @@ def main():
             variants[f"{num_experts} experts, {bank}"] = fields
     runs = {}
     for name, fields in variants.items():
-        cfg = get_config()
+        cfg = common.read_config(args.config)
         cfg.update_from_flattened_dict(fields)
         runs[name], compile_seconds = build(cfg)
         print(f"{name}: first step {compile_seconds:.1f} s", flush=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from soup_jax import specialist
 from soup_jax.errors import UserError
-from soup_jax.model import Llama, LlamaConfig
+from soup_jax.llama import Llama, LlamaConfig
 from soup_jax.shapes import Array, Params
 from soup_jax.tokenizer import load_tokenizer
 

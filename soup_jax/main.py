@@ -1,6 +1,7 @@
 """The console command: `soup-jax SUBCOMMAND ...`, also `python -m soup_jax.main SUBCOMMAND ...`.
 
     soup-jax prepare     --config=FILE.py                       raw text -> prepared corpus
+    soup-jax plan        --config=FILE.py --topology=v5e:4x4    memory, traffic and time of a run
     soup-jax train       --config=FILE.py --workdir=RUN         corpus -> trained soup
     soup-jax evaluate    --workdir=RUN --specialists='DIR/*'    losses of specialists and baselines
     soup-jax instantiate --run=RUN --documents=F --out=DIR      documents -> one small model
@@ -8,7 +9,8 @@
 
 A config is a Python file with `get_config()`; `--config=FILE.py:ARG` passes it an argument, and
 `--config.section.field=value` changes a field. `soup-jax SUBCOMMAND --help` lists the flags.
-Exit status: 0 if what was asked is done; 2 for something you can fix, said in one line.
+Exit status: 0 if what was asked is done; 1 if `plan` finds that the run does not fit, or training
+diverged; 2 for something you can fix, said in one line.
 """
 
 import logging
@@ -21,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from soup_jax.errors import UserError
-from soup_jax.files import write_text
+from soup_jax.files import write_json, write_text
 
 
 def _config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -104,6 +106,38 @@ def _prepare(values: flags.FlagValues) -> int:
 
     prepare(_checked_config(values))
     return 0
+
+
+def _define_plan(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    _config_flag(values, argv)
+    string = flags.DEFINE_string
+    string("topology", "", "TPU slice to compile for, such as v5e:4x4", flag_values=values)
+    string("chip", "", "chip to plan for, such as H200; default: what is here", flag_values=values)
+    flags.DEFINE_integer(
+        "num_devices", 0, "how many; default: what is here, or 1", lower_bound=0, flag_values=values
+    )
+    string("json", "", "a file that gets the numbers", flag_values=values)
+
+
+def _plan(values: flags.FlagValues) -> int:
+    cfg = _checked_config(values)
+    _start_jax()
+    if values.topology:
+        # The slice is not this machine: no accelerator here is taken, none that fails disturbs.
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+    from soup_jax import plan as plan_lib
+    from soup_jax.target import find_target
+
+    target = find_target(
+        cfg, topology=values.topology, chip=values.chip, num_devices=values.num_devices
+    )
+    plan = plan_lib.make_plan(cfg, target)
+    print(plan_lib.to_text(plan))
+    if values.json:
+        write_json(pathlib.Path(values.json), plan_lib.to_json(plan))
+    return 0 if plan.fits else 1
 
 
 def _define_train(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -238,6 +272,7 @@ def _generate(values: flags.FlagValues) -> int:
 Define = Callable[[flags.FlagValues, Sequence[str]], None]
 SUBCOMMANDS: dict[str, tuple[Define, Callable[[flags.FlagValues], int]]] = {
     "prepare": (_define_prepare, _prepare),
+    "plan": (_define_plan, _plan),
     "train": (_define_train, _train),
     "evaluate": (_define_evaluate, _evaluate),
     "instantiate": (_define_instantiate, _instantiate),

@@ -13,31 +13,15 @@ from typing import Any
 
 import numpy as np
 
-_log = logging.getLogger(__name__)
+from soup_jax import chips
 
-# Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets; keys are substrings
-# of jax's device_kind, longest match first.
-PEAK_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5p": 459.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "A100": 312.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "B200": 2250.0,
-}
+_log = logging.getLogger(__name__)
 
 
 def peak_tflops(device_kind: str) -> float:
-    """Peak of a known device; 0 if it is not known (CPUs)."""
-    for name in sorted(PEAK_TFLOPS, key=len, reverse=True):
-        if name in device_kind:
-            return PEAK_TFLOPS[name]
-    return 0.0
+    """Dense bfloat16 peak of a known device in TFLOP/s; 0 if it is not known (CPUs)."""
+    chip = chips.from_kind(device_kind)
+    return chip.peak_tflops if chip else 0.0
 
 
 def summarize(sums: Mapping[str, Any], *, seconds: float, wait_seconds: float) -> dict[str, Any]:

@@ -103,6 +103,17 @@ def unsliced(mesh: Mesh, tree: Any, *, leading: int = 0) -> list[str]:
     return lines
 
 
+def everywhere(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Constrain a small array to be the same on every device.
+
+    Without it the compiler splits what depends on the number of experts (alpha, its gradient) along
+    the experts and gathers it again for every leaf.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+
+
 def to_groups(mesh: Mesh | None, leaf_M: jax.Array, *, gather: bool = True) -> jax.Array:
     """Storage slices of merged leaves [M, ...] to the compute layout, mixtures over `replica`.
 

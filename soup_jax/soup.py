@@ -158,6 +158,7 @@ def value_and_grad(
     alpha_ME, route_vjp = jax.vjp(
         lambda r: coefficients({"router": r}, h_MK, config), params["router"]
     )
+    alpha_ME = sharding.everywhere(mesh, alpha_ME)
     groups = alpha_ME.shape[0]
     layers = ""
     if gather == "layer":
@@ -176,17 +177,21 @@ def value_and_grad(
     loss_sum, weight, row_stats, merged = _merged_gradients(
         theta_M, rows, model=model, groups=groups, num_micro=num_micro, mesh=mesh
     )
-    # Dividing after summing: the batch's weight is known only when all micro-batches are through.
-    inverse = 1.0 / jnp.maximum(weight, 1.0)
 
     def stored(path: str, g: Array) -> Array:
         gather = not (layers and path.startswith(layers))
-        return sharding.to_slices(mesh, g, gather=gather).astype(jnp.float32) * inverse
+        return sharding.to_slices(mesh, g, gather=gather).astype(jnp.float32)
 
     merged = tree.map_named(stored, merged)
+    # Dividing after summing: the batch's weight is known only when all micro-batches are through.
+    # dalpha is divided after its sum over devices, so that this sum need not wait for the weight's.
+    inverse = 1.0 / jnp.maximum(weight, 1.0)
+    dalpha_ME = coefficient_gradient(merged, params["bank"], alpha_ME)
+    dalpha_ME = sharding.everywhere(mesh, dalpha_ME) * inverse
+    merged = jax.tree.map(lambda g: g * inverse, merged)
     grads = SoupGrads(
         shared=jax.tree.map(lambda g: g.sum(0), merged),
-        router=route_vjp(coefficient_gradient(merged, params["bank"], alpha_ME))[0],
+        router=route_vjp(dalpha_ME)[0],
         merged=merged,
         alpha_ME=alpha_ME,
     )

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from soup_jax import optimizer, sharding, soup
+from soup_jax import optimizer, sharding, soup, tree
 from soup_jax.model import BaseModel
 from soup_jax.shapes import Array, Params
 
@@ -65,6 +65,11 @@ def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
     def bank(t: Any) -> Any:
         return sharding.storage(mesh, t, leading=1)
 
+    # The router's parameters are on every device, and so are their moments: sliced ones would make
+    # every step gather the router's update.
+    def base(path: str, leaf: Any) -> Any:
+        return replicated if "/router/" in f"/{path}/" else sharding.storage(mesh, leaf)
+
     bank_state = {
         name: bank(t)
         if name in ("mu", "nu") and _has_experts(t, abstract.params["bank"])
@@ -78,7 +83,7 @@ def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
             "router": jax.tree.map(lambda _: replicated, abstract.params["router"]),
         },
         opt_state={
-            "base": sharding.storage(mesh, abstract.opt_state["base"]),
+            "base": tree.map_named(base, abstract.opt_state["base"]),
             "bank": bank_state,
         },
         step=replicated,

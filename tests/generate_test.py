@@ -12,7 +12,7 @@ import pytest
 from soup_jax import specialist
 from soup_jax.errors import UserError
 from soup_jax.generate import generate, generate_ids
-from soup_jax.model import Llama, LlamaConfig
+from soup_jax.llama import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
     vocab_size=300, num_layers=2, dim=32, num_heads=4, num_kv_heads=2, hidden_dim=48

@@ -7,10 +7,10 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from soup_jax import model, soup, tree
+from soup_jax import llama, model, soup, tree
 from soup_jax.experiments import base
 
-CONFIG = model.LlamaConfig(
+CONFIG = llama.LlamaConfig(
     vocab_size=97, num_layers=2, dim=32, num_heads=4, num_kv_heads=2, hidden_dim=48
 )
 L = 16
@@ -29,7 +29,7 @@ def test_no_position_sees_the_future():
     # Untied, so that the output depends on x only through the inputs; one token per position, so
     # that the embeddings are a differentiable input.
     config = dataclasses.replace(CONFIG, tie_embeddings=False, vocab_size=L)
-    module, params = model.Llama(config), init(config)
+    module, params = llama.Llama(config), init(config)
 
     def logits(x):
         return module.apply({"params": {**params, "embedding": x[0]}}, jnp.arange(L)[None])
@@ -44,8 +44,8 @@ def test_no_position_sees_the_future():
 
 def test_cached_decoding_equals_the_full_forward(tokens):
     params = init()
-    full = model.Llama(CONFIG).apply({"params": params}, tokens[:1])
-    cached = model.Llama(CONFIG, cache_len=32)
+    full = llama.Llama(CONFIG).apply({"params": params}, tokens[:1])
+    cached = llama.Llama(CONFIG, cache_len=32)
     logits, state = cached.apply({"params": params}, tokens[:1, :5], mutable="cache")
     np.testing.assert_allclose(logits, full[:, :5], atol=2e-5)
     for i in range(5, L):
@@ -75,7 +75,7 @@ def test_chunked_losses_and_gradients_equal_the_plain_ones(tokens, chunk):
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_nothing_but_memory(tokens, remat):
     def f(params, config):
-        logits = model.Llama(config).apply({"params": params}, tokens)
+        logits = llama.Llama(config).apply({"params": params}, tokens)
         return jnp.square(logits).mean()
 
     def num_saved(config):
@@ -98,9 +98,9 @@ def test_padding_targets_weigh_nothing(tokens):
 def test_bfloat16_compute_keeps_float32_losses_and_parameters(tokens):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(init(config))} == {jnp.dtype("float32")}
-    logits = model.Llama(config).apply({"params": init(config)}, tokens)
+    logits = llama.Llama(config).apply({"params": init(config)}, tokens)
     assert logits.dtype == jnp.float32
-    exact = model.Llama(CONFIG).apply({"params": init()}, tokens)
+    exact = llama.Llama(CONFIG).apply({"params": init()}, tokens)
     assert 0 < abs(logits - exact).max() < 0.05
 
 
@@ -108,7 +108,7 @@ def test_rotation_keeps_length_and_depends_on_distance_only():
     q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 8))
 
     def score(i, j):
-        at = lambda x, p: model.rotate(x, jnp.full((1, 1), p), 10_000.0)  # noqa: E731
+        at = lambda x, p: llama.rotate(x, jnp.full((1, 1), p), 10_000.0)  # noqa: E731
         return float((at(q, i) * at(k, j)).sum())
 
     np.testing.assert_allclose(score(3, 1), score(13, 11), rtol=1e-4)
@@ -125,7 +125,7 @@ def test_preset_sizes_without_embeddings(preset, millions):
 
 
 def test_logical_axes_name_every_dimension():
-    axes = tree.flatten(model.logical_axes(CONFIG))
+    axes = tree.flatten(llama.logical_axes(CONFIG))
     leaves = tree.flatten(init())
     assert axes.keys() == leaves.keys()
     for path, leaf in leaves.items():

@@ -1,0 +1,69 @@
+"""What the benchmarks share: a real train step, state and a random batch; no data is read."""
+
+import ast
+import dataclasses
+import runpy
+from typing import Any
+
+import jax
+import numpy as np
+
+from soup_jax import config as config_lib
+from soup_jax import estimate, loader, mesh, sharding, train_state, train_step
+
+
+def read_config(path, overrides=()):
+    """The config of a file with `--config.section.field=value` arguments applied."""
+    fields = {}
+    for argument in overrides:
+        name, equals, value = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise SystemExit(f"unknown argument {argument!r}; fields are --config.NAME=VALUE")
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            fields[name] = value
+    cfg = runpy.run_path(path)["get_config"]()
+    cfg.update_from_flattened_dict(fields)
+    return cfg
+
+
+@dataclasses.dataclass
+class Training:
+    """State and metrics that `advance` replaces, and what they were built from."""
+
+    cfg: Any
+    abstract: estimate.AbstractStep
+    state: train_state.TrainState
+    sums: dict
+    batch: dict
+
+    def advance(self):
+        """One step, dispatched."""
+        self.state, self.sums = self.abstract.function(self.state, self.sums, self.batch)
+
+
+def build(cfg):
+    """A Training on all devices, from the config's seed."""
+    config_lib.check(cfg)
+    step = estimate.abstract_step(cfg, mesh.make_mesh(cfg))
+    frequencies = np.full(cfg.num_domains, 1 / cfg.num_domains)
+    init = train_state.make_init(cfg, step.model, frequencies_K=frequencies)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, step.state)
+    rng = np.random.default_rng(0)
+    shape = (cfg.batch_size, cfg.seq_len + 1)
+    batch = {
+        "tokens": rng.integers(0, cfg.vocab_size, shape).astype(np.int32),
+        "num_targets": np.full(cfg.batch_size, cfg.seq_len, np.int32),
+        "domain": rng.integers(0, cfg.num_domains, cfg.batch_size).astype(np.int32),
+        "h": rng.dirichlet(np.ones(cfg.num_domains), cfg.num_mixtures).astype(np.float32),
+    }
+    return Training(
+        cfg=cfg,
+        abstract=step,
+        state=jax.jit(init, out_shardings=shardings)(),
+        sums=jax.device_put(
+            train_step.zero_metrics(cfg.num_domains), sharding.replicated(step.mesh)
+        ),
+        batch=loader.to_device(batch, step.mesh),
+    )

@@ -1,0 +1,250 @@
+"""What can be said of a training step without running or compiling it: bytes, FLOPs, seconds.
+
+Bytes of the state are exact: shapes, dtypes and shardings are those of the real program.
+Activations are estimated and only used to compare two configs; what a config really needs beside
+its state is the compiler's to say (see `plan`).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from soup_jax import config as config_lib
+from soup_jax import mesh as mesh_lib
+from soup_jax import model as model_lib
+from soup_jax import sharding, train_state, train_step, tree
+from soup_jax.chips import Chip
+from soup_jax.errors import UserError
+from soup_jax.model import BaseModel
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractStep:
+    """A jitted train step and arguments that have shapes, dtypes and shardings, but no values."""
+
+    function: Any
+    state: train_state.TrainState
+    metrics: dict[str, Any]
+    batch: dict[str, Any]
+    model: BaseModel
+    mesh: Mesh
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What `function` takes."""
+        return self.state, self.metrics, self.batch
+
+
+def abstract_step(cfg: ConfigDict, mesh: Mesh, *, model: BaseModel | None = None) -> AbstractStep:
+    """The step of a config on a mesh, whose devices need not be present.
+
+    Args:
+      model: a base network of token windows, if it is not the config's.
+    """
+    model = model or model_lib.from_config(cfg)
+    frequencies_K = np.full(cfg.num_domains, 1 / cfg.num_domains)
+    state = jax.eval_shape(train_state.make_init(cfg, model, frequencies_K=frequencies_K))
+    shardings = train_state.state_shardings(mesh, state)
+    everywhere, rows = sharding.replicated(mesh), sharding.batch(mesh)
+    metrics = jax.eval_shape(lambda: train_step.zero_metrics(cfg.num_domains))
+    num_rows, int32 = cfg.batch_size, jnp.int32
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((num_rows, cfg.seq_len + 1), int32, sharding=rows),
+        "num_targets": jax.ShapeDtypeStruct((num_rows,), int32, sharding=rows),
+        "domain": jax.ShapeDtypeStruct((num_rows,), int32, sharding=rows),
+        "h": jax.ShapeDtypeStruct(
+            (cfg.num_mixtures, cfg.num_domains), jnp.float32, sharding=everywhere
+        ),
+    }
+    return AbstractStep(
+        function=train_step.compile_step(cfg, model, mesh, shardings),
+        state=jax.tree.map(_laid_out, state, shardings),
+        metrics=jax.tree.map(lambda leaf: _laid_out(leaf, everywhere), metrics),
+        batch=batch,
+        model=model,
+        mesh=mesh,
+    )
+
+
+def _laid_out(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def device_bytes(tree_: Any) -> int:
+    """Bytes that one device holds of a tree of abstract arrays with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree_)
+    )
+
+
+def state_bytes(step: AbstractStep) -> dict[str, int]:
+    """Bytes per device of each part of what goes into a step."""
+    params, moments = step.state.params, step.state.opt_state
+    return {
+        "shared parameters": device_bytes(params["shared"]),
+        "bank": device_bytes(params["bank"]),
+        "router": device_bytes(params["router"]),
+        "moments of shared and router": device_bytes(moments["base"]),
+        "moments of the bank": device_bytes(moments["bank"]),
+        "batch and metrics": device_bytes((step.batch, step.metrics)),
+    }
+
+
+def merged_bytes(cfg: ConfigDict, step: AbstractStep) -> dict[str, int]:
+    """Bytes per device of the merged models in the compute dtype and of their gradients' slices."""
+    groups, size = mesh_lib.num_groups(cfg), tree.num_params(step.state.params["shared"])
+    local = math.ceil(groups / step.mesh.shape["replica"])
+    whole = local * size * jnp.dtype(cfg.model.dtype).itemsize
+    if cfg.mesh.gather == "layer":
+        whole = whole // step.mesh.shape["fsdp"] + whole // cfg.model.num_layers
+    return {
+        "merged models": whole,
+        "merged gradients": 4 * groups * size // step.mesh.size,
+    }
+
+
+def activation_bytes(cfg: ConfigDict, num_devices: int) -> float:
+    """Rough bytes per device of what the decoder keeps for its backward pass, and works on."""
+    m, size = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
+    tokens = cfg.batch_size * cfg.seq_len / num_devices / cfg.optimizer.grad_accumulation
+    kv_dim = m.dim * m.num_kv_heads // m.num_heads
+    products = size * (3 * m.dim + 2 * kv_dim + 2 * m.hidden_dim)
+    scores = 0 if m.attention == "cudnn" else (4 + size) * m.num_heads * cfg.seq_len
+    everything = products + size * (4 * m.dim + m.hidden_dim) + scores
+    kept = size * m.dim + {"none": everything, "dots": products, "full": 0}[m.remat]
+    logits = 8 * cfg.vocab_size * tokens * (m.loss_chunk or cfg.seq_len) / cfg.seq_len
+    return tokens * (m.num_layers * kept + everything) + logits
+
+
+def step_flops(cfg: ConfigDict, step: AbstractStep) -> dict[str, float]:
+    """FLOPs of one step over all devices: base network (without recomputation), and the bank.
+
+    The bank's: merge, gradient of alpha, and update, 2 M operations a parameter each.
+    """
+    bank = tree.num_params(step.state.params["bank"])
+    return {
+        "base network": step.model.flops_per_row * cfg.batch_size,
+        "merge, alpha's gradient and bank update": 6.0 * mesh_lib.num_groups(cfg) * bank,
+    }
+
+
+def bank_traffic(step: AbstractStep) -> float:
+    """Bytes per device that a step must read and write of state: the bank is read by the merge, by
+    alpha's gradient and by the update, which also writes it; moments are read and written."""
+    parts = state_bytes(step)
+    moments = parts["moments of the bank"] + parts["moments of shared and router"]
+    return 4.0 * parts["bank"] + 2.0 * moments + 3.0 * parts["shared parameters"]
+
+
+def roofline(cfg: ConfigDict, step: AbstractStep, chip: Chip, moved: float) -> dict[str, float]:
+    """Seconds per step at the chip's data-sheet rates, tokens per second and MFU.
+
+    Args:
+      moved: bytes that a device sends in one step.
+
+    Returns:
+      seconds of "compute" (recomputation of remat included), "bank" (the slower of its memory
+      traffic and its FLOPs) and "exchange"; "seconds_at_least", if the three overlap completely,
+      and "seconds_in_turn", if they do not; "tokens_per_second" and "mfu", of the latter.
+    """
+    count, flops = step.mesh.size, step_flops(cfg, step)
+    model_flops, bank_flops = flops.values()
+    peak = chip.peak_tflops * 1e12 * count
+    recomputed = {"none": 1.0, "dots": 1.0, "full": 4 / 3}[cfg.model.remat]
+    compute = recomputed * model_flops / peak
+    bank = max(bank_traffic(step) / (chip.memory_gbs * 1e9), bank_flops / peak)
+    exchange = moved / (chip.exchange_gbs(count) * 1e9)
+    in_turn = compute + bank + exchange
+    return {
+        "compute": compute,
+        "bank": bank,
+        "exchange": exchange,
+        "seconds_at_least": max(compute, bank, exchange),
+        "seconds_in_turn": in_turn,
+        "tokens_per_second": cfg.batch_size * cfg.seq_len / in_turn,
+        "mfu": model_flops / peak / in_turn,
+    }
+
+
+def estimated_bytes(cfg: ConfigDict, devices: list[Any]) -> float:
+    """State, merged models, gradients and activations of a config, to be compared with another's.
+
+    Raises:
+      UserError: the config is not valid on these devices.
+    """
+    cfg = config_lib.check(cfg)
+    step = abstract_step(cfg, mesh_lib.make_mesh(cfg, devices))
+    state = sum(state_bytes(step).values()) + sum(merged_bytes(cfg, step).values())
+    return state + activation_bytes(cfg, len(devices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change of the config, and how many bytes per device it is estimated to save."""
+
+    fields: dict[str, Any]
+    saves: float
+
+    def __str__(self) -> str:
+        return " ".join(f"--config.{name}={value}" for name, value in self.fields.items())
+
+
+def savings(cfg: ConfigDict, devices: list[Any]) -> list[Change]:
+    """Changes that save memory and are valid here, the largest saving first; one a field."""
+    now = estimated_bytes(cfg, devices)
+    best: dict[str, Change] = {}
+    for name, value in _candidates(cfg):
+        try:
+            saves = now - estimated_bytes(changed(cfg, {name: value}), devices)
+        except UserError:
+            continue
+        if saves > 0 and (name not in best or saves > best[name].saves):
+            best[name] = Change({name: value}, saves)
+    return sorted(best.values(), key=lambda change: -change.saves)
+
+
+def _candidates(cfg: ConfigDict) -> list[tuple[str, Any]]:
+    o = cfg.optimizer
+    candidates = [
+        ("optimizer.bank", "merged"),
+        ("optimizer.moment_dtype", "bfloat16"),
+        ("experts.dtype", "bfloat16"),
+        ("model.dtype", "bfloat16"),
+        ("model.remat", "dots"),
+        ("model.remat", "full"),
+        ("mesh.gather", "layer"),
+        ("optimizer.grad_accumulation", 2 * o.grad_accumulation),
+        ("optimizer.grad_accumulation", 4 * o.grad_accumulation),
+    ]
+    chunks = [c for c in (512, 256, 128, 64) if c < (cfg.model.loss_chunk or cfg.seq_len)]
+    return candidates + [("model.loss_chunk", c) for c in chunks[:2]]
+
+
+def changed(cfg: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+    """A copy of a config with some fields replaced."""
+    copy = cfg.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.update_from_flattened_dict(fields)
+    return copy
+
+
+def devices_needed(cfg: ConfigDict, step: AbstractStep, total: float, memory: float) -> int | None:
+    """The smallest doubling of the device count whose share of `total` bytes fits `memory`.
+
+    All but one merged model divides over the devices; None if the batch does not divide so far.
+    """
+    size = tree.num_params(step.state.params["shared"]) * jnp.dtype(cfg.model.dtype).itemsize
+    count = step.mesh.size
+    while True:
+        count *= 2
+        if cfg.batch_size // cfg.optimizer.grad_accumulation % count:
+            return None
+        if (total - size) * step.mesh.size / count + size <= memory:
+            return count

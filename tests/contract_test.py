@@ -1,0 +1,195 @@
+"""What a compiled step may move, keep and do, whatever the number of experts.
+
+Compiled from shapes alone, on eight CPU devices and, where libtpu is installed (Linux x86-64), by
+the TPU compiler for a real slice.
+"""
+
+import importlib.util
+import logging
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from soup_jax import estimate, hlo, loader, mesh, sharding, target, train, train_step, tree
+
+FEW, MANY = 8, 64
+FEWER_MIXTURES_THAN_DEVICES, AS_MANY, MORE = 2, 8, 16
+TPU_SIZES = {
+    "vocab_size": 4096,
+    "model.dim": 256,
+    "model.hidden_dim": 512,
+    "model.dtype": "bfloat16",
+}
+# So large that not all temporaries fit the chip's vector memory, which is not counted.
+LARGE = {
+    "vocab_size": 8192,
+    "seq_len": 512,
+    "batch_size": 64,
+    "model.dim": 512,
+    "model.hidden_dim": 1024,
+}
+
+
+# What is moved and kept is decided before code is generated.
+FAST_ON_CPU = {"xla_backend_optimization_level": 0}
+
+
+def tpu_devices():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: no TPU compiler (it is in the extra [plan])")
+    return target.find_target(tiny_config(), topology="v5e:2x4").devices
+
+
+class Compiled:
+    """A step for the given devices, its collectives and its memory."""
+
+    def __init__(self, devices, **fields):
+        self.cfg = tiny_config(**fields)
+        self.step = estimate.abstract_step(self.cfg, mesh.make_mesh(self.cfg, devices))
+        fast = FAST_ON_CPU if devices[0].platform == "cpu" else None
+        lowered = self.step.function.lower(*self.step.arguments)
+        self.compiled = lowered.compile(compiler_options=fast)
+        self.collectives = hlo.collectives(self.compiled.as_text())
+        self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes
+
+    def moved(self):
+        """The signature without alpha's gradient [M, E], the one thing with experts in it, and
+        without the gradients' Gram matrix [M, M], which looks the same if M = E."""
+        groups = mesh.num_groups(self.cfg)
+        small = {f"f32[{groups},{self.cfg.num_experts}]", f"f32[{groups},{groups}]"}
+        left = {}
+        for (kind, shapes, size), times in hlo.signature(self.collectives).items():
+            key = (kind, tuple(s for s in shapes if s not in small), size)
+            if key[1]:
+                left[key] = left.get(key, 0) + times
+        return left
+
+    def largest_payload(self):
+        return max(c.payload_bytes for c in self.collectives)
+
+    def merged_bytes(self):
+        """Of the merged models of a device's group, float32: what a collective may carry."""
+        base_size = tree.num_params(self.step.state.params["shared"])
+        return 4 * base_size * mesh.num_groups(self.cfg) // self.step.mesh.shape["replica"]
+
+    def largest_bank_leaf(self):
+        return max(
+            estimate.device_bytes(x) for x in jax.tree.leaves(self.step.state.params["bank"])
+        )
+
+
+def pair(devices, **fields):
+    return [Compiled(devices, num_experts=e, **fields) for e in (FEW, MANY)]
+
+
+def check_communication(few, many):
+    """Collectives carry merged models of a device group and small sums, equally for any E."""
+    assert few.collectives
+    assert few.moved() == many.moved()
+    assert many.largest_payload() <= many.merged_bytes()
+    # What grew is alpha's gradient: one sum over devices, or one a leaf where the compiler does
+    # not add them up first.
+    leaves = len(jax.tree.leaves(many.step.state.params["bank"]))
+    grown = [sum(hlo.total_bytes(c.collectives).values()) for c in (few, many)]
+    alpha_bytes = 4 * mesh.num_groups(many.cfg) * (MANY - FEW)
+    assert 0 < grown[1] - grown[0] <= 2 * leaves * alpha_bytes
+
+
+def test_communication_does_not_depend_on_the_experts_with_fewer_mixtures_than_devices():
+    few, many = pair(jax.devices(), num_mixtures=FEWER_MIXTURES_THAN_DEVICES)
+    assert dict(many.step.mesh.shape) == {"replica": 2, "fsdp": 4}
+    check_communication(few, many)
+
+
+@pytest.mark.parametrize("num_mixtures", [AS_MANY, MORE])
+def test_communication_does_not_depend_on_the_experts(num_mixtures):
+    few, many = pair(jax.devices(), num_mixtures=num_mixtures)
+    check_communication(few, many)
+    # A group is one device: an all-to-all of each merged leaf there and one of its gradient back.
+    leaves = len(jax.tree.leaves(many.step.state.params["shared"]))
+    kinds = [c.kind for c in many.collectives]
+    assert kinds.count("all-to-all") == 2 * leaves
+    assert set(kinds) == {"all-to-all", "all-reduce"}
+
+
+def check_tpu(devices, **fields):
+    few, many = pair(devices, **TPU_SIZES | fields)
+    check_communication(few, many)
+    assert many.temporaries - few.temporaries < many.largest_bank_leaf()
+    sums = [c for c in many.collectives if c.kind == "all-reduce" and not c.in_loop]
+    return few, many, sums
+
+
+@pytest.mark.parametrize("bank", ["merged", "adamw"])
+def test_tpu_step_moves_merged_models_and_keeps_no_second_bank(bank):
+    fields = {"num_mixtures": MORE, "optimizer.bank": bank}
+    few, many, sums = check_tpu(tpu_devices(), **fields)
+    assert few.temporaries > 0
+    kinds = [c.kind for c in many.collectives]
+    assert kinds.count("all-to-all") == 2 * len(jax.tree.leaves(many.step.state.params["shared"]))
+    assert set(kinds) == {"all-to-all", "all-reduce"}
+    assert sum(c.payload_bytes for c in sums) < 16 * MANY * MORE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_mixtures", [FEWER_MIXTURES_THAN_DEVICES, AS_MANY])
+def test_tpu_step_with_other_numbers_of_mixtures(num_mixtures):
+    check_tpu(tpu_devices(), num_mixtures=num_mixtures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bank", ["merged", "adamw"])
+def test_tpu_step_of_a_larger_network(bank):
+    fields = {"num_mixtures": MORE, "optimizer.bank": bank}
+    few, many, _ = check_tpu(tpu_devices(), **LARGE, **fields)
+    assert min(few.temporaries, many.temporaries) > 0
+
+
+def test_bank_sized_traffic_is_seen():
+    """The layout that must not be, the bank split along the experts, is over the limit."""
+    many = Compiled(jax.devices(), num_experts=MANY, num_mixtures=AS_MANY)
+    spec = jax.sharding.PartitionSpec(("replica", "fsdp"))
+    split = jax.sharding.NamedSharding(many.step.mesh, spec)
+    params = dict(many.step.state.params)
+    params["bank"] = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), params["bank"]
+    )
+    state = many.step.state._replace(params=params)
+    lowered = many.step.function.lower(state, many.step.metrics, many.step.batch)
+    many.collectives = hlo.collectives(lowered.compile(compiler_options=FAST_ON_CPU).as_text())
+    assert many.largest_payload() > many.merged_bytes()
+
+
+def test_a_run_compiles_its_step_once(tiny_corpus, tmp_path, caplog):
+    cfg = tiny_config(**{"corpus.dir": tiny_corpus, "checkpoint.every_steps": 4})
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        train.train(cfg, tmp_path / "run")
+    compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
+    assert sum("jit(step)" in message for message in compiled) == 1, compiled
+
+
+def test_no_transfer_between_host_and_device_inside_the_steps():
+    cfg = tiny_config(num_mixtures=8)
+    step = estimate.abstract_step(cfg, mesh.make_mesh(cfg))
+    where = jax.tree.map(lambda leaf: leaf.sharding, step.state)
+    state = jax.jit(
+        lambda: jax.tree.map(lambda leaf: jax.numpy.ones(leaf.shape, leaf.dtype), step.state),
+        out_shardings=where,
+    )()
+    everywhere = sharding.replicated(step.mesh)
+    sums = jax.device_put(train_step.zero_metrics(cfg.num_domains), everywhere)
+    host = {
+        "tokens": np.ones((cfg.batch_size, cfg.seq_len + 1), np.int32),
+        "num_targets": np.full(cfg.batch_size, cfg.seq_len, np.int32),
+        "domain": np.zeros(cfg.batch_size, np.int32),
+        "h": np.full((cfg.num_mixtures, cfg.num_domains), 1 / cfg.num_domains, np.float32),
+    }
+    batch = loader.to_device(host, step.mesh)
+    with jax.transfer_guard("disallow"):
+        for _ in range(3):
+            state, sums = step.function(state, sums, batch)
+        with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device"):
+            step.function(state, sums, host)
+    assert float(sums["steps"]) == 3

@@ -1,0 +1,225 @@
+"""Plans: their numbers against the real state, what they print, and how they fail."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from soup_jax import chips, estimate, main, mesh, plan, target, train_state, tree
+from soup_jax import model as model_lib
+from soup_jax.errors import UserError
+
+H200 = chips.find("H200")
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+def test_chips_are_found_by_name_and_by_kind():
+    assert chips.find("h200").memory_gb == 141
+    assert chips.from_kind("TPU v5 lite").name == "v5e"
+    assert chips.from_kind("TPU v5").name == "v5p"
+    assert chips.from_kind("NVIDIA A100-SXM4-40GB").name == "A100-40GB"
+    assert chips.from_kind("NVIDIA A100-SXM4-80GB").name == "A100-80GB"
+    assert chips.from_kind("cpu") is None
+    assert H200.exchange_gbs(8) == 450
+    assert H200.exchange_gbs(16) == 50
+    with pytest.raises(UserError, match="unknown chip 'H20'; known are v4, v5e"):
+        chips.find("H20")
+
+
+def small_step(**fields):
+    cfg = tiny_config(**fields)
+    return cfg, estimate.abstract_step(cfg, mesh.make_mesh(cfg, jax.devices()))
+
+
+@pytest.mark.parametrize("bank", ["merged", "adamw"])
+def test_state_bytes_are_those_of_the_real_state(bank):
+    cfg, step = small_step(num_mixtures=4, **{"optimizer.bank": bank})
+    init = train_state.make_init(
+        cfg, model_lib.from_config(cfg), frequencies_K=np.full(cfg.num_domains, 1 / cfg.num_domains)
+    )
+    where = jax.tree.map(lambda leaf: leaf.sharding, step.state)
+    state = jax.jit(init, out_shardings=where)()
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    counted = estimate.state_bytes(step)
+    rest = counted.pop("batch and metrics")
+    counters = 8  # step and bad_step
+    assert sum(counted.values()) == held - counters
+    assert rest > 0
+    bank_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params["bank"]))
+    assert bank_bytes / 8 <= counted["bank"] < 1.05 * bank_bytes / 8
+
+
+def test_flops_and_traffic_of_the_bank():
+    cfg, step = small_step(num_mixtures=4)
+    bank = tree.num_params(step.state.params["bank"])
+    flops = estimate.step_flops(cfg, step)
+    assert flops["merge, alpha's gradient and bank update"] == 6 * 4 * bank
+    assert flops["base network"] == step.model.flops_per_row * 16
+    _, adamw = small_step(num_mixtures=4, **{"optimizer.bank": "adamw"})
+    grown = estimate.bank_traffic(adamw) - estimate.bank_traffic(step)
+    # Two moments are read and written, less the one of a single model.
+    assert grown == pytest.approx(4 * estimate.device_bytes(step.state.params["bank"]), rel=0.3)
+
+
+def test_roofline_is_bounded_by_its_parts():
+    cfg, step = small_step()
+    r = estimate.roofline(cfg, step, H200, moved=450e9)
+    assert r["exchange"] == 1.0
+    assert r["seconds_at_least"] == max(r["compute"], r["bank"], r["exchange"])
+    assert r["seconds_in_turn"] == r["compute"] + r["bank"] + r["exchange"]
+    assert 0 < r["mfu"] < 1
+
+
+def test_savings_are_computed_from_the_config():
+    fields = {"optimizer.bank": "adamw", "num_experts": 64}
+    cfg, step = small_step(**fields)
+    changes = {next(iter(c.fields)): c for c in estimate.savings(cfg, jax.devices())}
+    parts = estimate.state_bytes(step)
+    _, merged = small_step(num_experts=64)
+    saved = parts["moments of the bank"] - estimate.state_bytes(merged)["moments of the bank"]
+    assert changes["optimizer.bank"].saves == saved
+    assert changes["experts.dtype"].saves == parts["bank"] / 2
+    assert str(changes["optimizer.bank"]) == "--config.optimizer.bank=merged"
+    merged_cfg = tiny_config(num_experts=64)
+    assert "optimizer.bank" not in {
+        name for c in estimate.savings(merged_cfg, jax.devices()) for name in c.fields
+    }
+
+
+def test_more_devices_are_counted_as_far_as_the_batch_divides():
+    cfg, step = small_step(batch_size=64)
+    assert estimate.devices_needed(cfg, step, 1e9, 0.6e9) == 16
+    assert estimate.devices_needed(cfg, step, 1e9, 0.2e9) == 64
+    assert estimate.devices_needed(cfg, step, 1e9, 0.1e9) is None
+
+
+@pytest.fixture(scope="module")
+def approximate():
+    """A plan for GPUs that are not here."""
+    cfg = tiny_config(num_mixtures=8)
+    return plan.make_plan(cfg, target.find_target(cfg, chip="H200", num_devices=8))
+
+
+def test_plan_for_absent_gpus_says_that_it_approximates(approximate):
+    text = plan.to_text(approximate)
+    assert "APPROXIMATION: compiled for 8 CPU device(s) in place of 8 x H200" in text
+    assert "all-to-all" in text
+    assert "merged embedding" in text
+    assert "UNEXPECTED" not in text
+    assert text.splitlines()[-1].startswith("fits (approximation): 141.00 GB")
+    assert approximate.fits
+    assert approximate.estimated_bytes > sum(approximate.state.values())
+    values = json.loads(json.dumps(plan.to_json(approximate)))
+    assert values["fits"] is True
+    assert values["memory"]["arguments"] == pytest.approx(sum(approximate.state.values()), abs=64)
+    assert {c["what"].split()[0] for c in values["collectives"]} == {"merged", "small:"}
+
+
+def test_a_plan_that_does_not_fit_names_changes(approximate, monkeypatch):
+    tiny = chips.Chip("tiny", (), "gpu", approximate.total_bytes * 0.9e-9, 1, 1, 1)
+    monkeypatch.setattr(chips, "CHIPS", (tiny,))
+    monkeypatch.setattr(
+        plan, "compile_report", lambda step: (dict(approximate.memory), "HloModule m\n")
+    )
+    cfg = tiny_config(num_mixtures=8)
+    made = plan.make_plan(cfg, target.find_target(cfg, chip="tiny", num_devices=8))
+    assert not made.fits
+    assert made.changes
+    text = plan.to_text(made)
+    assert "does not fit (approximation):" in text
+    assert all(str(change) in text for change in made.changes)
+    assert "or 16 devices instead of 8" in text
+
+
+def test_a_compiler_that_runs_out_of_memory_tells_how_much_it_wanted():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (18.25G) exceeds available HBM (15.75G)."
+    )
+    assert plan._needed_bytes(message) == 18.25 * 2**30
+    with pytest.raises(RuntimeError, match="the compiler failed: INTERNAL"):
+        plan._needed_bytes("INTERNAL: bug")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topology": "v5e"}, "unknown topology 'v5e'; it is CHIP:SHAPE"),
+        ({"topology": "v9:4x4"}, "unknown topology 'v9:4x4'.*v4:2x2x4"),
+        ({"topology": "v5e:4x4", "chip": "v5e"}, "leave --chip/--num_devices out"),
+        ({"chip": "H201"}, "unknown chip 'H201'"),
+        ({"chip": "H200", "num_devices": 9}, "set XLA_FLAGS="),
+        ({}, r"nothing is known of the devices found here \(cpu\)"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        target.find_target(tiny_config(), **options)
+
+
+def test_refuses_a_chip_of_another_platform():
+    cfg = tiny_config(**{"mesh.platform": "tpu"})
+    with pytest.raises(UserError, match=r"mesh\.platform = 'tpu', but H200 is a gpu"):
+        target.find_target(cfg, chip="H200")
+
+
+def test_without_libtpu_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'soup_jax\[plan\]'"):
+        target.find_target(tiny_config(), topology="v5e:4x4")
+
+
+@NEEDS_LIBTPU
+@pytest.mark.parametrize(
+    ("topology", "count"), [("v4:2x2x4", 16), ("v5e:4x4", 16), ("v5p:4x4x4", 64), ("v6e:8x8", 64)]
+)
+def test_topologies_have_one_device_a_chip(topology, count):
+    found = target.find_target(tiny_config(), topology=topology)
+    assert len(found.devices) == count
+    assert chips.from_kind(found.devices[0].device_kind) == found.chip
+    assert not found.approximate
+
+
+@NEEDS_LIBTPU
+def test_a_topology_that_libtpu_refuses():
+    with pytest.raises(UserError, match="libtpu does not know the topology 'v5e:3x3'"):
+        target.find_target(tiny_config(), topology="v5e:3x3")
+
+
+def test_command_writes_json_and_its_exit_status_says_whether_it_fits(
+    approximate, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(plan, "make_plan", lambda cfg, where: approximate)
+    words = ["plan", "--config=experiments/quickstart.py", "--chip=H200", "--num_devices=8"]
+    assert main.run([*words, f"--json={tmp_path}/plan.json"]) == 0
+    assert "memory, GB per device" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["mesh"] == {"replica": 8, "fsdp": 1}
+    monkeypatch.setattr(plan.Plan, "fits", False)
+    assert main.run(words) == 1
+    assert main.run([*words, "--chip=H201"]) == 2
+
+
+@pytest.mark.slow
+def test_pod_benchmark_runs_dry(tmp_path):
+    script = pathlib.Path(__file__).parents[1] / "benchmarks" / "pod.py"
+    config = script.parents[1] / "experiments" / "soup_110m.py"
+    words = ["--dry_run", f"--config={config}", f"--json={tmp_path}/pod.json"]
+    words += ["--config.optimizer.bank=adamw", f"--trace={tmp_path}/trace"]
+    done = subprocess.run(
+        [sys.executable, script, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    values = json.loads((tmp_path / "pod.json").read_text())
+    assert values["tokens per second"] > 0
+    assert np.isfinite(values["mean loss"])
+    assert values["devices"] == "8 x cpu"
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    assert "merge, ms" in done.stdout
