@@ -145,9 +145,8 @@ def compile_report(step: estimate.AbstractStep) -> tuple[dict[str, int | None], 
     memory: dict[str, int | None] = dict.fromkeys(
         ("arguments", "temporaries", "outputs", "aliased", "program")
     )
-    lowered = step.function.lower(*step.arguments)
     try:
-        compiled = lowered.compile()
+        compiled = step.compile()
     except jax.errors.JaxRuntimeError as e:
         memory["temporaries"] = _needed_bytes(str(e))
         return memory, ""

@@ -16,21 +16,9 @@ from soup_jax import estimate, hlo, loader, mesh, sharding, target, train, train
 
 FEW, MANY = 8, 64
 FEWER_MIXTURES_THAN_DEVICES, AS_MANY, MORE = 2, 8, 16
-TPU_SIZES = {
-    "vocab_size": 4096,
-    "model.dim": 256,
-    "model.hidden_dim": 512,
-    "model.dtype": "bfloat16",
-}
-# So large that not all temporaries fit the chip's vector memory, which is not counted.
-LARGE = {
-    "vocab_size": 8192,
-    "seq_len": 512,
-    "batch_size": 64,
-    "model.dim": 512,
-    "model.hidden_dim": 1024,
-}
-
+TPU_SIZES = {"model.dim": 128, "model.hidden_dim": 256, "model.dtype": "bfloat16"}
+# So many activations that not all fit the chip's vector memory, which does not count.
+LARGE = {"vocab_size": 8192, "seq_len": 512, "batch_size": 64}
 
 # What is moved and kept is decided before code is generated.
 FAST_ON_CPU = {"xla_backend_optimization_level": 0}
@@ -49,10 +37,9 @@ class Compiled:
         self.cfg = tiny_config(**fields)
         self.step = estimate.abstract_step(self.cfg, mesh.make_mesh(self.cfg, devices))
         fast = FAST_ON_CPU if devices[0].platform == "cpu" else None
-        lowered = self.step.function.lower(*self.step.arguments)
-        self.compiled = lowered.compile(compiler_options=fast)
-        self.collectives = hlo.collectives(self.compiled.as_text())
-        self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes
+        compiled = self.step.compile(fast)
+        self.collectives = hlo.collectives(compiled.as_text())
+        self.temporaries = compiled.memory_analysis().temp_size_in_bytes
 
     def moved(self):
         """The signature without alpha's gradient [M, E], the one thing with experts in it, and
@@ -122,29 +109,25 @@ def check_tpu(devices, **fields):
     return few, many, sums
 
 
-@pytest.mark.parametrize("bank", ["merged", "adamw"])
-def test_tpu_step_moves_merged_models_and_keeps_no_second_bank(bank):
-    fields = {"num_mixtures": MORE, "optimizer.bank": bank}
-    few, many, sums = check_tpu(tpu_devices(), **fields)
-    assert few.temporaries > 0
+def test_tpu_step_moves_merged_models_and_small_sums_only():
+    _, many, sums = check_tpu(tpu_devices(), num_mixtures=MORE)
     kinds = [c.kind for c in many.collectives]
     assert kinds.count("all-to-all") == 2 * len(jax.tree.leaves(many.step.state.params["shared"]))
     assert set(kinds) == {"all-to-all", "all-reduce"}
     assert sum(c.payload_bytes for c in sums) < 16 * MANY * MORE
 
 
+@pytest.mark.parametrize("bank", [pytest.param("merged", marks=pytest.mark.slow), "adamw"])
+def test_tpu_step_keeps_no_second_bank(bank):
+    fields = {"num_mixtures": MORE, "optimizer.bank": bank}
+    few, many, _ = check_tpu(tpu_devices(), **LARGE, **fields)
+    assert min(few.temporaries, many.temporaries) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_mixtures", [FEWER_MIXTURES_THAN_DEVICES, AS_MANY])
 def test_tpu_step_with_other_numbers_of_mixtures(num_mixtures):
     check_tpu(tpu_devices(), num_mixtures=num_mixtures)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bank", ["merged", "adamw"])
-def test_tpu_step_of_a_larger_network(bank):
-    fields = {"num_mixtures": MORE, "optimizer.bank": bank}
-    few, many, _ = check_tpu(tpu_devices(), **LARGE, **fields)
-    assert min(few.temporaries, many.temporaries) > 0
 
 
 def test_bank_sized_traffic_is_seen():
