@@ -238,12 +238,13 @@ def _local_devices(cfg: ConfigDict) -> list[jax.Device]:
 
 def _fail(group: Group, coordinator: Coordinator | None, error: BaseException) -> None:
     user = isinstance(error, UserError)
-    if not user:
-        traceback.print_exception(error)
-    cause = "collective" if isinstance(error, jax.errors.JaxRuntimeError) else "error"
+    collective = isinstance(error, jax.errors.JaxRuntimeError)
+    cause = "collective" if collective else "error"
     status = STATUS_USER if user else STATUS_FAILED
     first = str(error) if user else f"{type(error).__name__}: {error}"
     verdict = group.fail(first[:4000], status=status, cause=cause)
+    if not user and not (collective and verdict):  # else it only follows from what the verdict says
+        traceback.print_exception(error)
     if coordinator is not None:
         coordinator.drained.wait(5)
     watchdog.leave(f"process {group.process_id}: {verdict or first}", status)

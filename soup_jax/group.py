@@ -170,6 +170,7 @@ class Group(Solo):
         with group._change:
             group._change.wait_for(lambda: group.jax_port or group._failing)
         if group.jax_port is None:
+            group.close()
             raise UserError(group._verdict["text"])
         return group
 
@@ -209,7 +210,7 @@ class Group(Solo):
         with self._change:
             if op == "welcome":
                 self.jax_port = message["jax_port"]
-            elif op == "refused":
+            elif op == "refused" and self._verdict is None:
                 self._failing, self._verdict = True, message
             elif op == "met":
                 self._met[message["name"]] = (message["lead"], message["differences"])

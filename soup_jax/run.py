@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from soup_jax import checkpoint as checkpoint_lib
 from soup_jax import config as config_lib
-from soup_jax import distributed, domain_weights, files, loader, tree
+from soup_jax import distributed, domain_weights, files, loader, tree, watchdog
 from soup_jax import model as model_lib
 from soup_jax.errors import UserError
 from soup_jax.group import Solo
@@ -161,6 +161,19 @@ def _seen(path: pathlib.Path) -> str:
     return files.sha256_file(path) if path.exists() else "missing"
 
 
+def compile_together(group: Solo, name: str, jitted: Any, *arguments: Any) -> Any:
+    """`jitted` as it is; with many processes, compiled for `arguments`, on all of them, first.
+
+    A process may take minutes longer than another, which found the code in its cache. Waiting for
+    it belongs here, where a late one is named, and not in a collective with a time-out of its own.
+    """
+    if group.num_processes == 1:
+        return jitted
+    compiled = jitted.lower(*arguments).compile()
+    group.meet(f"{name} compiled", timeout=watchdog.COMPILE_SECS)
+    return compiled
+
+
 def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> TrainState:
     """The newest checkpoint of the workdir, its data checked against the run's; else a new state.
 
@@ -169,7 +182,7 @@ def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> Trai
     """
     restored = checkpointer.restore(run.abstract)
     if restored is None:
-        return run.init()
+        return compile_together(run.group, "init", run.init)()
     state, data = restored
     ours = run.fingerprint()
     differences = [

@@ -24,7 +24,7 @@ from soup_jax import checkpoint as checkpoint_lib
 from soup_jax import evaluate, loader, metrics, sharding, train_step, tree, watchdog
 from soup_jax.files import write_json
 from soup_jax.model import BaseModel
-from soup_jax.run import Run, claim_workdir, restore_or_init, setup
+from soup_jax.run import Run, claim_workdir, compile_together, restore_or_init, setup
 from soup_jax.sampler import StepPlan
 from soup_jax.signals import stop_requests
 from soup_jax.train_state import TrainState
@@ -197,7 +197,11 @@ class _Loop:
                 batch = loader.to_device(next(batches), run.mesh)
                 meter.feed(run.plan[step], time.perf_counter() - before)
                 self.group.at("compiling" if step == start else "training")
-                state, meter.sums = self.step_fn(state, meter.sums, batch)
+                if step == start:
+                    step_fn = compile_together(
+                        self.group, "step", self.step_fn, state, meter.sums, batch
+                    )
+                state, meter.sums = step_fn(state, meter.sums, batch)
                 done = step + 1
                 self.group.at("training")
                 self.bar.update()
