@@ -1,4 +1,4 @@
-"""Runs of `soup-jax train` as one or several processes on this machine, always killed at the end."""
+"""Runs of `soup-jax train` as one or several processes on this machine; killed at the end."""
 
 import contextlib
 import json

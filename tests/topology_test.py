@@ -7,6 +7,7 @@ processes give bit-identical losses.
 """
 
 import os
+import shutil
 import signal
 
 import jax
@@ -16,10 +17,12 @@ from conftest import tiny_config
 from processes import start, write_config
 from train_test import assert_same_state, final_state
 
-from soup_jax import loader, metrics, train
+from soup_jax import evaluate, loader, metrics, train
+from soup_jax import run as run_lib
 from soup_jax.checkpoint import Checkpointer
 
-NUM_STEPS = 20
+NUM_STEPS = 24
+TO_DEVICE = loader.to_device
 LOSS_BOUND = 2e-5
 
 
@@ -69,24 +72,28 @@ def test_losses_and_batches_do_not_depend_on_the_number_of_devices(whole, num_de
 
 
 def test_a_run_goes_on_on_other_devices(cfg, whole, tmp_path, monkeypatch):
-    original = loader.to_device
     for num_devices, stop in ((8, 4), (4, 7), (2, 10), (1, 13), (8, None)):
-        left = [(stop or 1000) - (latest(tmp_path) if stop != 4 else 0)]
-
-        def to_device(*arguments, left=left):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*arguments)
-
-        monkeypatch.setattr(loader, "to_device", to_device)
         devices = jax.devices()[:num_devices]
         if stop is None:
             train.train(cfg, tmp_path, devices=devices)
         else:
+            stop_after(monkeypatch, stop - (latest(tmp_path) if stop > 4 else 0))
             with pytest.raises(train.Interrupted, match=f"saved step {stop} of {NUM_STEPS}"):
                 train.train(cfg, tmp_path, devices=devices)
     assert_same_run(lines_of(tmp_path), whole(8)[1])
+
+
+def stop_after(monkeypatch, num_steps):
+    """SIGTERM in the step of that number, counted from 1."""
+    original, left = TO_DEVICE, [num_steps]
+
+    def to_device(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loader, "to_device", to_device)
 
 
 def latest(workdir):
@@ -94,31 +101,40 @@ def latest(workdir):
         return reader.steps()[-1]
 
 
-def test_two_processes_are_stopped_four_are_killed_two_finish_and_the_run_is_the_same(
-    cfg, whole, tmp_path
+def test_many_processes_stopped_killed_and_resumed_make_the_run_of_one(
+    cfg, whole, tiny_text, tmp_path, monkeypatch
 ):
-    config, workdir = write_config(tmp_path, cfg), tmp_path / "run"
+    """One process saves step 4. From there four run to the end (the reference); two run and are
+    stopped, four go on and one is killed, two finish: bit for bit the reference."""
+    config, workdir, reference = write_config(tmp_path, cfg), tmp_path / "run", tmp_path / "four"
+    stop_after(monkeypatch, 4)
+    with pytest.raises(train.Interrupted, match="saved step 4 of 24"):
+        train.train(cfg, workdir)
+    shutil.copytree(workdir, reference)
 
-    # SIGTERM at process 1 during its eighth step: both save the same step and end with 0.
-    with start(config, workdir, 2, process="1", what="SIGTERM", step=7) as processes:
+    with start(config, reference, 4) as processes:
+        statuses, outputs = processes.join()
+    assert statuses == [0] * 4, outputs
+    assert "starting at step 4" in outputs[0]
+    assert_same_run(lines_of(reference), whole(8)[1])
+
+    # SIGTERM at process 1, in its third step: both save the same step and end with 0.
+    with start(config, workdir, 2, process="1", what="SIGTERM", step=2) as processes:
         statuses, outputs = processes.join()
     assert statuses == [0, 0], outputs
     assert "process 0 of 2 (explicit settings)" in outputs[0]
     assert "process 1 of 2 (explicit settings)" in outputs[1]
     assert ": 4 x cpu (cpu)" in outputs[1]
     stopped = latest(workdir)
-    assert 8 <= stopped < NUM_STEPS
+    assert 7 <= stopped < 15
     assert f"SIGTERM at process 1: saved step {stopped} of {NUM_STEPS}" in outputs[0]
-    assert "loss" not in outputs[1]  # only process 0 logs
     assert len(lines_of(workdir)) == stopped
-    assert sorted(p.name for p in workdir.iterdir()) == [
-        "checkpoints",
-        "config.json",
-        "metrics.jsonl",
-        "parameters.txt",
-    ]
+    # Only process 0 logs, and nobody writes files but these.
+    assert "loss" not in outputs[1]
+    names = ["checkpoints", "config.json", "metrics.jsonl", "parameters.txt"]
+    assert sorted(p.name for p in workdir.iterdir()) == names
 
-    # Four processes go on; the second is killed in the middle, and the others say so and leave.
+    # Four processes go on; one is killed in the middle, the others say so and leave.
     with start(config, workdir, 4, process="2", what="SIGKILL", step=4) as processes:
         statuses, outputs = processes.join()
     assert statuses[2] == -signal.SIGKILL, outputs
@@ -126,19 +142,37 @@ def test_two_processes_are_stopped_four_are_killed_two_finish_and_the_run_is_the
         assert statuses[i] == 1, outputs[i]
         told = [x for x in outputs[i].splitlines() if x.startswith("soup-jax: error: process ")]
         assert "process 2 (" in told[0], outputs[i]
-        assert "is gone: killed or crashed (last seen at step " in told[0]
+        assert "is gone: killed or crashed (last seen at " in told[0]
     assert f"starting at step {stopped}" in outputs[0]
     assert len(lines_of(workdir)) < NUM_STEPS
 
-    # Two go on from the last checkpoint with the right data.
-    before = latest(workdir)
-    with start(config, workdir, 2) as processes:
+    # Two go on from the last checkpoint with the right data, and evaluate at the end.
+    before, sets = latest(workdir), str(tiny_text / "cooking.jsonl")
+    flags = [f"--config.evaluate.specialists=('{sets}',)", "--config.evaluate.every_steps=100"]
+    with start(config, workdir, 2, *flags) as processes:
         statuses, outputs = processes.join()
     assert statuses == [0, 0], outputs
     assert f"starting at step {before}" in outputs[0]
     assert "(learning curve: " in outputs[0]
-    state, lines = whole(8)
-    assert_same_run(lines_of(workdir), lines, bound=0)
-    restored, data = final_state(cfg, workdir)
+    assert_same_run(lines_of(workdir), lines_of(reference), bound=0)
+    state, data = final_state(cfg, workdir)
     assert data["step"] == NUM_STEPS
-    assert_same_state(restored, state)
+    assert_same_state(state, final_state(cfg, reference)[0])
+    (line,) = metrics.read_metrics(workdir / "metrics.jsonl", kind="evaluation")
+    assert_evaluates_to(line, cfg, workdir, state, sets)
+
+
+def assert_evaluates_to(line, cfg, workdir, state, path):
+    """Two processes evaluated as one does: float32 sums of a few hundred rows, in another order."""
+    run = run_lib.setup(cfg, workdir)
+    again = evaluate.evaluate(
+        evaluate.Evaluator(cfg, run.model, run.mesh),
+        state.params,
+        run.corpus,
+        specialists=[evaluate.specialist_set("cooking", path, run.corpus, cfg, part="tuning")],
+        validation=evaluate.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows),
+    )
+    for name in ("average", "generic_validation"):
+        assert line[name].keys() == again[name].keys()
+        for column, value in again[name].items():
+            np.testing.assert_allclose(line[name][column]["loss"], value["loss"], rtol=1e-6)
