@@ -251,13 +251,14 @@ class Group(Solo):
             return self._met.pop(name)
 
     def fail(self, text: str, *, status: int = STATUS_FAILED, cause: str = "error") -> str:
-        """Tell the others; returns the coordinator's verdict if it blames somebody else."""
+        """Tell the others; returns the coordinator's verdict if it says more than `text`."""
         with self._change:
             self._failing = True
             self._line.send("fail", text=text, status=status, cause=cause)
             self._change.wait_for(lambda: self._verdict is not None, timeout=10)
             verdict = self._verdict
-        if verdict is None or self.process_id in verdict["who"]:
+        own = verdict is not None and self.process_id in verdict["who"]
+        if verdict is None or (own and cause != "hang"):  # a hang's says where everybody is
             return ""
         return verdict["text"]
 
@@ -268,3 +269,5 @@ class Group(Solo):
         os.write(self._wake_write, b"q")
         self._thread.join(timeout=5)
         self._line.close()
+        for end in (self._wake_read, self._wake_write):
+            os.close(end)

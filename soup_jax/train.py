@@ -89,16 +89,15 @@ def train(
     specialists, validation = _evaluation_sets(run)
     claim_workdir(run)
     checkpoints = run.workdir / "checkpoints"
-    allowances = {
-        "compiling": watchdog.COMPILE_SECS,
-        "saving": cfg.checkpoint.async_timeout_secs,
-    }
+    saving = cfg.checkpoint.async_timeout_secs
+    compiling = watchdog.COMPILE_SECS
+    allowances = {"compiling": compiling, "saving": saving, "restoring": compiling + saving}
     limit = cfg.distributed.step_timeout_secs
     with (
         stop_requests(run.group),
+        watchdog.watch(run.group, run.workdir, limit=limit, allowances=allowances),
         checkpoint_lib.Checkpointer(checkpoints, cfg) as checkpointer,
     ):
-        run.group.at("restoring")
         state = restore_or_init(run, checkpointer)
         start = int(state.step)
         _announce(run, start)
@@ -109,10 +108,9 @@ def train(
             active=run.group.process_id == 0,
         )
         try:
-            with watchdog.watch(run.group, run.workdir, limit=limit, allowances=allowances):
-                loop = _Loop(run, checkpointer, writer, specialists, validation)
-                state = loop.run(state, start)
-                checkpointer.wait()
+            loop = _Loop(run, checkpointer, writer, specialists, validation)
+            state = loop.run(state, start)
+            run.group.at("saving")
             return state
         finally:
             writer.close()

@@ -2,6 +2,7 @@
 
 A collective that hangs hangs in C++ for ever: no exception, no signal handler, no time-out. What is
 watched is `group.at(...)`, which the training loop calls for each step, evaluation batch and save.
+The host runs ahead of the devices, but never by more than two log intervals.
 """
 
 import contextlib
@@ -57,14 +58,15 @@ def watch(
     """
     done = threading.Event()
     _stacks["path"] = workdir / f"stacks_{group.process_id}.txt"
-    group.at("training")
+    group.at("restoring")
 
     def run() -> None:
         while not done.wait(min(max(limit / 20, 0.05), 10.0)):
             allowed = limit + allowances.get(group.place["phase"], 0.0)
             idle = time.monotonic() - group.moved
             left = max(allowed - idle, 0.0) + _BACKSTOP_SECS
-            faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
+            with contextlib.suppress(Exception):  # a notebook's stderr may have no descriptor
+                faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
             if idle > allowed:
                 _give_up(group, idle, allowed)
 

@@ -151,12 +151,12 @@ def cfg(tiny_corpus):
 def test_a_missing_process_is_named_in_time(cfg, tmp_path):
     config = write_config(tmp_path, cfg)
     # Long enough for the two that come on a busy machine; the third never does.
-    flags = ["--config.distributed.init_timeout_secs=20"]
+    flags = ["--config.distributed.init_timeout_secs=12"]
     with start(config, tmp_path / "run", 3, *flags, only=(0, 2)) as processes:
         statuses, outputs = processes.join()
     assert statuses == [2, 2], outputs
     for output in outputs:
-        assert "process 1 of 3 did not connect within 20 s" in output
+        assert "process 1 of 3 did not connect within 12 s" in output
         assert "connected: process 0 (" in output
     assert not (tmp_path / "run").exists()
 

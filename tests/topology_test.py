@@ -1,9 +1,12 @@
 """One seed and config on any devices and processes: the same batches, the same losses, one run.
 
-Losses are compared with LOSS_BOUND: the number of devices decides in which order float32 sums are
-taken, and Adam carries the last bits on. Measured: 20 steps of this config differ by at most
-LOSS_MEASURED nats between any two of 1, 2, 4 and 8 devices; on one mesh of 8 devices, 1, 2 and 4
-processes give bit-identical losses.
+Losses are compared with LOSS_BOUND. The number of devices decides in which order float32 sums are
+taken: a gradient element that cancels to rounding noise gets another sign, and Adam's first steps
+move it by the full learning rate in either direction unless its epsilon is above that noise. So the
+config here has an epsilon of 1e-5. Measured with it over 24 steps: 1.4e-5 nats at most between any
+two of 1, 2, 4 and 8 devices. With the default, 1e-8: 5e-7 for one seed, 4e-4 for another. On one
+mesh of 8 devices, 2 and 4 processes give bit-identical losses, and one process differs from them by
+the order of its own sums.
 """
 
 import os
@@ -13,6 +16,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from checkpoint_test import garble
 from conftest import tiny_config
 from processes import start, write_config
 from train_test import assert_same_state, final_state
@@ -23,13 +27,18 @@ from soup_jax.checkpoint import Checkpointer
 
 NUM_STEPS = 24
 TO_DEVICE = loader.to_device
-LOSS_BOUND = 2e-5
+LOSS_BOUND = 5e-5
 
 
 @pytest.fixture(scope="module")
 def cfg(tiny_corpus):
     fields = {"corpus.dir": tiny_corpus, "num_steps": NUM_STEPS, "log.every_steps": 1}
-    fields |= {"model.num_layers": 1, "distributed.init_timeout_secs": 120}
+    fields |= {
+        "seed": 1,
+        "optimizer.eps": 1e-5,
+        "model.num_layers": 1,
+        "distributed.init_timeout_secs": 120,
+    }
     return tiny_config(**fields)
 
 
@@ -176,3 +185,23 @@ def assert_evaluates_to(line, cfg, workdir, state, path):
         assert line[name].keys() == again[name].keys()
         for column, value in again[name].items():
             np.testing.assert_allclose(line[name][column]["loss"], value["loss"], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_many_processes_agree_on_the_newest_checkpoint_that_can_be_read(
+    num_processes, cfg, whole, tmp_path, monkeypatch
+):
+    config, workdir = write_config(tmp_path, cfg), tmp_path / "run"
+    stop_after(monkeypatch, 7)
+    with pytest.raises(train.Interrupted, match="saved step 7 of 24"):
+        train.train(cfg, workdir)
+    garble(workdir / "checkpoints" / "7")
+    with start(config, workdir, num_processes) as processes:
+        statuses, outputs = processes.join()
+    assert statuses == [0] * num_processes, outputs
+    for output in outputs:
+        assert "unreadable checkpoint, trying the one before: step 7: " in output
+    assert "starting at step 5" in outputs[0]
+    assert (workdir / "checkpoints" / "unreadable_7").exists()
+    assert_same_run(lines_of(workdir), whole(8)[1])
