@@ -7,9 +7,9 @@ Explicit settings, of the command line or of the environment, win:
     --process_id=I             SOUP_JAX_PROCESS_ID
     --local_device_ids=0,1     SOUP_JAX_LOCAL_DEVICE_IDS  devices of this machine; default all
 
-What is not set is taken from Slurm, Open MPI, GKE (the variables that its TPU node pools set; for
-GPUs a JobSet sets the four above) or a Cloud TPU VM (its metadata server). Nothing here imports
-jax or starts anything.
+What is not set is taken from Slurm, Open MPI, GKE (the variables that its TPU node pools set) or a
+Cloud TPU VM (its metadata server). A Kubernetes job or JobSet of GPUs sets the first two itself;
+the id is its completion index. Nothing here imports jax or starts anything.
 """
 
 import dataclasses
@@ -73,13 +73,17 @@ def settings(flags: Settings, env: Mapping[str, str] = os.environ) -> Settings:
         except ValueError:
             raise UserError(f"{name} = {text!r} is not a number") from None
 
+    index = number("SOUP_JAX_PROCESS_ID", flags.process_id)
+    count = number("SOUP_JAX_NUM_PROCESSES", flags.num_processes)
+    if index is None and count is not None:
+        index = number("JOB_COMPLETION_INDEX", None)  # of an indexed Kubernetes job or JobSet
     ids = flags.local_device_ids
     if ids is None and env.get("SOUP_JAX_LOCAL_DEVICE_IDS"):
         ids = device_ids(env["SOUP_JAX_LOCAL_DEVICE_IDS"])
     return Settings(
         flags.coordinator or env.get("SOUP_JAX_COORDINATOR") or None,
-        number("SOUP_JAX_NUM_PROCESSES", flags.num_processes),
-        number("SOUP_JAX_PROCESS_ID", flags.process_id),
+        count,
+        index,
         ids,
     )
 

@@ -86,6 +86,16 @@ class Coordinator(threading.Thread):
 
     def run(self) -> None:
         """Serve until the end."""
+        try:
+            self._serve()
+        except Exception as e:
+            self._end(f"the coordinator broke: {e!r}")
+            raise
+        finally:
+            self._listener.close()
+            self.drained.set()
+
+    def _serve(self) -> None:
         start = next_tick = time.monotonic()
         welcomed, told = False, start
         with selectors.DefaultSelector() as selector:
@@ -110,14 +120,13 @@ class Coordinator(threading.Thread):
                 self._check(now)
                 if welcomed and all(p.left for p in self._peers.values()):
                     break
-        self._listener.close()
-        self.drained.set()
 
     def _present(self) -> list[_Peer]:
         return [p for p in self._peers.values() if not p.left]
 
     def _broadcast(self, op: str, **values: Any) -> None:
-        for peer in self._present():
+        # Process 0 last: what it hears may be the end of this thread.
+        for peer in sorted(self._present(), key=lambda p: -p.id):
             peer.line.send(op, **values)
 
     def _wait_for_all(self, now: float, start: float, told: float) -> float:

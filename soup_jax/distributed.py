@@ -26,7 +26,7 @@ import pathlib
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -81,9 +81,8 @@ def processes(cfg: ConfigDict, place: Place | None) -> Iterator[Solo]:
         _local_devices(cfg)
         yield Solo()
         return
-    coordinator = None
     try:
-        group, coordinator = _connect(cfg, place)
+        group = _connect(cfg, place)
     except UserError as e:
         # Not unwound: the coordinator's thread may still have something to say to the others.
         watchdog.leave(f"process {place.process_id}: {e}", STATUS_USER)
@@ -94,11 +93,10 @@ def processes(cfg: ConfigDict, place: Place | None) -> Iterator[Solo]:
         group.meet("end", timeout=_end_timeout(cfg))
         jax.distributed.shutdown()
     except BaseException as e:
-        _fail(group, coordinator, e)
+        _fail(group, e)
     _current = None
     group.close()
-    if coordinator is not None:
-        coordinator.drained.wait(5)
+    group.wait_for_others()
 
 
 def _end_timeout(cfg: ConfigDict) -> float:
@@ -106,7 +104,7 @@ def _end_timeout(cfg: ConfigDict) -> float:
     return max(cfg.distributed.init_timeout_secs, cfg.checkpoint.async_timeout_secs)
 
 
-def _connect(cfg: ConfigDict, place: Place) -> tuple[Group, Coordinator | None]:
+def _connect(cfg: ConfigDict, place: Place) -> Group:
     settings, coordinator = cfg.distributed, None
     reserved: socket.socket | None = None
     if place.process_id == 0:
@@ -130,9 +128,9 @@ def _connect(cfg: ConfigDict, place: Place) -> tuple[Group, Coordinator | None]:
     def on_down(text: str, status: int, dump: bool) -> None:
         if dump:
             watchdog.dump_stacks()
-        if coordinator is not None:
-            coordinator.drained.wait(5)  # the others first: they hear it from here
-        watchdog.leave(f"process {place.process_id} stops: {text}", status)
+        watchdog.leave(
+            f"process {place.process_id} stops: {text}", status, after=_others(coordinator)
+        )
 
     group = Group.connect(
         place.coordinator,
@@ -142,9 +140,10 @@ def _connect(cfg: ConfigDict, place: Place) -> tuple[Group, Coordinator | None]:
         silence_timeout=settings.heartbeat_timeout_secs,
         on_down=on_down,
     )
+    group.wait_for_others = _others(coordinator)
     if reserved is not None:
         reserved.close()
-    return group, coordinator
+    return group
 
 
 def _start_jax(cfg: ConfigDict, place: Place, group: Group) -> None:
@@ -236,7 +235,7 @@ def _local_devices(cfg: ConfigDict) -> list[jax.Device]:
     return devices
 
 
-def _fail(group: Group, coordinator: Coordinator | None, error: BaseException) -> None:
+def _fail(group: Group, error: BaseException) -> None:
     user = isinstance(error, UserError)
     collective = isinstance(error, jax.errors.JaxRuntimeError)
     cause = "collective" if collective else "error"
@@ -245,6 +244,10 @@ def _fail(group: Group, coordinator: Coordinator | None, error: BaseException) -
     verdict = group.fail(first[:4000], status=status, cause=cause)
     if not user and not (collective and verdict):  # else it only follows from what the verdict says
         traceback.print_exception(error)
-    if coordinator is not None:
-        coordinator.drained.wait(5)
-    watchdog.leave(f"process {group.process_id}: {verdict or first}", status)
+    watchdog.leave(
+        f"process {group.process_id}: {verdict or first}", status, after=group.wait_for_others
+    )
+
+
+def _others(coordinator: Coordinator | None) -> Callable[[], object]:
+    return (lambda: coordinator.drained.wait(5)) if coordinator is not None else lambda: None

@@ -71,6 +71,9 @@ class Solo:
         self.stop_reason = ""
         self.place: dict[str, Any] = {"step": -1, "phase": "starting"}
         self.moved = time.monotonic()
+        # Called before this process ends by force: the coordinator's must not be gone before the
+        # others have heard why.
+        self.wait_for_others: Callable[[], object] = lambda: None
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Note where this process is; shown to the others if something goes wrong."""
@@ -175,6 +178,12 @@ class Group(Solo):
         return group
 
     def _listen(self) -> None:
+        try:
+            self._serve()
+        except Exception as e:  # nobody would hear of anything again: a silent hang
+            self._on_down(f"the line to the other processes broke: {e!r}", STATUS_FAILED, True)
+
+    def _serve(self) -> None:
         last_beat, last_heard = 0.0, time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._line.sock, selectors.EVENT_READ)
@@ -253,6 +262,10 @@ class Group(Solo):
     def fail(self, text: str, *, status: int = STATUS_FAILED, cause: str = "error") -> str:
         """Tell the others; returns the coordinator's verdict if it says more than `text`."""
         with self._change:
+            if self._failing or self._verdict is not None:
+                # Another thread is ending this process already, for the reason of this error.
+                self._change.wait_for(lambda: False, timeout=30)
+                return ""
             self._failing = True
             self._line.send("fail", text=text, status=status, cause=cause)
             self._change.wait_for(lambda: self._verdict is not None, timeout=10)

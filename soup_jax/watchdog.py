@@ -12,7 +12,7 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from soup_jax.group import STATUS_FAILED, Solo
@@ -38,11 +38,12 @@ def dump_stacks() -> str:
     return str(path)
 
 
-def leave(text: str, status: int) -> None:
-    """Print one line and end the process at once, whatever its other threads do."""
+def leave(text: str, status: int, *, after: Callable[[], object] = lambda: None) -> None:
+    """Print the error, wait for `after`, and end the process whatever its other threads do."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os.write(2, f"soup-jax: error: {text}\n".encode())
+    after()
     os._exit(status)
 
 
@@ -92,4 +93,4 @@ def _give_up(group: Solo, idle: float, allowed: float) -> None:
         f"in {path}"
     )
     verdict = group.fail(text, cause="hang")
-    leave(f"{text}\n{verdict}".rstrip(), STATUS_FAILED)
+    leave(f"{text}\n{verdict}".rstrip(), STATUS_FAILED, after=group.wait_for_others)

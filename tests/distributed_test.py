@@ -117,6 +117,10 @@ def test_explicit_settings_win_and_flags_over_variables():
         "other:1", 9, 8, (0, 2), "explicit settings"
     )
     assert find_place("auto", EXPLICIT, env).coordinator == "host:1234"
+    job = {**env, "JOB_COMPLETION_INDEX": "3"}
+    assert find_place("auto", Settings(), job).process_id == 8
+    del job["SOUP_JAX_PROCESS_ID"]
+    assert find_place("auto", Settings(), job).process_id == 3
     # One of them alone completes what the launcher says.
     place = find_place("on", Settings(coordinator="node:77"), SLURM)
     assert (place.coordinator, place.num_processes, place.process_id) == ("node:77", 8, 5)
@@ -238,8 +242,8 @@ def test_a_hang_of_one_process_ends_all_and_names_it(cfg, tmp_path):
         statuses, outputs = processes.join(240)
     assert statuses == [1, 1], outputs
     for i, output in enumerate(outputs):
-        assert "made no progress for " in output
-        assert "): step 4, reading data, for " in output  # where process 1 stands
+        assert "made no progress for " in output, output
+        assert "): step 4, reading data, for " in output, output  # where process 1 stands
         assert (workdir / f"stacks_{i}.txt").exists()
     assert "to_device" in (workdir / "stacks_1.txt").read_text()
 
