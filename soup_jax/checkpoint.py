@@ -11,20 +11,20 @@ message, for the one before; a run that goes on from there first renames it to u
 since it would be taken for a later save of its own.
 """
 
+import contextlib
 import logging
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from soup_jax import tree
+from soup_jax import distributed, tree
 from soup_jax.errors import UserError
 from soup_jax.train_state import TrainState
 
@@ -52,13 +52,39 @@ class Checkpointer:
                 async_options=ocp.AsyncOptions(timeout_secs=cfg.checkpoint.async_timeout_secs),
             )
         self.directory = directory.absolute()
+        self._group = distributed.current()
+        self._timeout = 300.0 if cfg is None else cfg.checkpoint.async_timeout_secs
         self._read_only = cfg is None
+        self._manager = self._open(options)
+
+    def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS}
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.directory,
             options=options,
             item_handlers={**handlers, "data": ocp.JsonCheckpointHandler()},
         )
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[ocp.CheckpointManager]:
+        # With many processes each reads on its own: inside orbax's barriers, one that finds its
+        # part damaged would leave the others waiting. What to take is agreed on by the group.
+        if self._group.num_processes == 1:
+            yield self._manager
+            return
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+        )
+        reader = self._open(
+            ocp.CheckpointManagerOptions(
+                read_only=True, save_interval_steps=0, create=False, multiprocessing_options=alone
+            )
+        )
+        try:
+            yield reader
+        finally:
+            reader.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -150,13 +176,13 @@ class Checkpointer:
         # Left in place, orbax would refuse to save at or before these steps.
         if not steps:
             return
-        multihost_utils.sync_global_devices("checkpoints read")
-        if jax.process_index() == 0:
+        self._group.meet("checkpoints read")
+        if self._group.process_id == 0:
             for step in steps:
                 aside = self.directory / f"unreadable_{step}"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)
-        multihost_utils.sync_global_devices("unreadable checkpoints set aside")
+        self._group.meet("unreadable checkpoints set aside")
         self._manager.reload()
 
     def _newest(self, target: Mapping[str, Any], *, step: int | None) -> Any:
@@ -164,35 +190,53 @@ class Checkpointer:
         if step is not None and step not in steps:
             raise UserError(f"{self.directory} holds no checkpoint of step {step}, only {steps}")
         candidates = [step] if step is not None else steps[::-1]
+        with self._reader() as reader:
+            return self._newest_of(self._agreed(candidates), target, reader)
+
+    def _agreed(self, steps: list[int]) -> list[int]:
+        # The folder may look older on another machine; process 0 has written it.
+        lead, _ = self._group.meet("checkpoints", {"steps": steps}, timeout=self._timeout)
+        return lead["steps"]
+
+    def _newest_of(
+        self, candidates: list[int], target: Mapping[str, Any], reader: ocp.CheckpointManager
+    ) -> Any:
         failures = []
         for candidate in candidates:
-            try:
-                metadata = self._manager.item_metadata(candidate)
-                problems = _structure_diff(metadata, target)
-            except Exception as e:  # a damaged checkpoint fails in many ways; all are reported
-                failures.append(f"step {candidate}: {type(e).__name__}: {e}")
-                _log.warning("unreadable checkpoint, trying the one before: %s", failures[-1])
-                continue
+            items, failure = _read(reader, candidate, target)
+            _, differences = self._group.meet(
+                f"checkpoint {candidate}", {"failure": failure}, timeout=self._timeout
+            )
+            problems = items if isinstance(items, list) else []
             if problems:
                 raise UserError(
                     f"checkpoint {self.directory}/{candidate} does not fit this config "
                     "(checkpoint -> config):\n  " + "\n  ".join(problems)
                 )
-            args = {k: ocp.args.StandardRestore(v) for k, v in target.items()}
-            args["data"] = ocp.args.JsonRestore()
-            try:
-                items = self._manager.restore(candidate, args=ocp.args.Composite(**args))
-            except Exception as e:
-                failures.append(f"step {candidate}: {type(e).__name__}: {str(e)[:500]}")
-                _log.warning("unreadable checkpoint, trying the one before: %s", failures[-1])
-                continue
-            return candidate, items
+            if not failure and not differences:
+                return candidate, items
+            failures.append(f"step {candidate}: {failure or '; '.join(differences)}")
+            _log.warning("unreadable checkpoint, trying the one before: %s", failures[-1])
         if failures:
             raise UserError(
                 f"none of the checkpoints in {self.directory} can be read:\n  "
                 + "\n  ".join(failures)
             )
         return None
+
+
+def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> tuple[Any, str]:
+    # (items, "") or, for another structure, (its differences, ""), or (None, what is damaged). A
+    # damaged checkpoint fails in many ways; all of them are told.
+    try:
+        problems = _structure_diff(reader.item_metadata(step), target)
+        if problems:
+            return problems, ""
+        args = {k: ocp.args.StandardRestore(v) for k, v in target.items()}
+        args["data"] = ocp.args.JsonRestore()
+        return reader.restore(step, args=ocp.args.Composite(**args)), ""
+    except Exception as e:
+        return None, f"{type(e).__name__}: {str(e)[:500]}"
 
 
 def _scalar(value: int, like: Any) -> jax.Array:

@@ -169,7 +169,10 @@ def _token_set(corpus: Corpus, tokens: np.ndarray, real: np.ndarray, max_windows
 
 
 class Evaluator:
-    """Scores token sets under merged models of one soup; compiles each function once."""
+    """Scores token sets under merged models of one soup; compiles each function once.
+
+    With many processes, all call the same methods with the same sets and get the same numbers.
+    """
 
     def __init__(self, cfg: ConfigDict, model: BaseModel, mesh: Mesh):
         """The model and mesh are those of the run that is evaluated."""
@@ -196,11 +199,16 @@ class Evaluator:
 
     def at(self, params: Params, h_K: np.ndarray) -> Params:
         """Theta(h) on every device."""
-        return self._merged(params, jnp.asarray(h_K, jnp.float32))
+        return self._merged(params, np.asarray(h_K, np.float32))
 
     def shared(self, params: Params) -> Params:
         """S on every device."""
         return self._shared(params)
+
+    def _spread(self, value: np.ndarray) -> jax.Array:
+        # Every process has all rows, and gives its devices theirs.
+        where = sharding.batch(self._mesh)
+        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
     def loss(
         self, theta: Params, scored: TokenSet, *, between: Callable[[], None] = lambda: None
@@ -215,7 +223,7 @@ class Evaluator:
                 "tokens": np.pad(tokens, ((0, missing), (0, 0))),
                 "num_targets": np.pad(real, (0, missing)),
             }
-            batch = jax.device_put(batch, sharding.batch(self._mesh))
+            batch = {name: self._spread(value) for name, value in batch.items()}
             loss, weights = self._score(theta, batch)
             total += float(np.asarray(loss, np.float64).sum())
             weight += float(np.asarray(weights, np.float64).sum())

@@ -85,9 +85,23 @@ def batches(
 
 def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     """Global arrays from this process's rows: rows over the mesh, `h` everywhere."""
-    rows, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
+    by_row, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
+    local_rows = len(batch["tokens"])
+    batch_size = local_rows * mesh.size // len(by_row.addressable_devices)
+    rows = process_rows(by_row, batch_size)
+
+    def spread(value: np.ndarray) -> jax.Array:
+        # By row numbers: the devices of a process need not lie side by side in the mesh.
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = np.arange(batch_size)[index[0]]
+            return value[np.searchsorted(rows, wanted)]
+
+        return jax.make_array_from_callback((batch_size, *value.shape[1:]), by_row, part)
+
     return {
-        name: jax.make_array_from_process_local_data(everywhere if name == "h" else rows, value)
+        name: jax.make_array_from_process_local_data(everywhere, value)
+        if name == "h"
+        else spread(value)
         for name, value in batch.items()
     }
 

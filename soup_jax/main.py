@@ -142,8 +142,24 @@ def _plan(values: flags.FlagValues) -> int:
 
 def _define_train(values: flags.FlagValues, argv: Sequence[str]) -> None:
     _config_flag(values, argv)
-    flags.DEFINE_string(
-        "workdir", "", "the run's folder; continued if it holds one", flag_values=values
+    string, integer = flags.DEFINE_string, flags.DEFINE_integer
+    string("workdir", "", "the run's folder; continued if it holds one", flag_values=values)
+    flags.DEFINE_enum(
+        "distributed",
+        "auto",
+        ["auto", "on", "off"],
+        "many processes: auto, if flags, variables or a launcher (Slurm, Open MPI, GKE, Cloud TPU "
+        "VM) say so; on: refuse to run as a single one",
+        flag_values=values,
+    )
+    string("coordinator", None, "HOST:PORT of process 0, a free port there", flag_values=values)
+    integer("num_processes", None, "of the run", flag_values=values)
+    integer("process_id", None, "of this process, from 0", flag_values=values)
+    string(
+        "local_device_ids",
+        None,
+        "devices of this machine to use, such as 0,1; default all",
+        flag_values=values,
     )
 
 
@@ -151,19 +167,40 @@ def _train(values: flags.FlagValues) -> int:
     cfg = _checked_config(values)
     if not values.workdir:
         raise UserError("--workdir=DIR is required: the folder the run is written to")
+    from soup_jax import cluster
+
+    ids = values.local_device_ids
+    given = cluster.Settings(
+        values.coordinator,
+        values.num_processes,
+        values.process_id,
+        None if ids is None else cluster.device_ids(ids),
+    )
+    place = cluster.find_place(values.distributed, given)
     _start_jax()
+    from soup_jax import distributed
+
+    with distributed.processes(cfg, place) as group:
+        return _train_here(cfg, pathlib.Path(values.workdir), show=group.process_id == 0)
+
+
+def _train_here(cfg: Any, workdir: pathlib.Path, *, show: bool) -> int:
     from soup_jax import report, train
 
+    def tell(text: str, **where: Any) -> None:
+        if show:
+            print(text, **where)
+
     try:
-        train.train(cfg, values.workdir)
+        train.train(cfg, workdir)
     except train.Interrupted as e:
-        print(f"soup-jax: {e}")
+        tell(f"soup-jax: {e}")
         return 0
     except FloatingPointError as e:
-        print(f"soup-jax: error: {e}", file=sys.stderr)
+        tell(f"soup-jax: error: {e}", file=sys.stderr)
         return 1
-    picture = report.learning_curve(pathlib.Path(values.workdir))
-    print(f"trained: {values.workdir} (learning curve: {picture})")
+    if show:
+        tell(f"trained: {workdir} (learning curve: {report.learning_curve(workdir)})")
     return 0
 
 

@@ -3,6 +3,7 @@
 Only process 0 writes. A tracker other than the JSON lines never stops a run.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -22,6 +23,21 @@ def peak_tflops(device_kind: str) -> float:
     """Dense bfloat16 peak of a known device in TFLOP/s; 0 if it is not known (CPUs)."""
     chip = chips.from_kind(device_kind)
     return chip.peak_tflops if chip else 0.0
+
+
+class BatchHash:
+    """Hash of the records of the steps since the last line: equal for any number of processes."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, domain_B: np.ndarray, window_B: np.ndarray) -> None:
+        """Add one step's records, as the sampling plan names them."""
+        self._digest.update(np.stack([domain_B, window_B]).astype("<i8").tobytes())
+
+    def hex(self) -> str:
+        """Sixteen hex digits."""
+        return self._digest.hexdigest()[:16]
 
 
 def summarize(sums: Mapping[str, Any], *, seconds: float, wait_seconds: float) -> dict[str, Any]:
@@ -56,12 +72,14 @@ class MetricsWriter:
         """On resume, lines after `start_step` (of steps that a kill undid) are dropped first."""
         self._file = None
         self._board = None
+        self._kept: set[tuple[int, str]] = set()
         if not active:
             return
         path = workdir / "metrics.jsonl"
-        kept = _lines_until(path, start_step)
+        kept = [v for v in _read_lines(path) if v["step"] <= start_step]
+        self._kept = {(v["step"], v["kind"]) for v in kept}
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(v) + "\n" for v in kept), encoding="utf-8")
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
@@ -88,6 +106,10 @@ class MetricsWriter:
             _log.warning("TensorBoard is switched off: %s", e)
             self._board = None
 
+    def has(self, step: int, kind: str) -> bool:
+        """Whether a line of that kind and step was kept from before."""
+        return (step, kind) in self._kept
+
     def close(self) -> None:
         """Flush and close all files."""
         if self._file is not None:
@@ -97,10 +119,6 @@ class MetricsWriter:
                 self._board.close()
             except Exception as e:
                 _log.warning("TensorBoard events may be incomplete: %s", e)
-
-
-def _lines_until(path: pathlib.Path, step: int) -> list[str]:
-    return [json.dumps(v) + "\n" for v in _read_lines(path) if v["step"] <= step]
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

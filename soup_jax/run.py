@@ -7,6 +7,7 @@ both sides shown.
 
 import dataclasses
 import pathlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,10 @@ from ml_collections import ConfigDict
 
 from soup_jax import checkpoint as checkpoint_lib
 from soup_jax import config as config_lib
-from soup_jax import domain_weights, loader, tree
+from soup_jax import distributed, domain_weights, files, loader, tree, watchdog
 from soup_jax import model as model_lib
 from soup_jax.errors import UserError
+from soup_jax.group import Solo
 from soup_jax.mesh import make_mesh
 from soup_jax.model import BaseModel
 from soup_jax.sampler import SamplingPlan
@@ -28,6 +30,9 @@ from soup_jax.windows import Corpus, open_corpus
 
 # Fields that may differ between the starts of one run: they change no number of it.
 RESUMABLE = ("log.", "evaluate.", "checkpoint.", "loader.", "mesh.", "distributed.", "corpus.dir")
+
+# A network file system may remember for so long that a file was not there.
+_SEE_FILE_SECS = 60
 
 
 @dataclasses.dataclass
@@ -42,6 +47,8 @@ class Run:
     plan: SamplingPlan
     abstract: TrainState  # with shardings: the target of a restore
     init: Any  # () -> TrainState, sharded
+    group: Solo  # the processes of the run
+    evaluation_due: bool = False  # that of the restored step was cut short
 
     def fingerprint(self) -> dict[str, Any]:
         """What must agree for the data of a resumed run to continue the old data."""
@@ -55,8 +62,12 @@ class Run:
 
     def data_state(self, step: int) -> dict[str, Any]:
         """The `data` item of a checkpoint."""
-        cursors = self.plan.cursors(step).tolist()
-        return {"step": step, "cursors": cursors, "fingerprint": self.fingerprint()}
+        return {
+            "step": step,
+            "cursors": self.plan.cursors(step).tolist(),
+            "fingerprint": self.fingerprint(),
+            "evaluation_due": self.evaluation_due,
+        }
 
 
 def setup(
@@ -107,15 +118,18 @@ def setup(
         plan=plan,
         abstract=checkpoint_lib.abstract_with_shardings(abstract, shardings),
         init=jax.jit(make, out_shardings=shardings),
+        group=distributed.current(),
     )
 
 
 def claim_workdir(run: Run) -> None:
-    """Write the config and the parameters' list into the workdir.
+    """Write the config and the parameters' list into the workdir; only process 0 writes.
 
     Raises:
-      UserError: it holds a run with another config; the differences are listed.
+      UserError: it holds a run with another config, or the processes have different data or see
+        different folders; the differences are listed.
     """
+    timeout = run.cfg.distributed.init_timeout_secs
     path = run.workdir / "config.json"
     if path.exists():
         changes = config_lib.diff(config_lib.load(path), run.cfg, ignore=RESUMABLE)
@@ -125,12 +139,39 @@ def claim_workdir(run: Run) -> None:
                 + "\n  ".join(changes)
                 + "\nUse the old values to continue it, or another --workdir"
             )
-    if jax.process_index() == 0:
+    # Nobody writes before everybody has compared.
+    run.group.require_same("data", run.fingerprint(), timeout=timeout)
+    if run.group.process_id == 0:
         run.workdir.mkdir(parents=True, exist_ok=True)
         config_lib.save(run.cfg, path)
         leaves = tree.flatten(run.abstract.params)
         lines = [f"{p} {x.dtype}{list(x.shape)} {x.sharding.spec}\n" for p, x in leaves.items()]
         (run.workdir / "parameters.txt").write_text("".join(lines), encoding="utf-8")
+    if run.group.num_processes > 1:
+        run.group.meet("workdir written", timeout=timeout)
+        seen = {"config.json": _seen(path), "workdir": str(run.workdir.resolve())}
+        run.group.require_same("workdir, which must be on a disk that all share", seen)
+
+
+def _seen(path: pathlib.Path) -> str:
+    for _ in range(_SEE_FILE_SECS):
+        if path.exists():
+            break
+        time.sleep(1)
+    return files.sha256_file(path) if path.exists() else "missing"
+
+
+def compile_together(group: Solo, name: str, jitted: Any, *arguments: Any) -> Any:
+    """`jitted` as it is; with many processes, compiled for `arguments`, on all of them, first.
+
+    A process may take minutes longer than another, which found the code in its cache. Waiting for
+    it belongs here, where a late one is named, and not in a collective with a time-out of its own.
+    """
+    if group.num_processes == 1:
+        return jitted
+    compiled = jitted.lower(*arguments).compile()
+    group.meet(f"{name} compiled", timeout=watchdog.COMPILE_SECS)
+    return compiled
 
 
 def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> TrainState:
@@ -141,7 +182,7 @@ def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> Trai
     """
     restored = checkpointer.restore(run.abstract)
     if restored is None:
-        return run.init()
+        return compile_together(run.group, "init", run.init)()
     state, data = restored
     ours = run.fingerprint()
     differences = [
@@ -154,5 +195,6 @@ def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> Trai
             "the checkpoint was trained on other data (checkpoint -> now):\n  "
             + "\n  ".join(differences)
         )
+    run.evaluation_due = bool(data.get("evaluation_due"))
     run.plan.restore(data["step"], np.asarray(data["cursors"], np.int64))
     return state

@@ -4,16 +4,15 @@
 
 Where the state comes from: the newest checkpoint of the workdir, else the config's seed. A run that
 is killed and started again with the same command continues and ends bit-identical to one that was
-never killed. SIGTERM (and SIGINT) save at the current step and end with status 0.
+never killed. SIGTERM (and SIGINT) save at the current step and end with status 0; with many
+processes (see `distributed`) a signal at one stops all of them after the same step.
 """
 
-import contextlib
 import logging
 import pathlib
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,10 +21,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from soup_jax import checkpoint as checkpoint_lib
-from soup_jax import evaluate, loader, metrics, sharding, train_step, tree
+from soup_jax import evaluate, loader, metrics, sharding, train_step, tree, watchdog
 from soup_jax.files import write_json
 from soup_jax.model import BaseModel
-from soup_jax.run import Run, claim_workdir, restore_or_init, setup
+from soup_jax.run import Run, claim_workdir, compile_together, restore_or_init, setup
+from soup_jax.sampler import StepPlan
+from soup_jax.signals import stop_requests
 from soup_jax.train_state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -37,28 +38,6 @@ class Interrupted(Exception):
 
 class _EvaluationCut(Exception):
     """A signal arrived during an evaluation: saving comes first."""
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying; a second SIGINT kills as usual."""
-    received: list[int] = []
-
-    def handler(number: int, _: Any) -> None:
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        old = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: somebody else's program, and its signals
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
 
 
 class _Meter:
@@ -73,10 +52,16 @@ class _Meter:
 
     def reset(self) -> None:
         self.sums, self.wait, self.start = self._zeros(), 0.0, time.perf_counter()
+        self._batches = metrics.BatchHash()
+
+    def feed(self, plan: StepPlan, wait: float) -> None:
+        """Note a batch and the seconds that the loop waited for it."""
+        self._batches.add(plan.domain_B, plan.window_B)
+        self.wait += wait
 
     def close(self, step: int) -> dict[str, Any]:
         """A finished interval, to be read after the next step is under way; starts a new one."""
-        done = {"step": step, "sums": self.sums, "wait": self.wait}
+        done = {"step": step, "sums": self.sums, "wait": self.wait, "hash": self._batches.hex()}
         done["seconds"] = time.perf_counter() - self.start
         self.reset()
         return done
@@ -104,7 +89,15 @@ def train(
     specialists, validation = _evaluation_sets(run)
     claim_workdir(run)
     checkpoints = run.workdir / "checkpoints"
-    with _signals() as received, checkpoint_lib.Checkpointer(checkpoints, cfg) as checkpointer:
+    saving = cfg.checkpoint.async_timeout_secs
+    compiling = watchdog.COMPILE_SECS
+    allowances = {"compiling": compiling, "saving": saving, "restoring": compiling + saving}
+    limit = cfg.distributed.step_timeout_secs
+    with (
+        stop_requests(run.group),
+        watchdog.watch(run.group, run.workdir, limit=limit, allowances=allowances),
+        checkpoint_lib.Checkpointer(checkpoints, cfg) as checkpointer,
+    ):
         state = restore_or_init(run, checkpointer)
         start = int(state.step)
         _announce(run, start)
@@ -112,11 +105,13 @@ def train(
             run.workdir,
             tensorboard=cfg.log.tensorboard,
             start_step=start,
-            active=jax.process_index() == 0,
+            active=run.group.process_id == 0,
         )
         try:
-            loop = _Loop(run, checkpointer, writer, specialists, validation, received)
-            return loop.run(state, start)
+            loop = _Loop(run, checkpointer, writer, specialists, validation)
+            state = loop.run(state, start)
+            run.group.at("saving")
+            return state
         finally:
             writer.close()
 
@@ -166,10 +161,9 @@ class _Loop:
         writer: metrics.MetricsWriter,
         specialists: list[evaluate.SpecialistSet],
         validation: Any,
-        received: list[int],
     ):
         self.run_, self.checkpointer, self.writer = run, checkpointer, writer
-        self.specialists, self.validation, self.received = specialists, validation, received
+        self.specialists, self.validation, self.group = specialists, validation, run.group
         shardings = jax.tree.map(lambda a: a.sharding, run.abstract)
         self.step_fn = train_step.compile_step(run.cfg, run.model, run.mesh, shardings)
         self.evaluator = evaluate.Evaluator(run.cfg, run.model, run.mesh) if specialists else None
@@ -189,16 +183,25 @@ class _Loop:
             prefetch=cfg.loader.prefetch,
         )
         meter, pending = _Meter(run), None
-        self.bar = tqdm(
-            total=cfg.num_steps, initial=start, unit="step", disable=not sys.stderr.isatty()
-        )
+        shown = sys.stderr.isatty() and self.group.process_id == 0
+        self.bar = tqdm(total=cfg.num_steps, initial=start, unit="step", disable=not shown)
         with self.bar:
+            self._make_up_evaluation(state, start)
             for step in range(start, cfg.num_steps):
+                if not self.group.enter(step):
+                    self._stop(state, step, pending)
+                self.group.at("reading data")
                 before = time.perf_counter()
                 batch = loader.to_device(next(batches), run.mesh)
-                meter.wait += time.perf_counter() - before
-                state, meter.sums = self.step_fn(state, meter.sums, batch)
+                meter.feed(run.plan[step], time.perf_counter() - before)
+                self.group.at("compiling" if step == start else "training")
+                if step == start:
+                    step_fn = compile_together(
+                        self.group, "step", self.step_fn, state, meter.sums, batch
+                    )
+                state, meter.sums = step_fn(state, meter.sums, batch)
                 done = step + 1
+                self.group.at("training")
                 self.bar.update()
                 if pending is not None:  # read only now, with the next step under way
                     self._log(pending, state)
@@ -209,10 +212,10 @@ class _Loop:
                 if self._evaluates(done):
                     self._evaluate(state, done)
                     meter.start = time.perf_counter()
-                if self.received:
-                    self._stop(state, done, pending)
                 if self._saves(done):
                     self._save(state, done)
+            if run.evaluation_due:
+                self._stop(state, cfg.num_steps, pending)
             if pending is not None:
                 self._log(pending, state)
         if start == cfg.num_steps:
@@ -245,7 +248,8 @@ class _Loop:
             "window": plan.window_B.tolist(),
         }
         path = self.run_.workdir / f"nonfinite_{bad}.json"
-        write_json(path, report)
+        if self.group.process_id == 0:
+            write_json(path, report)
         # The step froze the state before this update, so what is saved here is sound.
         self.checkpointer.save(state, self.run_.data_state(bad))
         self.checkpointer.wait()
@@ -259,21 +263,25 @@ class _Loop:
 
     def _save(self, state: TrainState, done: int) -> None:
         self._check_finite(state)
+        self.group.at("saving")
         self.checkpointer.save(state, self.run_.data_state(done))
+        self.group.at("training")
 
     def _stop(self, state: TrainState, done: int, pending: Any) -> None:
         if pending is not None:
             self._log(pending, state)
         self._save(state, done)
+        self.group.at("saving")
         self.checkpointer.wait()
         raise Interrupted(
-            f"{signal.Signals(self.received[0]).name}: saved step {done} of "
-            f"{self.run_.cfg.num_steps} in {self.checkpointer.directory}; the same command "
-            "continues"
+            f"{self.group.stop_reason}: saved step {done} of {self.run_.cfg.num_steps} in "
+            f"{self.checkpointer.directory}; the same command continues"
         )
 
     def _poll(self) -> None:
-        if self.received:
+        self.group.at("evaluating")
+        # With many processes the stop comes after it: they would have to agree on the batch.
+        if self.group.stop_reason and self.group.num_processes == 1:
             raise _EvaluationCut
 
     def _log(self, pending: dict[str, Any], state: TrainState) -> None:
@@ -282,6 +290,7 @@ class _Loop:
             pending["sums"], seconds=pending["seconds"], wait_seconds=pending["wait"]
         )
         self._check_finite(state)
+        line["batch_hash"] = pending["hash"]
         line["tokens"] = pending["step"] * cfg.batch_size * cfg.seq_len
         line["epochs_max"] = int(self.run_.plan[pending["step"] - 1].epoch_B.max())
         if self.peak_flops and self.run_.model.flops_per_row:
@@ -294,7 +303,17 @@ class _Loop:
         else:
             self.bar.set_postfix_str(text)
 
+    def _make_up_evaluation(self, state: TrainState, start: int) -> None:
+        # Process 0 has the metrics: a later start than the cut one may have evaluated already.
+        due, _ = self.group.meet("evaluation", {"made": self.writer.has(start, "evaluation")})
+        if self.run_.evaluation_due and self.evaluator is not None and not due["made"]:
+            self._evaluate(state, start)
+        else:
+            self.run_.evaluation_due = False
+
     def _evaluate(self, state: TrainState, done: int) -> None:
+        self.group.at("compiling")
+        self.run_.evaluation_due = True
         try:
             result = evaluate.evaluate(
                 self.evaluator,
@@ -307,6 +326,8 @@ class _Loop:
         except _EvaluationCut:
             _log.warning("evaluation of step %d cut short by a signal", done)
             return
+        self.run_.evaluation_due = False
+        self.group.at("training")
         self.writer.write(done, result, kind="evaluation")
         averages = {c: v["loss"] for c, v in result["average"].items()}
         for column, value in result["generic_validation"].items():

@@ -10,6 +10,7 @@ from train_step_test import build, make_batch
 from soup_jax import tree
 from soup_jax.checkpoint import Checkpointer
 from soup_jax.errors import UserError
+from soup_jax.group import Solo
 
 
 def trained(num_devices=8, steps=2, **fields):
@@ -154,6 +155,17 @@ def test_a_reader_skips_damage_and_leaves_the_folder_alone(tmp_path):
         with pytest.raises(UserError, match=r"none of the checkpoints[\s\S]*step 4"):
             reader.restore_params(abstract(state).params, step=4)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_that_another_process_cannot_read_is_skipped_here_too(tmp_path, monkeypatch):
+    cfg, _, state, _, _ = trained()
+    save(tmp_path, cfg, state, 2, 4)
+    told = {"checkpoint 4": ["process 1 (host, pid 7): failure = 'OSError', process 0: ''"]}
+    monkeypatch.setattr(Solo, "meet", lambda _, name, facts, **__: (facts, told.get(name, [])))
+    with Checkpointer(tmp_path) as reader:
+        assert reader.restore(abstract(state))[1]["step"] == 2
+        with pytest.raises(UserError, match=r"none of the[\s\S]*step 4: process 1 .*OSError"):
+            reader.restore_params(abstract(state).params, step=4)
 
 
 def test_only_damaged_checkpoints_are_an_error_that_names_each(tmp_path):

@@ -15,11 +15,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = """
-    errors files chips hlo config shapes tree mesh sharding
+    errors files chips hlo config cluster group coordinator watchdog
+    shapes tree mesh sharding distributed
     tokenizer corpus embed domains windows histogram request shards prepare
     domain_weights sampler loader
     rounding llama model experts router merge soup loss
-    optimizer train_state train_step metrics checkpoint evaluate run train
+    optimizer train_state train_step metrics checkpoint evaluate run signals train
     specialist finetune export generate report estimate target plan main
 """.split()
 READS_EXPERIMENTS = ("config", "main")  # the field list, and the folder of the shipped files

@@ -45,6 +45,22 @@ def test_summarize_of_no_step_is_finite():
     assert np.isfinite(list(line.values())).all()
 
 
+def batch_hash(*plans):
+    hashed = metrics.BatchHash()
+    for domain, window in plans:
+        hashed.add(np.asarray(domain), np.asarray(window))
+    return hashed.hex()
+
+
+def test_the_batch_hash_tells_records_and_their_order_apart():
+    one, two = ([0, 1], [5, 6]), ([0, 1], [6, 5])
+    hashes = [batch_hash(), batch_hash(one), batch_hash(two), batch_hash(one, two)]
+    hashes += [batch_hash(two, one), batch_hash(([1, 0], [5, 6]))]
+    assert len(set(hashes)) == len(hashes)
+    assert all(len(h) == 16 for h in hashes)
+    assert batch_hash(one, two) == hashes[3]
+
+
 def test_peak_takes_the_longest_match():
     assert metrics.peak_tflops("TPU v5 lite") == 197.0
     assert metrics.peak_tflops("TPU v5") == 459.0
@@ -76,6 +92,15 @@ def test_resume_drops_the_lines_of_steps_that_a_kill_undid(tmp_path):
     assert steps_of(tmp_path) == [2, 4, 6, 8]
     write_steps(tmp_path, 0, (1,))
     assert steps_of(tmp_path) == [1]
+
+
+def test_a_writer_knows_which_lines_were_there_before(tmp_path):
+    write_steps(tmp_path, 0, (2, 4))
+    w = writer(tmp_path, 3)
+    assert w.has(2, "train")
+    assert not w.has(2, "evaluation")
+    assert not w.has(4, "train")
+    w.close()
 
 
 @pytest.mark.parametrize(

@@ -241,12 +241,30 @@ def test_evaluation_during_training_writes_lines(make_cfg, tiny_text, tmp_path):
     assert_same_state(state, train.train(make_cfg(), tmp_path / "without"))
 
 
-def test_sigterm_during_an_evaluation_saves(make_cfg, tiny_text, tmp_path, monkeypatch):
+def evaluations(workdir):
+    return metrics.read_metrics(workdir / "metrics.jsonl", kind="evaluation")
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_an_evaluation_cut_by_sigterm_is_made_up(step, make_cfg, tiny_text, tmp_path, monkeypatch):
     cfg, original = make_cfg(**evaluating(tiny_text)), evaluate.Evaluator.shared
+    expected = train.train(cfg, tmp_path / "whole")
+    workdir, left = tmp_path / "cut", [step // 6]
+
+    def shared(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            terminate()
+        return original(*arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate.Evaluator, "shared", lambda *a: (terminate(), original(*a))[1])
-        with pytest.raises(train.Interrupted, match="saved step 6 of 12"):
-            train.train(cfg, tmp_path)
-    assert final_state(cfg, tmp_path)[1]["step"] == 6
-    assert metrics.read_metrics(tmp_path / "metrics.jsonl", kind="evaluation") == []
-    assert int(train.train(cfg, tmp_path).step) == 12
+        patch.setattr(evaluate.Evaluator, "shared", shared)
+        with pytest.raises(train.Interrupted, match=f"saved step {step} of 12"):
+            train.train(cfg, workdir)
+    assert final_state(cfg, workdir)[1]["step"] == step
+    assert [v["step"] for v in evaluations(workdir)] == list(range(6, step, 6))
+    assert_same_state(train.train(cfg, workdir), expected)
+    assert evaluations(workdir) == evaluations(tmp_path / "whole")
+    # The checkpoint says still that one is due; the metrics say that it was made.
+    train.train(cfg, workdir)
+    assert evaluations(workdir) == evaluations(tmp_path / "whole")

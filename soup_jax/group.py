@@ -1,0 +1,286 @@
+"""A process's end of the line to the other processes of its run; see `coordinator` for the other.
+
+`Solo` is the group of a single process. What is written against it runs with many.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from soup_jax.errors import UserError
+
+PROTOCOL = "soup_jax control 1"
+BEAT_SECS = 1.0
+STATUS_FAILED, STATUS_USER = 1, 2
+_SEND_SECS = 10.0
+_MOST_BYTES = 4 << 20  # of one message; more comes from somebody else
+
+
+class Line:
+    """JSON messages over one socket; sending is safe from several threads."""
+
+    def __init__(self, sock: socket.socket):
+        self.sock, self._rest, self._lock = sock, b"", threading.Lock()
+        sock.settimeout(_SEND_SECS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, op: str, **values: Any) -> bool:
+        """Send one message; False if the other side is gone."""
+        data = json.dumps({"op": op, **values}).encode() + b"\n"
+        try:
+            with self._lock:
+                self.sock.sendall(data)
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """Messages that have arrived, perhaps none; None at the end of the connection."""
+        try:
+            data = self.sock.recv(1 << 16)
+        except OSError:
+            return None
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        try:
+            messages = [json.loads(line) for line in lines]
+        except ValueError:
+            return None
+        sound = all(isinstance(m, dict) and "op" in m for m in messages)
+        return messages if sound and len(self._rest) < _MOST_BYTES else None
+
+    def close(self) -> None:
+        """Close the socket."""
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+class Solo:
+    """The group of a single process: everything is agreed at once."""
+
+    process_id, num_processes = 0, 1
+
+    def __init__(self) -> None:
+        self.stop_reason = ""
+        self.place: dict[str, Any] = {"step": -1, "phase": "starting"}
+        self.moved = time.monotonic()
+        # Called before this process ends by force: the coordinator's must not be gone before the
+        # others have heard why.
+        self.wait_for_others: Callable[[], object] = lambda: None
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Note where this process is; shown to the others if something goes wrong."""
+        self.place = {"step": self.place["step"] if step is None else step, "phase": phase}
+        self.moved = time.monotonic()
+
+    def enter(self, step: int) -> bool:
+        """Called before each step, on every process; False: stop instead, on all of them."""
+        self.at("training", step)
+        return not self.stop_reason
+
+    def request_stop(self, reason: str) -> None:
+        """Ask all processes to stop after the same step; safe inside a signal handler."""
+        self.stop_reason = self.stop_reason or reason
+
+    def meet(
+        self, name: str, facts: Mapping[str, Any] | None = None, *, timeout: float = 300.0
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Wait for all processes at `name`; returns process 0's facts and who differs in what."""
+        del name, timeout
+        return dict(facts or {}), []
+
+    def require_same(self, name: str, facts: Mapping[str, Any], *, timeout: float = 300.0) -> None:
+        """`meet`, refusing any difference.
+
+        Raises:
+          UserError: with the differing facts and the names of the processes.
+        """
+        _, differences = self.meet(name, facts, timeout=timeout)
+        if differences:
+            raise UserError(f"the processes do not agree ({name}):\n  " + "\n  ".join(differences))
+
+    def fail(self, text: str, *, status: int = STATUS_FAILED, cause: str = "error") -> str:
+        """Tell the others; returns what they made of it, empty if nothing beyond `text`."""
+        del text, status, cause
+        return ""
+
+
+class Group(Solo):
+    """This process's end of the line to the coordinator."""
+
+    def __init__(
+        self,
+        line: Line,
+        *,
+        process_id: int,
+        num_processes: int,
+        silence_timeout: float,
+        on_down: Callable[[str, int, bool], None],
+    ):
+        """`on_down(text, status, dump)` is called in the listening thread, when all is lost."""
+        super().__init__()
+        self.process_id, self.num_processes = process_id, num_processes
+        self._line, self._silence, self._on_down = line, silence_timeout, on_down
+        self._change = threading.Condition()
+        self._met: dict[str, Any] = {}
+        self._verdict: dict[str, Any] | None = None
+        self._failing = self._closed = self._paused = False
+        self._stop_after: int | None = None
+        self._wake_read, self._wake_write = os.pipe()
+        self.jax_port: int | None = None
+        self._thread = threading.Thread(target=self._listen, name="soup_jax-control", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def connect(
+        cls, address: str, *, process_id: int, num_processes: int, timeout: float, **options: Any
+    ) -> "Group":
+        """Connect to the coordinator and wait until everybody has.
+
+        Raises:
+          UserError: nobody answers at `address` in time, or this process is refused.
+        """
+        deadline = time.monotonic() + timeout
+        host, port = address.rsplit(":", 1)
+        while True:
+            try:
+                sock = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+                break
+            except OSError as e:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"process 0 does not answer at the coordinator's address {address} within "
+                        f"{timeout:g} s (distributed.init_timeout_secs): {e}"
+                    ) from None
+                time.sleep(0.2)
+        line = Line(sock)
+        line.send(
+            "hello",
+            protocol=PROTOCOL,
+            id=process_id,
+            count=num_processes,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        group = cls(line, process_id=process_id, num_processes=num_processes, **options)
+        with group._change:
+            group._change.wait_for(lambda: group.jax_port or group._failing)
+        if group.jax_port is None:
+            group.close()
+            raise UserError(group._verdict["text"])
+        return group
+
+    def _listen(self) -> None:
+        try:
+            self._serve()
+        except Exception as e:  # nobody would hear of anything again: a silent hang
+            self._on_down(f"the line to the other processes broke: {e!r}", STATUS_FAILED, True)
+
+    def _serve(self) -> None:
+        last_beat, last_heard = 0.0, time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._line.sock, selectors.EVENT_READ)
+            selector.register(self._wake_read, selectors.EVENT_READ)
+            while not self._closed:
+                ready = [key.fileobj for key, _ in selector.select(timeout=BEAT_SECS)]
+                now = time.monotonic()
+                if self._wake_read in ready and b"s" in os.read(self._wake_read, 64):
+                    self._line.send("stop", reason=self._wanted)
+                if now - last_beat >= BEAT_SECS:
+                    last_beat = now
+                    self._line.send("beat", place={**self.place, "idle": now - self.moved})
+                if self._line.sock in ready:
+                    messages = self._line.receive()
+                    if messages is None:
+                        self._lost("is gone: killed or crashed")
+                        return
+                    last_heard = now
+                    for message in messages:
+                        self._handle(message)
+                elif now - last_heard > self._silence:
+                    self._lost(f"is silent for {self._silence:g} s")
+                    return
+
+    def _lost(self, how: str) -> None:
+        if not self._closed:
+            text = f"process 0, the coordinator, {how}"
+            self._handle({"op": "down", "text": text, "status": 1, "who": [0], "dump": False})
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        op = message["op"]
+        down = None
+        with self._change:
+            if op == "welcome":
+                self.jax_port = message["jax_port"]
+            elif op == "refused" and self._verdict is None:
+                self._failing, self._verdict = True, message
+            elif op == "met":
+                self._met[message["name"]] = (message["lead"], message["differences"])
+            elif op == "pause":
+                self._paused = True
+                self._line.send("at", step=self.place["step"])
+            elif op == "stop_after":
+                self._stop_after, self.stop_reason = message["step"], message["reason"]
+            elif op == "down" and self._verdict is None:
+                self._verdict = message
+                if not self._failing:
+                    down = message
+            self._change.notify_all()
+        if down is not None:
+            self._on_down(down["text"], down["status"], down["dump"])
+
+    def enter(self, step: int) -> bool:
+        """Called before each step, on every process; False: stop instead, on all of them."""
+        with self._change:
+            self._change.wait_for(lambda: not self._paused or self._stop_after is not None)
+            if self._stop_after is not None and step > self._stop_after:
+                return False
+            self.at("training", step)
+        return True
+
+    def request_stop(self, reason: str) -> None:
+        """Ask all processes to stop after the same step; safe inside a signal handler."""
+        self._wanted = reason
+        os.write(self._wake_write, b"s")  # no lock here: the interrupted thread may hold it
+
+    def meet(
+        self, name: str, facts: Mapping[str, Any] | None = None, *, timeout: float = 300.0
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Wait for all processes at `name`; returns process 0's facts and who differs in what."""
+        self._line.send("meet", name=name, facts=dict(facts or {}), timeout=timeout)
+        with self._change:
+            self._change.wait_for(lambda: name in self._met)
+            return self._met.pop(name)
+
+    def fail(self, text: str, *, status: int = STATUS_FAILED, cause: str = "error") -> str:
+        """Tell the others; returns the coordinator's verdict if it says more than `text`."""
+        with self._change:
+            if self._failing or self._verdict is not None:
+                # Another thread is ending this process already, for the reason of this error.
+                self._change.wait_for(lambda: False, timeout=30)
+                return ""
+            self._failing = True
+            self._line.send("fail", text=text, status=status, cause=cause)
+            self._change.wait_for(lambda: self._verdict is not None, timeout=10)
+            verdict = self._verdict
+        own = verdict is not None and self.process_id in verdict["who"]
+        if verdict is None or (own and cause != "hang"):  # a hang's says where everybody is
+            return ""
+        return verdict["text"]
+
+    def close(self) -> None:
+        """Leave in peace."""
+        self._closed = True
+        self._line.send("bye")
+        os.write(self._wake_write, b"q")
+        self._thread.join(timeout=5)
+        self._line.close()
+        for end in (self._wake_read, self._wake_write):
+            os.close(end)
