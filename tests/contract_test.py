@@ -42,10 +42,11 @@ class Compiled:
         self.temporaries = compiled.memory_analysis().temp_size_in_bytes
 
     def moved(self):
-        """The signature without alpha's gradient [M, E], the one thing with experts in it, and
+        """The signature without alpha's gradient [E, M], the one thing with experts in it, and
         without the gradients' Gram matrix [M, M], which looks the same if M = E."""
-        groups = mesh.num_groups(self.cfg)
-        small = {f"f32[{groups},{self.cfg.num_experts}]", f"f32[{groups},{groups}]"}
+        groups, num_experts = mesh.num_groups(self.cfg), self.cfg.num_experts
+        small = {f"f32[{groups},{groups}]", f"f32[{groups},{num_experts}]"}
+        small.add(f"f32[{num_experts},{groups}]")
         left = {}
         for (kind, shapes, size), times in hlo.signature(self.collectives).items():
             key = (kind, tuple(s for s in shapes if s not in small), size)
