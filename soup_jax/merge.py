@@ -5,6 +5,8 @@ experts is local to each device's slice; the merged leaf, cast to the compute dt
 resharded from slices to mixture groups (see `sharding`).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -47,42 +49,56 @@ def merge_many(
 
 
 def combine(alpha_ME: Array, leaf_E: Array) -> Array:
-    """sum_e alpha_me leaf_e, float32 [M, ...]; exact products also for a bfloat16 bank."""
-    alpha_ME, parts = _parts(alpha_ME, leaf_E.dtype)
-    # Accelerators multiply float32 in fewer bits unless told otherwise.
-    sums = jnp.einsum(
-        "ME,E...->M...",
-        alpha_ME,
-        leaf_E,
-        precision="highest",
-        preferred_element_type=jnp.float32,
-    )
-    return sums.reshape(parts, -1, *sums.shape[1:]).sum(0) if parts > 1 else sums
+    """sum_e alpha_me leaf_e, float32 [M, ...]; a bfloat16 bank is not rounded any further."""
+
+    def product(alpha_ME: Array, leaf_E: Array) -> Array:
+        # Accelerators multiply float32 in fewer bits unless told otherwise.
+        return jnp.einsum(
+            "ME,E...->M...",
+            alpha_ME,
+            leaf_E,
+            precision="highest",
+            preferred_element_type=jnp.float32,
+        )
+
+    return _in_parts(product, alpha_ME, leaf_E)
 
 
 def inner(leaf_M: Array, leaf_E: Array) -> Array:
     """<leaf_m, leaf_e> over all but the leading dimension, float32 [M, E]."""
-    leaf_M, parts = _parts(leaf_M, leaf_E.dtype)
     axes = tuple(range(1, leaf_E.ndim))
-    # The bank comes first: as the second operand XLA would transpose a copy of it. No reshape,
-    # which would undo the slicing.
-    products_EM = jnp.tensordot(
-        leaf_E,
-        leaf_M,
-        axes=(axes, axes),
-        precision="highest",
-        preferred_element_type=jnp.float32,
-    )
-    return products_EM.T.reshape(parts, -1, leaf_E.shape[0]).sum(0)
+
+    def product(leaf_M: Array, leaf_E: Array) -> Array:
+        # The bank comes first: as the second operand XLA would transpose a copy of it. No reshape,
+        # which would undo the slicing.
+        products_EM = jnp.tensordot(
+            leaf_E,
+            leaf_M,
+            axes=(axes, axes),
+            precision="highest",
+            preferred_element_type=jnp.float32,
+        )
+        return products_EM.T
+
+    return _in_parts(product, leaf_M, leaf_E)
 
 
-def _parts(x: Array, dtype: jnp.dtype) -> tuple[Array, int]:
+def _in_parts(product: Callable[[Array, Array], Array], x_M: Array, leaf_E: Array) -> Array:
     # A float32 operand beside a bfloat16 bank would make XLA convert a copy of the bank. So it is
     # given as two bfloat16 numbers instead, high and low part: 16 bits of mantissa.
-    if dtype != jnp.bfloat16 or x.dtype == jnp.bfloat16:
-        return x, 1
-    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return jnp.concatenate([high, x - high]).astype(jnp.bfloat16), 2
+    if leaf_E.dtype != jnp.bfloat16:
+        return product(x_M, leaf_E)
+
+    def split(x_M: Array, leaf_E: Array) -> Array:
+        high = jax.lax.reduce_precision(x_M, exponent_bits=8, mantissa_bits=7)
+        parts = jnp.concatenate([high, x_M - high]).astype(jnp.bfloat16)
+        y = product(parts, leaf_E)
+        return y.reshape(2, -1, *y.shape[1:]).sum(0)
+
+    def converted(x_M: Array, leaf_E: Array) -> Array:
+        return product(x_M, leaf_E.astype(jnp.float32))  # CPUs lack some products of bfloat16
+
+    return jax.lax.platform_dependent(x_M, leaf_E, cpu=converted, default=split)
 
 
 def merge(shared: Params, bank: Params, alpha_E: Array, *, dtype: str | None = None) -> Params:

@@ -103,14 +103,11 @@ def test_communication_does_not_depend_on_the_experts(num_mixtures):
 
 
 @pytest.mark.parametrize("bank", ["merged", "adamw"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cpu_step_keeps_no_second_bank(bank, dtype):
-    fields = {"optimizer.bank": bank, "experts.dtype": dtype, "optimizer.moment_dtype": dtype}
-    few, many = pair(jax.devices(), num_mixtures=AS_MANY, **{"model.dim": 128}, **fields)
-    if dtype == "float32":
-        assert many.temporaries - few.temporaries < many.largest_bank_leaf()
-    else:  # a CPU multiplies bfloat16 numbers as float32: one leaf at a time is converted
-        assert many.temporaries - few.temporaries < 3 * many.largest_bank_leaf()
+def test_cpu_step_keeps_no_second_bank(bank):
+    """In float32: of a bfloat16 bank a CPU makes float32 copies to multiply."""
+    fields = {"model.dim": 128, "optimizer.bank": bank}
+    few, many = pair(jax.devices(), num_mixtures=AS_MANY, **fields)
+    assert many.temporaries - few.temporaries < many.largest_bank_leaf()
 
 
 def check_tpu(devices, **fields):

@@ -73,3 +73,42 @@ def test_bfloat16_bank_is_not_accumulated_in_bfloat16():
     bank = {"w": jnp.full((256, 1), 1.0, jnp.bfloat16).at[0].set(256.0)}
     theta = merge.merge({"w": jnp.zeros((1,))}, bank, jnp.ones(256))
     assert float(theta["w"][0]) == 511.0  # bfloat16 sums would stick at 256
+
+
+@pytest.mark.parametrize("num_mixtures", [1, 2, 5])
+@pytest.mark.parametrize("num_experts", [1, 4, 20])
+@pytest.mark.parametrize("shape", [(), (3,), (4, 6), (2, 3, 5)])
+def test_products_with_a_bfloat16_bank(num_mixtures, num_experts, shape):
+    rng = np.random.default_rng(0)
+    x_M = rng.normal(size=(num_mixtures, *shape)).astype(np.float32)
+    alpha_ME = rng.normal(size=(num_mixtures, num_experts)).astype(np.float32)
+    leaf_E = jnp.asarray(rng.normal(size=(num_experts, *shape)), jnp.bfloat16)
+    exact = np.asarray(leaf_E, np.float64)
+    expected = np.tensordot(alpha_ME.astype(np.float64), exact, 1)
+    np.testing.assert_allclose(jax.jit(merge.combine)(alpha_ME, leaf_E), expected, atol=1e-5)
+    axes = tuple(range(1, len(shape) + 1))
+    expected = np.tensordot(x_M.astype(np.float64), exact, (axes, axes))
+    np.testing.assert_allclose(jax.jit(merge.inner)(x_M, leaf_E), expected, atol=1e-5)
+
+
+def test_two_bfloat16_parts_hold_16_bits(monkeypatch):
+    """What accelerators compute, emulated: their branch, with the parts multiplied in float32."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args), raising=True
+    )
+    rng = np.random.default_rng(0)
+    alpha_ME = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
+    leaf_E = jnp.asarray(rng.normal(size=(8, 16)), jnp.bfloat16)
+    calls = []
+
+    def product(parts, leaf):
+        calls.append(parts.dtype)
+        return parts.astype(jnp.float32) @ leaf.astype(jnp.float32)
+
+    found = merge._in_parts(product, alpha_ME, leaf_E)
+    assert calls == [jnp.bfloat16]
+    exact = np.asarray(alpha_ME, np.float64) @ np.asarray(leaf_E, np.float64)
+    error = np.abs(found - exact).max() / np.abs(exact).max()
+    assert error < 2**-14
+    rounded = alpha_ME.astype(jnp.bfloat16).astype(jnp.float32) @ leaf_E.astype(jnp.float32)
+    assert np.abs(rounded - exact).max() / np.abs(exact).max() > 2**-11
