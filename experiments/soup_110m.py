@@ -5,6 +5,22 @@ For a slice of 16 TPU v5e chips or more, or GPUs with the same memory in total:
     soup-jax prepare --config=experiments/soup_110m.py --config.corpus.sources='DATA/*.jsonl.zst'
     soup-jax train   --config=experiments/soup_110m.py --workdir=runs/soup_110m
 
+What it needs, by `soup-jax plan --config=experiments/soup_110m.py --topology=v5e:4x4` (jax 0.10.2,
+its libtpu): 10.9 of 16 GB a chip, and nothing moves between chips but merged models and small sums.
+The bytes that a chip sends in a step hardly depend on the experts (`--config.num_experts=8`, `=32`):
+
+    experts   sent, MB   of that norms, router, alpha
+          8    410.832     0.095
+         32    410.835     0.098
+        128    410.846     0.109
+
+On one GPU of 141 GB with AdamW on the bank, everything of the bank in bfloat16 (also the flags of
+`benchmarks/pod.py`): 85.4 GB of state; with the temporaries of the CPU compiler, which works in
+float32, 115.6 GB (`soup-jax plan --chip=H200 --num_devices=1` and these flags):
+
+    --config.experts.dtype=bfloat16 --config.optimizer.moment_dtype=bfloat16
+    --config.optimizer.bank=adamw --config.optimizer.grad_accumulation=8 --config.model.remat=full
+
 `experiments/generic_110m.py` is its baseline: same network, same tokens, no experts. Neither has
 been trained by us: the sizes are the paper's, the optimizer settings are those that the small runs
 of `experiments/minipile.py` chose, with the learning rate scaled down for the width.

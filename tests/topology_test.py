@@ -4,7 +4,7 @@ Losses are compared with LOSS_BOUND. The number of devices decides in which orde
 taken: a gradient element that cancels to rounding noise gets another sign, and Adam's first steps
 move it by the full learning rate in either direction unless its epsilon is above that noise. So the
 config here has an epsilon of 1e-5. Measured with it over 24 steps: 1.4e-5 nats at most between any
-two of 1, 2, 4 and 8 devices. With the default, 1e-8: 5e-7 for one seed, 4e-4 for another. On one
+two of 1, 2 and 8 devices. With the default, 1e-8: 5e-7 for one seed, 4e-4 for another. On one
 mesh of 8 devices, 2 and 4 processes give bit-identical losses, and one process differs from them by
 the order of its own sums.
 """
