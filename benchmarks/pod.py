@@ -2,7 +2,8 @@
 
     python benchmarks/pod.py --config=experiments/soup_110m.py --trace=runs/trace \\
         --config.experts.dtype=bfloat16 --config.optimizer.moment_dtype=bfloat16 \\
-        --config.optimizer.grad_accumulation=8 --config.model.remat=full    # one 141 GB GPU
+        --config.optimizer.bank=adamw --config.optimizer.grad_accumulation=8 \\
+        --config.model.remat=full    # for one GPU of 141 GB
     python benchmarks/pod.py --dry_run    # a tiny network, on any machine, in about a minute
 
 Random tokens; no data is read. The pieces (merge, gradient of alpha, update of the bank) are timed

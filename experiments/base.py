@@ -108,7 +108,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     experts.rules = ((".*", "dense"),)
     experts.init_scale = 0.0  # std of the experts' init, as a multiple of the shared leaf's RMS
     experts.dtype = "float32"  # storage of the bank: float32 or bfloat16
-    experts.rounding = "stochastic"  # of a bfloat16 bank after an update: stochastic or nearest
+    experts.rounding = "stochastic"  # of bank and moments stored in bfloat16: stochastic, nearest
 
     cfg.router = router = ConfigDict()
     router.hidden_dim = 64  # of the MLP h -> alpha; 0: linear only

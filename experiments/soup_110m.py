@@ -5,9 +5,9 @@ For a slice of 16 TPU v5e chips or more, or GPUs with the same memory in total:
     soup-jax prepare --config=experiments/soup_110m.py --config.corpus.sources='DATA/*.jsonl.zst'
     soup-jax train   --config=experiments/soup_110m.py --workdir=runs/soup_110m
 
-What it needs, by `soup-jax plan --config=experiments/soup_110m.py --topology=v5e:4x4` (jax 0.10.2,
-its libtpu): 10.9 of 16 GB a chip, and nothing moves between chips but merged models and small sums.
-The bytes that a chip sends in a step hardly depend on the experts (`--config.num_experts=8`, `=32`):
+What it needs, by `soup-jax plan --config=experiments/soup_110m.py --topology=v5e:4x4` (jax 0.10.2
+and its libtpu): 10.9 of 16 GB a chip, and nothing moves between chips but merged models and small
+sums. What a chip sends in a step hardly depends on the experts (`--config.num_experts=8`, `=32`):
 
     experts   sent, MB   of that norms, router, alpha
           8    410.832     0.095

@@ -146,7 +146,7 @@ class Checkpointer:
             return None
         step, items = result
         if not self._read_only:
-            self._set_aside([s for s in self.steps() if s > step])
+            self._set_aside(step)
         state = TrainState(
             params=items["params"],
             opt_state=items["opt_state"],
@@ -172,8 +172,9 @@ class Checkpointer:
             "data"
         ]
 
-    def _set_aside(self, steps: list[int]) -> None:
-        # Left in place, orbax would refuse to save at or before these steps.
+    def _set_aside(self, last: int) -> None:
+        # Left in place, orbax would refuse to save at or before these later steps.
+        steps = [s for s in self._agreed(self.steps()) if s > last]
         if not steps:
             return
         self._group.meet("checkpoints read")

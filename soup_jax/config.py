@@ -54,7 +54,7 @@ def load(path: pathlib.Path) -> ConfigDict:
             cfg.update_from_flattened_dict({name: _restore_type(value, reference[name])})
     missing = sorted(set(reference) - set(found))
     if missing:
-        problems.append(f"missing fields {missing}")
+        problems.append(f"missing fields {missing} (add them, with the values that hold for it)")
     if problems:
         raise UserError(f"{path} was written by another version: " + "; ".join(problems))
     return check(cfg)
@@ -138,8 +138,7 @@ AT_LEAST = {  # inclusive lower bounds
         embed.max_features embed.fit_documents embed.max_chars corpus.max_chars
         tokenizer.train_bytes domain_weights.support_size domain_weights.min_support_size
         optimizer.grad_accumulation evaluate.batch_size log.every_steps checkpoint.keep_latest
-        checkpoint.async_timeout_secs distributed.init_timeout_secs
-        distributed.heartbeat_timeout_secs""".split(),
+        checkpoint.async_timeout_secs distributed.init_timeout_secs""".split(),
         1,
     ),
     **dict.fromkeys(
@@ -154,6 +153,7 @@ AT_LEAST = {  # inclusive lower bounds
         corpus.held_out_fraction log.peak_tflops distributed.step_timeout_secs""".split(),
         0,
     ),
+    "distributed.heartbeat_timeout_secs": 5,  # processes report every second
     "vocab_size": 257,  # 256 bytes and the end-of-text token
 }
 POSITIVE = (

@@ -118,9 +118,11 @@ def merged_bytes(cfg: ConfigDict, step: AbstractStep) -> dict[str, int]:
     whole = local * size * jnp.dtype(cfg.model.dtype).itemsize
     if cfg.mesh.gather == "layer":
         whole = whole // step.mesh.shape["fsdp"] + whole // cfg.model.num_layers
+    copies = 1 if cfg.optimizer.grad_accumulation == 1 else 2
     return {
         "merged models": whole,
-        "merged gradients": 4 * groups * size // step.mesh.size,
+        # One more set for the sum over micro-batches.
+        "merged gradients": copies * 4 * groups * size // step.mesh.size,
     }
 
 

@@ -238,6 +238,8 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 
 def _traffic_lines(plan: Plan) -> list[str]:
+    if plan.memory["program"] is None:
+        return ["collectives: unknown, for the compiler ran out of memory; below, none are counted"]
     if not plan.collectives:
         return ["collectives: none"]
     groups: dict[tuple[Any, ...], list[hlo.Collective]] = collections.defaultdict(list)

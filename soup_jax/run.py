@@ -28,7 +28,8 @@ from soup_jax.sampler import SamplingPlan
 from soup_jax.train_state import TrainState, make_init, state_shardings
 from soup_jax.windows import Corpus, open_corpus
 
-# Fields that may differ between the starts of one run: they change no number of it.
+# Fields that may differ between the starts of one run: they change no number of it, but for the
+# order of sums with another mesh.
 RESUMABLE = ("log.", "evaluate.", "checkpoint.", "loader.", "mesh.", "distributed.", "corpus.dir")
 
 # A network file system may remember for so long that a file was not there.
@@ -101,6 +102,11 @@ def setup(
         seed=cfg.seed,
     )
     model = model or model_lib.from_config(cfg)
+    if cfg.mesh.gather == "layer" and model.with_gather is None:
+        raise UserError(
+            "mesh.gather = 'layer', but this network cannot gather its own layers: set "
+            "--config.mesh.gather=step, or give its BaseModel a `with_gather`"
+        )
     make = make_init(
         cfg,
         model,

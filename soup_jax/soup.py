@@ -174,15 +174,20 @@ def value_and_grad(
         layers=layers,
     )
     rows = {name: value for name, value in batch.items() if name != "h"}
-    loss_sum, weight, row_stats, merged = _merged_gradients(
-        theta_M, rows, model=model, groups=groups, num_micro=num_micro, mesh=mesh
-    )
 
-    def stored(path: str, g: Array) -> Array:
+    def to_storage(path: str, g: Array) -> Array:
         gather = not (layers and path.startswith(layers))
         return sharding.to_slices(mesh, g, gather=gather).astype(jnp.float32)
 
-    merged = tree.map_named(stored, merged)
+    loss_sum, weight, row_stats, merged = _merged_gradients(
+        theta_M,
+        rows,
+        model=model,
+        groups=groups,
+        num_micro=num_micro,
+        mesh=mesh,
+        to_storage=to_storage,
+    )
     # Dividing after summing: the batch's weight is known only when all micro-batches are through.
     # dalpha is divided after its sum over devices, so that this sum need not wait for the weight's.
     inverse = 1.0 / jnp.maximum(weight, 1.0)
@@ -215,6 +220,7 @@ def _merged_gradients(
     groups: int,
     num_micro: int,
     mesh: Mesh | None,
+    to_storage: Callable[[str, Array], Array],
 ) -> tuple[Array, Array, tuple[Array, Array], Params]:
     def group_loss(theta: Params, group: Mapping[str, Array]) -> tuple[Array, Any]:
         losses, weights = model.example_losses(theta, group)
@@ -240,15 +246,20 @@ def _merged_gradients(
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
     if num_micro == 1:
         (loss_sum, stats), merged = gradient(theta_M, jax.tree.map(lambda x: x[0], micros))
+        merged = tree.map_named(to_storage, merged)
         stats = jax.tree.map(lambda x: x[None], stats)
     else:
 
         def add(carry: Any, micro: Any) -> tuple[Any, Any]:
             (loss, stats), g = gradient(theta_M, micro)
+            # Accumulated on slices: whole sums would be M models in float32 on every device.
+            g = tree.map_named(to_storage, g)
             carry = (carry[0] + loss, jax.tree.map(lambda a, b: a + b, carry[1], g))
             return carry, stats
 
-        zeros = jax.tree.map(lambda t: jnp.zeros(t.shape, jnp.float32), theta_M)
+        zeros = tree.map_named(
+            lambda path, t: to_storage(path, jnp.zeros(t.shape, jnp.float32)), theta_M
+        )
         (loss_sum, merged), stats = jax.lax.scan(add, (jnp.zeros(()), zeros), micros)
     row_stats = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), stats)
     return loss_sum, row_stats[1].sum(), row_stats, merged

@@ -48,10 +48,11 @@ class _Meter:
             lambda: train_step.zero_metrics(run.cfg.num_domains),
             out_shardings=sharding.replicated(run.mesh),
         )
+        self._mark = time.perf_counter()
         self.reset()
 
     def reset(self) -> None:
-        self.sums, self.wait, self.start = self._zeros(), 0.0, time.perf_counter()
+        self.sums, self.wait = self._zeros(), 0.0
         self._batches = metrics.BatchHash()
 
     def feed(self, plan: StepPlan, wait: float) -> None:
@@ -62,9 +63,19 @@ class _Meter:
     def close(self, step: int) -> dict[str, Any]:
         """A finished interval, to be read after the next step is under way; starts a new one."""
         done = {"step": step, "sums": self.sums, "wait": self.wait, "hash": self._batches.hex()}
-        done["seconds"] = time.perf_counter() - self.start
         self.reset()
         return done
+
+    def lap(self) -> float:
+        """Seconds since the last lap. To be called when the device is done with an interval: the
+        host may have sent steps that are yet to run."""
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        return seconds
+
+    def skip(self, seconds: float) -> None:
+        """Leave out time that was not spent on steps."""
+        self._mark += seconds
 
 
 def train(
@@ -148,7 +159,7 @@ def _announce(run: Run, start: int) -> None:
     )
     for part, leading in (("shared", 0), ("bank", 1)):
         for line in sharding.unsliced(run.mesh, params[part], leading=leading):
-            _log.warning("no dimension divides by the devices, kept whole: %s/%s", part, line)
+            _log.warning("not cut over all devices, for no dimension divides: %s/%s", part, line)
 
 
 class _Loop:
@@ -166,10 +177,15 @@ class _Loop:
         self.specialists, self.validation, self.group = specialists, validation, run.group
         shardings = jax.tree.map(lambda a: a.sharding, run.abstract)
         self.step_fn = train_step.compile_step(run.cfg, run.model, run.mesh, shardings)
-        self.evaluator = evaluate.Evaluator(run.cfg, run.model, run.mesh) if specialists else None
+        self.evaluator = (
+            evaluate.Evaluator(run.cfg, run.model, run.mesh)
+            if run.cfg.evaluate.every_steps
+            else None
+        )
         peak = run.cfg.log.peak_tflops or metrics.peak_tflops(jax.devices()[0].device_kind)
         self.peak_flops = peak * 1e12 * run.mesh.size
         self.bar: Any = None
+        self.meter = _Meter(run)
 
     def run(self, state: TrainState, start: int) -> TrainState:
         run, cfg = self.run_, self.run_.cfg
@@ -182,7 +198,7 @@ class _Loop:
             num_threads=cfg.loader.num_threads,
             prefetch=cfg.loader.prefetch,
         )
-        meter, pending = _Meter(run), None
+        meter, pending = self.meter, None
         shown = sys.stderr.isatty() and self.group.process_id == 0
         self.bar = tqdm(total=cfg.num_steps, initial=start, unit="step", disable=not shown)
         with self.bar:
@@ -210,8 +226,10 @@ class _Loop:
                     # Waiting for the sums bounds how far the host runs ahead of the device.
                     pending = meter.close(done)
                 if self._evaluates(done):
+                    jax.block_until_ready(state.step)
+                    before = time.perf_counter()
                     self._evaluate(state, done)
-                    meter.start = time.perf_counter()
+                    meter.skip(time.perf_counter() - before)
                 if self._saves(done):
                     self._save(state, done)
             if run.evaluation_due:
@@ -286,8 +304,9 @@ class _Loop:
 
     def _log(self, pending: dict[str, Any], state: TrainState) -> None:
         cfg = self.run_.cfg
+        jax.block_until_ready(pending["sums"])
         line = metrics.summarize(
-            pending["sums"], seconds=pending["seconds"], wait_seconds=pending["wait"]
+            pending["sums"], seconds=self.meter.lap(), wait_seconds=pending["wait"]
         )
         self._check_finite(state)
         line["batch_hash"] = pending["hash"]

@@ -102,6 +102,16 @@ def test_communication_does_not_depend_on_the_experts(num_mixtures):
     assert set(kinds) == {"all-to-all", "all-reduce"}
 
 
+def test_accumulated_gradients_lie_on_slices():
+    """Micro-batches cost a second set of gradients in slices, not a whole one in float32."""
+    fields = {"num_mixtures": FEWER_MIXTURES_THAN_DEVICES, "model.dim": 256, "batch_size": 32}
+    fields |= {"seq_len": 8, "mesh.gather": "layer", "model.remat": "full"}
+    one, two = (
+        Compiled(jax.devices(), **fields, **{"optimizer.grad_accumulation": n}) for n in (1, 2)
+    )
+    assert two.temporaries - one.temporaries < 0.7 * one.merged_bytes()
+
+
 @pytest.mark.parametrize("bank", ["merged", "adamw"])
 def test_cpu_step_keeps_no_second_bank(bank):
     """In float32: of a bfloat16 bank a CPU makes float32 copies to multiply."""
