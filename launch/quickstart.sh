@@ -3,7 +3,7 @@
 #
 #   bash launch/quickstart.sh [--fast]
 #
-# --fast     a much smaller model and fewer steps, into runs/quickstart-fast
+# --fast     a tenth of the steps, into runs/quickstart-fast; too few to compare methods
 # PYTHON     the interpreter that makes the environment (default python3), 3.11 or newer
 # VENV       the environment (default .venv); made and filled if it has no soup-jax
 # DRY_RUN=1  print the commands, run nothing
