@@ -28,8 +28,8 @@ tuned on this text. The specialist sets are fixed in `launch/collect_text.py`. I
     specialists are 0.1388 nats better than shared on average, and better on 11 of 11 sets
     specialists are 0.0570 nats better than generic on average, and better on 9 of 11 sets
 
-With `--fast` a run has 100 steps, 2 minutes for everything: enough to see each part work, too few to
-compare methods. Its specialists were better than the same soup at the generic h (6.186 against
+With `--fast` a run has 100 steps, 2 minutes for everything: enough to see each part work, too few
+to compare methods. Its specialists were better than the same soup at the generic h (6.186 against
 6.232) and worse than the generic model (6.158), whose learning rate is higher.
 """
 
