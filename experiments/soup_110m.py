@@ -14,9 +14,11 @@ sums. What a chip sends in a step hardly depends on the experts (`--config.num_e
          32    410.835     0.098
         128    410.846     0.109
 
-On one GPU of 141 GB with AdamW on the bank, everything of the bank in bfloat16 (also the flags of
-`benchmarks/pod.py`): 85.4 GB of state; with the temporaries of the CPU compiler, which works in
-float32, 115.6 GB (`soup-jax plan --chip=H200 --num_devices=1` and these flags):
+One GPU of 141 GB with AdamW on the bank, everything of the bank in bfloat16, was planned only
+(`soup-jax plan --chip=H200 --num_devices=1` with the flags below, those of `benchmarks/pod.py`):
+85.4 GB of state and, estimated from shapes, 107.9 GB in all. The CPU compiler that stands in for
+the GPU's makes float32 copies of the bank's leaves to multiply them and counts 171.7 GB, so that
+the command says it does not fit; whether it does is to be measured:
 
     --config.experts.dtype=bfloat16 --config.optimizer.moment_dtype=bfloat16
     --config.optimizer.bank=adamw --config.optimizer.grad_accumulation=8 --config.model.remat=full
