@@ -14,8 +14,15 @@ from soup_jax import estimate, loader, mesh, sharding, train_state, train_step
 
 def read_config(path, overrides=()):
     """The config of a file with `--config.section.field=value` arguments applied."""
+    cfg = runpy.run_path(path)["get_config"]()
+    override(cfg, overrides)
+    return cfg
+
+
+def override(cfg, arguments):
+    """Apply `--config.section.field=value` arguments."""
     fields = {}
-    for argument in overrides:
+    for argument in arguments:
         name, equals, value = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
             raise SystemExit(f"unknown argument {argument!r}; fields are --config.NAME=VALUE")
@@ -23,9 +30,7 @@ def read_config(path, overrides=()):
             fields[name] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
             fields[name] = value
-    cfg = runpy.run_path(path)["get_config"]()
     cfg.update_from_flattened_dict(fields)
-    return cfg
 
 
 @dataclasses.dataclass

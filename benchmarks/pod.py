@@ -22,7 +22,7 @@ import common
 import jax
 import jax.numpy as jnp
 
-from soup_jax import estimate, merge, metrics, optimizer, sharding, soup
+from soup_jax import bank_optimizer, estimate, merge, metrics, sharding, soup
 from soup_jax import mesh as mesh_lib
 
 TINY = {
@@ -101,11 +101,11 @@ def piece_seconds(training, repeats):
         return jax.tree.map(leaf, shared)
 
     gradient = jax.jit(soup.coefficient_gradient)
-    bank_optimizer = optimizer.bank_optimizer(cfg)
+    bank = bank_optimizer.from_config(cfg)
 
-    def updated(bank, state, merged_gradients, alpha_ME, step):
-        return bank_optimizer.update(
-            merged_gradients, alpha_ME, bank, state, step, jnp.float32(1e-4)
+    def updated(experts, state, merged_gradients, alpha_ME, step):
+        return bank.update(
+            merged_gradients, alpha_ME, experts, state, step, jnp.float32(1e-4)
         )
 
     where = jax.tree.map(lambda x: x.sharding, (params["bank"], training.state.opt_state["bank"]))

@@ -130,6 +130,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     optimizer.clip_norm = 1.0  # of the global gradient norm, experts included; 0: off
     optimizer.grad_accumulation = 1  # micro-batches per step; divides the rows of a mixture
     optimizer.bank = "merged"  # merged (preconditioned in the merged space) or adamw
+    optimizer.flush_every = 1  # T: updates of the bank deferred for T steps; only "merged" can
     optimizer.moment_dtype = "float32"  # storage of the bank's moments: float32 or bfloat16
     optimizer.bank_lr_scale = 0.3  # of learning_rate, for the experts
     optimizer.router_lr_scale = 1.0  # of learning_rate, for the router

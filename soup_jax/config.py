@@ -137,7 +137,7 @@ AT_LEAST = {  # inclusive lower bounds
         model.num_layers model.dim model.num_heads model.num_kv_heads model.hidden_dim embed.dim
         embed.max_features embed.fit_documents embed.max_chars corpus.max_chars
         tokenizer.train_bytes domain_weights.support_size domain_weights.min_support_size
-        optimizer.grad_accumulation evaluate.batch_size log.every_steps checkpoint.keep_latest
+        optimizer.grad_accumulation optimizer.flush_every evaluate.batch_size log.every_steps checkpoint.keep_latest
         checkpoint.async_timeout_secs distributed.init_timeout_secs""".split(),
         1,
     ),
@@ -232,6 +232,11 @@ def _check_combinations(cfg: ConfigDict) -> None:
         and 0 <= cfg.evaluate.tuning_fraction < 1 - cfg.evaluate.histogram_fraction,
         "evaluate.histogram_fraction and tuning_fraction must leave documents for all parts: "
         "0 < histogram_fraction, histogram_fraction + tuning_fraction < 1",
+    )
+    need(
+        cfg.optimizer.flush_every == 1 or cfg.optimizer.bank == "merged",
+        f"optimizer.flush_every = {cfg.optimizer.flush_every} defers updates, which "
+        f"optimizer.bank = {cfg.optimizer.bank!r} cannot: set it to 1, or the bank's to 'merged'",
     )
     need(cfg.optimizer.final_fraction <= 1, "optimizer.final_fraction must be at most 1")
     need(

@@ -95,3 +95,12 @@ def update_blocks(
     if num % block_size:
         stacks = step(whole * block_size, num % block_size, stacks)
     return stacks
+
+
+def update_block(
+    function: Callable[[Array, Array], Array], stack: Array, first: Array, size: int
+) -> Array:
+    """Replace experts first..first+size-1 of a stack [E, ...] by `function(first, block)`, in place
+    where its buffer is donated; `first` may be traced."""
+    block = jax.lax.dynamic_slice_in_dim(stack, first, size)
+    return jax.lax.dynamic_update_slice_in_dim(stack, function(first, block), first, 0)

@@ -6,6 +6,7 @@ resharded from slices to mixture groups (see `sharding`).
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,21 @@ from jax.sharding import Mesh
 
 from soup_jax import sharding, tree
 from soup_jax.shapes import Array, Params
+
+
+class Pending(NamedTuple):
+    """Updates that the bank still lacks: expert e is scale_e * bank_e - sum_s weight_se D_s.
+
+    Attributes:
+      directions: D, leaves [S, ...], float32; a subset of the bank's leaves, the others lack
+        nothing.
+      weight_SE: float32.
+      scale_E: float32.
+    """
+
+    directions: Params
+    weight_SE: Array
+    scale_E: Array
 
 
 def merge_many(
@@ -23,6 +39,7 @@ def merge_many(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     layers: str = "",
+    pending: Pending | None = None,
 ) -> Params:
     """M merged models, stacked: leaves [M, ...] like `shared`'s.
 
@@ -33,14 +50,21 @@ def merge_many(
       dtype: of the result, rounded once, after a float32 sum; None keeps each shared leaf's.
       mesh: lays slices and groups out on it; None leaves that to the compiler.
       layers: leaves whose path starts so stay sliced over `fsdp`: the network gathers them itself.
+      pending: what the bank lacks, if anything; it is not written to it here.
     """
     experts = tree.flatten(bank)
+    directions = tree.flatten(pending.directions) if pending else {}
     num_mixtures = alpha_ME.shape[0]
 
     def leaf(path: str, shared_leaf: Array) -> Array:
         merged = jnp.broadcast_to(shared_leaf, (num_mixtures, *shared_leaf.shape))
         if path in experts:
-            merged = merged + combine(alpha_ME, experts[path])
+            scale_E = pending.scale_E if path in directions else 1.0
+            merged = merged + combine(alpha_ME * scale_E, experts[path])
+        if path in directions:
+            # Of the experts' updates only their sum, weighted by alpha, is needed: M x S numbers.
+            weight_MS = jnp.dot(alpha_ME, pending.weight_SE.T, precision="highest")
+            merged = merged - combine(weight_MS, directions[path])
         merged = merged.astype(dtype or shared_leaf.dtype)
         gather = not (layers and path.startswith(layers))
         return sharding.to_groups(mesh, merged, gather=gather)
@@ -64,9 +88,20 @@ def combine(alpha_ME: Array, leaf_E: Array) -> Array:
     return _in_parts(product, alpha_ME, leaf_E)
 
 
-def inner(leaf_M: Array, leaf_E: Array) -> Array:
-    """<leaf_m, leaf_e> over all but the leading dimension, float32 [M, E]."""
+def inner(leaf_M: Array, leaf_E: Array, *, whole: bool = False) -> Array:
+    """<leaf_m, leaf_e> over all but the leading dimension, float32 [M, E].
+
+    Args:
+      whole: that the leaves are not sliced over devices.
+    """
     axes = tuple(range(1, leaf_E.ndim))
+
+    def flat(leaf_M: Array, leaf_E: Array) -> Array:
+        # Without this reshape a CPU would transpose a copy of leaf_M.
+        rows_M, rows_E = (x.reshape(x.shape[0], -1) for x in (leaf_M, leaf_E))
+        return jnp.dot(
+            rows_E, rows_M.T, precision="highest", preferred_element_type=jnp.float32
+        ).T
 
     def product(leaf_M: Array, leaf_E: Array) -> Array:
         # The bank comes first: as the second operand XLA would transpose a copy of it. No reshape,
@@ -80,7 +115,12 @@ def inner(leaf_M: Array, leaf_E: Array) -> Array:
         )
         return products_EM.T
 
-    return _in_parts(product, leaf_M, leaf_E)
+    def by_platform(leaf_M: Array, leaf_E: Array) -> Array:
+        if not whole:
+            return product(leaf_M, leaf_E)
+        return jax.lax.platform_dependent(leaf_M, leaf_E, cpu=flat, default=product)
+
+    return _in_parts(by_platform, leaf_M, leaf_E)
 
 
 def _in_parts(product: Callable[[Array, Array], Array], x_M: Array, leaf_E: Array) -> Array:

@@ -141,6 +141,7 @@ def value_and_grad(
     mesh: Mesh | None = None,
     num_micro: int = 1,
     gather: str = "step",
+    pending: merge.Pending | None = None,
 ) -> tuple[tuple[Array, Any], SoupGrads, Array]:
     """Loss, factored gradients and alpha of one batch of M mixtures.
 
@@ -149,6 +150,7 @@ def value_and_grad(
       num_micro: micro-batches; the merge and the bank's part are done once for all of them.
       gather: when merged models become whole inside a group of devices: "step", or "layer", by the
         network itself, layer by layer, forward and backward.
+      pending: updates that the bank of `params` still lacks.
 
     Returns:
       ((loss, row_stats), grads, alpha_ME): the weighted mean loss of the batch, and per row the
@@ -172,6 +174,7 @@ def value_and_grad(
         dtype=config.compute_dtype,
         mesh=mesh,
         layers=layers,
+        pending=pending,
     )
     rows = {name: value for name, value in batch.items() if name != "h"}
 
@@ -191,7 +194,7 @@ def value_and_grad(
     # Dividing after summing: the batch's weight is known only when all micro-batches are through.
     # dalpha is divided after its sum over devices, so that this sum need not wait for the weight's.
     inverse = 1.0 / jnp.maximum(weight, 1.0)
-    dalpha_ME = coefficient_gradient(merged, params["bank"], alpha_ME)
+    dalpha_ME = coefficient_gradient(merged, params["bank"], alpha_ME, mesh=mesh, pending=pending)
     dalpha_ME = sharding.everywhere(mesh, dalpha_ME) * inverse
     merged = jax.tree.map(lambda g: g * inverse, merged)
     grads = SoupGrads(
@@ -203,12 +206,26 @@ def value_and_grad(
     return (loss_sum * inverse, row_stats), grads, alpha_ME
 
 
-def coefficient_gradient(merged: Params, bank: Params, alpha_ME: Array) -> Array:
-    """dalpha_me = sum over leaves of <G_m, E_e>, float32 [M, E]."""
+def coefficient_gradient(
+    merged: Params,
+    bank: Params,
+    alpha_ME: Array,
+    *,
+    mesh: Mesh | None = None,
+    pending: merge.Pending | None = None,
+) -> Array:
+    """dalpha_me = sum over leaves of <G_m, E_e>, float32 [M, E]; experts with what is pending."""
     gradients = tree.flatten(merged)
+    whole = mesh is None or mesh.size == 1
+    directions = tree.flatten(pending.directions) if pending else {}
     total = jnp.zeros_like(alpha_ME)
     for path, leaf in tree.flatten(bank).items():
-        total = total + merge.inner(gradients[path], leaf)
+        products_ME = merge.inner(gradients[path], leaf, whole=whole)
+        if path in directions:
+            products_MS = merge.inner(gradients[path], directions[path], whole=whole)
+            products_ME = products_ME * pending.scale_E
+            products_ME -= jnp.dot(products_MS, pending.weight_SE, precision="highest")
+        total = total + products_ME
     return total
 
 

@@ -177,6 +177,7 @@ class _Loop:
         self.specialists, self.validation, self.group = specialists, validation, run.group
         shardings = jax.tree.map(lambda a: a.sharding, run.abstract)
         self.step_fn = train_step.compile_step(run.cfg, run.model, run.mesh, shardings)
+        self.flush = train_step.compile_flush(run.cfg, shardings)
         self.evaluator = (
             evaluate.Evaluator(run.cfg, run.model, run.mesh)
             if run.cfg.evaluate.every_steps
@@ -228,10 +229,11 @@ class _Loop:
                 if self._evaluates(done):
                     jax.block_until_ready(state.step)
                     before = time.perf_counter()
+                    state = self.flush(state)
                     self._evaluate(state, done)
                     meter.skip(time.perf_counter() - before)
                 if self._saves(done):
-                    self._save(state, done)
+                    state = self._save(state, done)
             if run.evaluation_due:
                 self._stop(state, cfg.num_steps, pending)
             if pending is not None:
@@ -269,7 +271,7 @@ class _Loop:
         if self.group.process_id == 0:
             write_json(path, report)
         # The step froze the state before this update, so what is saved here is sound.
-        self.checkpointer.save(state, self.run_.data_state(bad))
+        self.checkpointer.save(self.flush(state), self.run_.data_state(bad))
         self.checkpointer.wait()
         labels = ", ".join(d["label"] for d in report["domains"].values())
         raise FloatingPointError(
@@ -279,11 +281,13 @@ class _Loop:
             "optimizer.bank_lr_scale, or look at these windows"
         )
 
-    def _save(self, state: TrainState, done: int) -> None:
+    def _save(self, state: TrainState, done: int) -> TrainState:
         self._check_finite(state)
         self.group.at("saving")
+        state = self.flush(state)
         self.checkpointer.save(state, self.run_.data_state(done))
         self.group.at("training")
+        return state
 
     def _stop(self, state: TrainState, done: int, pending: Any) -> None:
         if pending is not None:

@@ -70,12 +70,13 @@ def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
     def base(path: str, leaf: Any) -> Any:
         return replicated if "/router/" in f"/{path}/" else sharding.storage(mesh, leaf)
 
-    bank_state = {
-        name: bank(t)
-        if name in ("mu", "nu") and _has_experts(t, abstract.params["bank"])
-        else sharding.storage(mesh, t)
-        for name, t in abstract.opt_state["bank"].items()
-    }
+    def bank_state(name: str, t: Any) -> Any:
+        if name in ("weight_SE", "scale_E"):
+            return replicated
+        if name == "directions" or _has_experts(t, abstract.params["bank"]):
+            return bank(t)
+        return sharding.storage(mesh, t)
+
     return TrainState(
         params={
             "shared": sharding.storage(mesh, abstract.params["shared"]),
@@ -84,7 +85,7 @@ def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
         },
         opt_state={
             "base": tree.map_named(base, abstract.opt_state["base"]),
-            "bank": bank_state,
+            "bank": {name: bank_state(name, t) for name, t in abstract.opt_state["bank"].items()},
         },
         step=replicated,
         bad_step=replicated,

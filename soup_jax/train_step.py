@@ -51,6 +51,7 @@ def train_step(
         mesh=mesh,
         num_micro=cfg.optimizer.grad_accumulation,
         gather=cfg.mesh.gather,
+        pending=optimizer.pending(cfg, state.opt_state),
     )
     params, opt_state, info = optimizer.apply_update(
         cfg,
@@ -91,3 +92,18 @@ def compile_step(cfg: ConfigDict, model: BaseModel, mesh: Mesh, shardings: Train
 
     metric_shardings = jax.tree.map(lambda _: replicated, zero_metrics(cfg.num_domains))
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, metric_shardings))
+
+
+def compile_flush(cfg: ConfigDict, shardings: TrainState) -> Any:
+    """state -> state whose bank lacks nothing: what is saved, evaluated and returned.
+
+    The identity unless `optimizer.flush_every` defers updates; else jitted, with the state donated.
+    """
+    if cfg.optimizer.flush_every == 1 or not cfg.num_experts:
+        return lambda state: state
+
+    def flush(state: TrainState) -> TrainState:
+        params, opt_state = optimizer.flush(cfg, state.params, state.opt_state, state.step)
+        return state._replace(params=params, opt_state=opt_state)
+
+    return jax.jit(flush, donate_argnums=0, out_shardings=shardings)

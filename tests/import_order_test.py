@@ -20,7 +20,7 @@ MODULES = """
     tokenizer corpus embed domains windows histogram request shards prepare
     domain_weights sampler loader
     rounding llama model experts router merge soup loss
-    optimizer train_state train_step metrics checkpoint evaluate run signals train
+    bank_optimizer optimizer train_state train_step metrics checkpoint evaluate run signals train
     specialist finetune export generate report estimate target plan main
 """.split()
 READS_EXPERIMENTS = ("config", "main")  # the field list, and the folder of the shipped files

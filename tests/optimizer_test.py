@@ -1,10 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from soup_jax import optimizer, soup, tree
+from soup_jax import merge, optimizer, soup, tree
 from soup_jax.experiments import base
 
 E, M = 4, 3
@@ -14,6 +16,10 @@ def make_config(**fields):
     cfg = base.get_config()
     cfg.update_from_flattened_dict({"num_experts": E, "num_mixtures": M, "num_steps": 100} | fields)
     return cfg
+
+
+def compiled_update(cfg):
+    return jax.jit(functools.partial(optimizer.apply_update, cfg))
 
 
 def make_params(seed=0):
@@ -99,10 +105,11 @@ def test_merged_bank_moves_each_expert_by_its_share_of_the_preconditioned_direct
     o, params = cfg.optimizer, make_params()
     state, nu = optimizer.init_state(cfg, params), np.zeros((6, 5))
     expected = np.asarray(params["bank"]["w"], np.float64)
+    update = compiled_update(cfg)
     for i in range(5):
         grads = make_grads(i)
         lr = float(optimizer.schedule(cfg)(jnp.asarray(i))) * o.bank_lr_scale
-        params, state, _ = optimizer.apply_update(cfg, params, state, grads, jnp.asarray(i))
+        params, state, _ = update(params, state, grads, jnp.asarray(i))
         g = np.asarray(grads.merged["w"], np.float64)
         nu = o.beta2 * nu + (1 - o.beta2) * g.sum(0) ** 2
         direction = g / (np.sqrt(nu / (1 - o.beta2 ** (i + 1))) + o.eps)
@@ -126,14 +133,62 @@ def test_equal_experts_separate_under_merged_and_not_under_adamw_with_softmax():
         cfg = make_config(**{"optimizer.bank": bank, "optimizer.clip_norm": 0.0})
         params = make_params()
         params["bank"] = jax.tree.map(jnp.zeros_like, params["bank"])
-        state = optimizer.init_state(cfg, params)
+        state, update = optimizer.init_state(cfg, params), compiled_update(cfg)
         for i in range(5):
             grads = make_grads(i)._replace(alpha_ME=alpha)
-            params, state, _ = optimizer.apply_update(cfg, params, state, grads, jnp.asarray(i))
+            params, state, _ = update(params, state, grads, jnp.asarray(i))
         w = params["bank"]["w"]
         spreads[bank] = float((w.std(0) / (abs(w).mean(0) + 1e-12)).mean())
     assert spreads["adamw"] < 1e-3
     assert spreads["merged"] > 0.3
+
+
+@pytest.mark.parametrize("flush_every", [2, 3, 7])
+def test_deferred_updates_equal_eager_ones(flush_every):
+    """With decay and clipping; read through what is pending at every step, then flushed. 3 and 7
+    do not divide the number of experts."""
+    options = {"optimizer.clip_norm": 0.5, "optimizer.learning_rate": 0.01}
+    eager_cfg = make_config(**options)
+    cfg = make_config(**options, **{"optimizer.flush_every": flush_every})
+    eager = deferred = make_params()
+    eager_state, state = optimizer.init_state(eager_cfg, eager), optimizer.init_state(cfg, deferred)
+    update, update_eager = compiled_update(cfg), compiled_update(eager_cfg)
+
+    @jax.jit
+    def seen(params, state, grads, alpha_ME):
+        """What merges and coefficients' gradients make of the experts."""
+        pending = optimizer.pending(cfg, state) if "directions" in state["bank"] else None
+        bank = params["bank"]
+        theta_M = merge.merge_many(params["shared"], bank, alpha_ME, pending=pending)
+        return theta_M, soup.coefficient_gradient(grads.merged, bank, alpha_ME, pending=pending)
+
+    for i in range(3 * flush_every + 1):
+        grads = make_grads(i)
+        eager, eager_state, _ = update_eager(eager, eager_state, grads, jnp.asarray(i))
+        deferred, state, _ = update(deferred, state, grads, jnp.asarray(i))
+        other = make_grads(1000 + i)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+            seen(eager, eager_state, other, other.alpha_ME),
+            seen(deferred, state, other, other.alpha_ME),
+        )
+    assert float(abs(deferred["bank"]["w"] - eager["bank"]["w"]).max()) > 1e-4  # something pends
+    flushed, state = optimizer.flush(cfg, deferred, state, jnp.asarray(99))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), flushed, eager)
+    again, _ = optimizer.flush(cfg, flushed, state, jnp.asarray(100))
+    jax.tree.map(np.testing.assert_array_equal, again, flushed)
+
+
+def test_nothing_changes_with_a_bad_gradient_when_updates_are_deferred():
+    cfg = make_config(**{"optimizer.flush_every": 3})
+    params = make_params()
+    state, update = optimizer.init_state(cfg, params), compiled_update(cfg)
+    for i in range(4):
+        params, state, _ = update(params, state, make_grads(i), jnp.asarray(i))
+    grads = make_grads(4)
+    bad = grads._replace(merged=jax.tree.map(lambda g: g * jnp.nan, grads.merged))
+    after = update(params, state, bad, jnp.asarray(4))[:2]
+    jax.tree.map(np.testing.assert_array_equal, after, (params, state))
 
 
 def test_norm_scales_and_biases_do_not_decay():
@@ -167,8 +222,8 @@ def test_schedules():
 def test_clipping_bounds_the_global_norm_with_the_experts_in_it():
     cfg = make_config(**{"optimizer.clip_norm": 1.0})
     params, grads = make_params(), make_grads(0)
-    info = optimizer.apply_update(
-        cfg, params, optimizer.init_state(cfg, params), grads, jnp.asarray(0)
+    info = compiled_update(cfg)(
+        params, optimizer.init_state(cfg, params), grads, jnp.asarray(0)
     )[2]
     bank = jax.tree.map(lambda g: jnp.einsum("ME,M...->E...", grads.alpha_ME, g), grads.merged)
     full = (grads.shared, grads.router, bank)
