@@ -219,17 +219,17 @@ def merged(
         # From what is stored, so that v is updated in place. The barrier keeps the division out of
         # the experts' update, where it would be done once an expert.
         nu = tree.map_named(new_nu, state["nu"])
-        factor = jax.lax.optimization_barrier(jax.tree.map(inverse_root, nu))
-        factor, new_state = tree.flatten(factor), {"nu": nu}
+        direction_M = {
+            path: gradients[path] * inverse_root(v) for path, v in tree.flatten(nu).items()
+        }
+        direction_M = jax.lax.optimization_barrier(direction_M)
 
         def eager(path: str, stack: Array) -> Array:
             decay = weight_decay if decays(path, stack.ndim - 1) else 0.0
 
             def functions(expert_sum: ExpertSum) -> Sequence[Callable[..., Array]]:
                 def new_expert(first: Array | int, expert: Array) -> Array:
-                    # v is common to the mixtures: one multiplication an expert, not one a mixture.
-                    total = expert_sum(alpha_ME, gradients[path], first, expert.shape[0])
-                    moved = lr * factor[path] * total
+                    moved = expert_sum(lr * alpha_ME, direction_M[path], first, expert.shape[0])
                     new = expert.astype(jnp.float32) * (1 - lr * decay) - moved
                     return keep(expert, new, first=first, salt=path)
 
@@ -238,13 +238,13 @@ def merged(
             return _update_stacks(functions, (stack,), num_terms=alpha_ME.shape[0])[0]
 
         if not deferring:
-            return tree.map_named(eager, bank), new_state
+            return tree.map_named(eager, bank), {"nu": nu}
         slot = step % flush_every
         rows = slot * alpha_ME.shape[0]
 
         def new_directions(path: str, old: Array) -> Array:
             row = jax.lax.dynamic_slice_in_dim(old, rows, alpha_ME.shape[0])
-            new = jnp.where(good, gradients[path] * factor[path], row)
+            new = jnp.where(good, direction_M[path], row)
             return jax.lax.dynamic_update_slice_in_dim(old, new, rows, 0)
 
         shrink = 1 - lr * weight_decay
@@ -269,7 +269,7 @@ def merged(
         written = (jnp.arange(scale_E.shape[0]) - first) // size == 0
         written = written & good
         return tree.map_named(leaf, bank), {
-            **new_state,
+            "nu": nu,
             "directions": directions,
             "weight_SE": jnp.where(written, 0.0, weight_SE),
             "scale_E": jnp.where(written, 1.0, scale_E),

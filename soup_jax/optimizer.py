@@ -123,8 +123,13 @@ def apply_update(
     lr = schedule(cfg)(step)
     bank, bank_state, factor = params["bank"], state["bank"], jnp.ones(())
     if bank:
+        # Left to itself a compiler repeats the schedule and the clipping inside the experts' loops.
+        inputs = jax.lax.optimization_barrier(
+            (grads.merged, grads.alpha_ME, lr * o.bank_lr_scale, good)
+        )
+        merged, alpha_ME, bank_lr, apply = inputs
         bank, bank_state = bank_optimizer.from_config(cfg).update(
-            grads.merged, grads.alpha_ME, bank, bank_state, step, lr * o.bank_lr_scale, good
+            merged, alpha_ME, bank, bank_state, step, bank_lr, apply
         )
         power = jnp.abs if o.bank == "adamw" else jnp.square
         factor = 1 + o.bank_lr_scale * power(grads.alpha_ME).sum(-1).mean()
