@@ -104,9 +104,7 @@ def piece_seconds(training, repeats):
     bank = bank_optimizer.from_config(cfg)
 
     def updated(experts, state, merged_gradients, alpha_ME, step):
-        return bank.update(
-            merged_gradients, alpha_ME, experts, state, step, jnp.float32(1e-4)
-        )
+        return bank.update(merged_gradients, alpha_ME, experts, state, step, jnp.float32(1e-4))
 
     where = jax.tree.map(lambda x: x.sharding, (params["bank"], training.state.opt_state["bank"]))
     update = jax.jit(updated, donate_argnums=(0, 1), out_shardings=where)

@@ -12,8 +12,8 @@ dense step of the same round; the floor and overhead / floor; how many times the
 soup's overhead is larger; bytes of temporaries of the compiled step, by the compiler's account.
 
 The floor counts passes over the bank, reading or writing it once: 7 for AdamW (merge; weights and
-two moments read and written), 3 for `merged`, 2 + 2 / T when deferred; a pass takes bytes / w, where
-w is the bandwidth of copying, bytes read and written, measured in the same run (numpy arrays copied
+two moments read and written), 3 for `merged`, 2 + 2 / T when deferred. A pass takes bytes / w;
+w is the bandwidth of copying, bytes read and written, in the same run (numpy arrays copied
 by one thread a core, no memory newly allocated).
 """
 
@@ -105,7 +105,7 @@ def naive_step(training):
     now = [params, state]
 
     def run():
-        now[0], now[1], value = compiled(now[0], now[1], training.batch)
+        now[0], now[1], _ = compiled(now[0], now[1], training.batch)
         return now
 
     training.state = None

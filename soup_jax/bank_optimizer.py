@@ -33,13 +33,6 @@ from ml_collections import ConfigDict
 from soup_jax import experts, merge, rounding, tree
 from soup_jax.shapes import Array, Params
 
-# (coefficients [S, E], leaf [S, ...], first expert, number of experts) -> [number, ...]
-ExpertSum = Callable[[Array, Array, Array | int, int], Array]
-
-# Terms of such a sum up to which a CPU adds them inside the update: no array of the sum exists and
-# all cores take part. Above it, reading the terms anew for every expert costs more.
-_FUSED_TERMS = 8
-
 
 class BankOptimizer(NamedTuple):
     """Pure functions.
@@ -120,7 +113,7 @@ def adamw(
             decay = weight_decay if decays(path, stacks[0].ndim - 1) else 0.0
             keep = functools.partial(_keep, good=good, step=step, stochastic=stochastic)
 
-            def functions(expert_sum: ExpertSum) -> Sequence[Callable[..., Array]]:
+            def functions(expert_sum: experts.ExpertSum) -> Sequence[Callable[..., Array]]:
                 def gradient(first: Array | int, like: Array) -> Array:
                     return expert_sum(alpha_ME, gradients[path], first, like.shape[0])
 
@@ -140,7 +133,7 @@ def adamw(
 
                 return new_mu, new_nu, new_expert
 
-            return _update_stacks(functions, stacks, num_terms=alpha_ME.shape[0])
+            return experts.update_stacks(functions, stacks, num_terms=alpha_ME.shape[0])
 
         new = tree.map_named(leaf, state["mu"], state["nu"], bank)
         return _pick(new, 2), {"mu": _pick(new, 0), "nu": _pick(new, 1)}
@@ -227,7 +220,7 @@ def merged(
         def eager(path: str, stack: Array) -> Array:
             decay = weight_decay if decays(path, stack.ndim - 1) else 0.0
 
-            def functions(expert_sum: ExpertSum) -> Sequence[Callable[..., Array]]:
+            def functions(expert_sum: experts.ExpertSum) -> Sequence[Callable[..., Array]]:
                 def new_expert(first: Array | int, expert: Array) -> Array:
                     moved = expert_sum(lr * alpha_ME, direction_M[path], first, expert.shape[0])
                     new = expert.astype(jnp.float32) * (1 - lr * decay) - moved
@@ -235,7 +228,7 @@ def merged(
 
                 return (new_expert,)
 
-            return _update_stacks(functions, (stack,), num_terms=alpha_ME.shape[0])[0]
+            return experts.update_stacks(functions, (stack,), num_terms=alpha_ME.shape[0])[0]
 
         if not deferring:
             return tree.map_named(eager, bank), {"nu": nu}
@@ -264,7 +257,7 @@ def merged(
             if not deferred(path, stack):
                 return eager(path, stack)
             settle = _settle(path, now, step=step, stochastic=stochastic, good=good)
-            return _update_block(settle, stack, first, size, num_terms=num_slots)
+            return experts.update_block(settle, stack, first, size, num_terms=num_slots)
 
         written = (jnp.arange(scale_E.shape[0]) - first) // size == 0
         written = written & good
@@ -284,7 +277,7 @@ def merged(
             if not deferred(path, stack):
                 return stack
             settle = _settle(path, now, step=step, stochastic=stochastic)
-            return _update_stacks(settle, (stack,), num_terms=num_slots)[0]
+            return experts.update_stacks(settle, (stack,), num_terms=num_slots)[0]
 
         return tree.map_named(leaf, bank), {
             **state,
@@ -297,81 +290,27 @@ def merged(
 
 def _settle(
     path: str, now: merge.Pending, *, step: Array, stochastic: bool, good: Array | bool = True
-) -> Callable[[ExpertSum], Sequence[Callable[..., Array]]]:
-    # Writes to experts what is pending for them.
+) -> Callable[[experts.ExpertSum], Sequence[Callable[..., Array]]]:
+    # Writes to experts what is pending for them; 1 * expert - 0 if not `good`.
     direction_S = tree.flatten(now.directions)[path]
+    scale_E = jnp.where(good, now.scale_E, 1.0)
+    weight_SE = jnp.where(good, now.weight_SE, 0.0)
 
-    def functions(expert_sum: ExpertSum) -> Sequence[Callable[..., Array]]:
+    def functions(expert_sum: experts.ExpertSum) -> Sequence[Callable[..., Array]]:
         def new_expert(first: Array | int, expert: Array) -> Array:
             size = expert.shape[0]
-            scale = jax.lax.dynamic_slice_in_dim(now.scale_E, first, size)
-            scale = scale.reshape(size, *[1] * (expert.ndim - 1))
-            moved = expert_sum(now.weight_SE, direction_S, first, size)
+            scale = experts.columns(scale_E[None], first, size).reshape(
+                size, *[1] * (expert.ndim - 1)
+            )
+            moved = expert_sum(weight_SE, direction_S, first, size)
             new = scale * expert.astype(jnp.float32) - moved
             # A salt of its own: a flush may come between two updates of one step number.
-            return _keep(
-                expert,
-                new,
-                first=first,
-                salt=f"settle/{path}",
-                good=good,
-                step=step,
-                stochastic=stochastic,
-            )
+            seed = _seed(step, f"settle/{path}") if stochastic else None
+            return rounding.store(new, expert.dtype, seed=seed, first=first)
 
         return (new_expert,)
 
     return functions
-
-
-def _dot_sum(coefficient_SE: Array, leaf_S: Array, first: Array | int, size: int) -> Array:
-    part = jax.lax.dynamic_slice_in_dim(coefficient_SE, first, size, axis=1)
-    return jnp.einsum("SE,S...->E...", part, leaf_S, precision="highest")
-
-
-def _fused_sum(coefficient_SE: Array, leaf_S: Array, first: Array | int, size: int) -> Array:
-    part = jax.lax.dynamic_slice_in_dim(coefficient_SE, first, size, axis=1)
-    part = part.reshape(*part.shape, *[1] * (leaf_S.ndim - 1))
-    return sum(part[s] * leaf_S[s] for s in range(leaf_S.shape[0]))
-
-
-def _update_stacks(
-    functions: Callable[[ExpertSum], Sequence[Callable[..., Array]]],
-    stacks: Sequence[Array],
-    *,
-    num_terms: int,
-) -> tuple[Array, ...]:
-    # `functions` builds the arguments of `experts.update_blocks` over a way to form sums.
-    def fused(*stacks: Array) -> tuple[Array, ...]:
-        return experts.update_blocks(
-            functions(_fused_sum), stacks, block_size=max(1, stacks[0].shape[0])
-        )
-
-    def blocks(*stacks: Array) -> tuple[Array, ...]:
-        # Every block reads the terms again: with twice as many experts a block, that is a quarter
-        # of what reading and writing the experts costs.
-        return experts.update_blocks(functions(_dot_sum), stacks, block_size=max(8, 2 * num_terms))
-
-    if num_terms > _FUSED_TERMS:
-        return blocks(*stacks)
-    return jax.lax.platform_dependent(*stacks, cpu=fused, default=blocks)
-
-
-def _update_block(
-    functions: Callable[[ExpertSum], Sequence[Callable[..., Array]]],
-    stack: Array,
-    first: Array,
-    size: int,
-    *,
-    num_terms: int,
-) -> Array:
-    def with_sum(expert_sum: ExpertSum) -> Callable[[Array], Array]:
-        (function,) = functions(expert_sum)
-        return lambda stack: experts.update_block(function, stack, first, size)
-
-    if num_terms > _FUSED_TERMS:
-        return with_sum(_dot_sum)(stack)
-    return jax.lax.platform_dependent(stack, cpu=with_sum(_fused_sum), default=with_sum(_dot_sum))
 
 
 def _keep(
@@ -385,8 +324,12 @@ def _keep(
     first: Array | int = 0,
 ) -> Array:
     # What is stored of float32 values: rounded to the old ones' dtype; the old ones if not `good`.
-    seed = rounding.make_seed(step, zlib.crc32(salt.encode())) if stochastic else None
+    seed = _seed(step, salt) if stochastic else None
     return jnp.where(good, rounding.store(new, old.dtype, seed=seed, first=first), old)
+
+
+def _seed(step: Array, salt: str) -> Array:
+    return rounding.make_seed(step, zlib.crc32(salt.encode()))
 
 
 def _pick(results: Any, index: int) -> Any:

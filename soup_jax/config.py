@@ -137,7 +137,8 @@ AT_LEAST = {  # inclusive lower bounds
         model.num_layers model.dim model.num_heads model.num_kv_heads model.hidden_dim embed.dim
         embed.max_features embed.fit_documents embed.max_chars corpus.max_chars
         tokenizer.train_bytes domain_weights.support_size domain_weights.min_support_size
-        optimizer.grad_accumulation optimizer.flush_every evaluate.batch_size log.every_steps checkpoint.keep_latest
+        optimizer.grad_accumulation optimizer.flush_every evaluate.batch_size log.every_steps
+        checkpoint.keep_latest
         checkpoint.async_timeout_secs distributed.init_timeout_secs""".split(),
         1,
     ),

@@ -14,6 +14,13 @@ from soup_jax.shapes import Array, Params
 
 RULES = ("dense", "none")
 
+# (coefficients [S, E], leaf [S, ...], first expert, number of experts) -> [number, ...]
+ExpertSum = Callable[[Array, Array, Array | int, int], Array]
+
+# Terms of such a sum up to which a CPU adds them inside the update: no array of the sum exists and
+# all cores take part. Above it, reading the terms anew for every expert costs more.
+_FUSED_TERMS = 8
+
 
 def expert_paths(rules: Sequence[tuple[str, str]], shared: Params) -> list[str]:
     """Paths of the leaves that get experts.
@@ -62,21 +69,12 @@ def num_experts(bank: Params) -> int:
     return leaves[0].shape[0] if leaves else 0
 
 
-def update_blocks(
+def _update_blocks(
     functions: Sequence[Callable[..., Array]], stacks: Sequence[Array], *, block_size: int
 ) -> tuple[Array, ...]:
-    """Replace stacks [E, ...] block by block of experts, in place where their buffers are donated.
-
-    What the functions need in between then exists for one block at a time: temporaries do not grow
-    with the number of experts.
-
-    Args:
-      functions: one per stack, (first expert of the block, *blocks) -> new block of its stack, of
-        the same shape and dtype. They are applied in order and see the new blocks of those before:
-        if each were computed from the old blocks of all, XLA would copy whole stacks on CPUs.
-      stacks: of the same E.
-      block_size: experts in a block; the last one may be smaller.
-    """
+    # What the functions need in between exists for one block at a time, so that temporaries do not
+    # grow with the number of experts. Each sees the new blocks of those before it: if all were
+    # computed from old blocks, XLA would copy whole stacks on CPUs.
     num = stacks[0].shape[0]
 
     def step(first: Array | int, size: int, stacks: Sequence[Array]) -> tuple[Array, ...]:
@@ -97,10 +95,79 @@ def update_blocks(
     return stacks
 
 
+def columns(coefficient_SE: Array, first: Array | int, size: int) -> Array:
+    """Columns first..first+size-1 of coefficients [S, E]; `first` may be traced.
+
+    By a product, which is exact: a slice would be taken anew for every element by the loop that
+    uses it, and keep that from vector instructions.
+    """
+    if isinstance(first, int):
+        return coefficient_SE[:, first : first + size]
+    expert_E = jnp.arange(coefficient_SE.shape[1])[:, None]
+    chosen = (expert_E == first + jnp.arange(size)).astype(coefficient_SE.dtype)
+    return jnp.dot(coefficient_SE, chosen, precision="highest")
+
+
+def _dot_sum(coefficient_SE: Array, leaf_S: Array, first: Array | int, size: int) -> Array:
+    part = columns(coefficient_SE, first, size)
+    return jnp.einsum("SE,S...->E...", part, leaf_S, precision="highest")
+
+
+def _fused_sum(coefficient_SE: Array, leaf_S: Array, first: Array | int, size: int) -> Array:
+    part = columns(coefficient_SE, first, size)
+    part = part.reshape(*part.shape, *[1] * (leaf_S.ndim - 1))
+    return sum(part[s] * leaf_S[s] for s in range(leaf_S.shape[0]))
+
+
+def update_stacks(
+    functions: Callable[[ExpertSum], Sequence[Callable[..., Array]]],
+    stacks: Sequence[Array],
+    *,
+    num_terms: int,
+) -> tuple[Array, ...]:
+    """Replace stacks [E, ...] in place, where their buffers are donated, by functions of sums over
+    a few arrays of one leaf's shape, in the way that suits the platform.
+
+    Args:
+      functions: way to form such sums -> one function per stack, (first expert, *blocks of experts)
+        -> new block of its stack. They are applied in order and see the new blocks of those
+        before.
+      stacks: of the same E.
+      num_terms: S, how many arrays a sum is over.
+    """
+
+    def fused(*stacks: Array) -> tuple[Array, ...]:
+        return _update_blocks(functions(_fused_sum), stacks, block_size=stacks[0].shape[0])
+
+    def blocks(*stacks: Array) -> tuple[Array, ...]:
+        # Every block reads the terms again: with twice as many experts a block, that is a quarter
+        # of what reading and writing the experts costs.
+        return _update_blocks(functions(_dot_sum), stacks, block_size=max(8, 2 * num_terms))
+
+    if num_terms > _FUSED_TERMS:
+        return blocks(*stacks)
+    return jax.lax.platform_dependent(*stacks, cpu=fused, default=blocks)
+
+
 def update_block(
-    function: Callable[[Array, Array], Array], stack: Array, first: Array, size: int
+    functions: Callable[[ExpertSum], Sequence[Callable[..., Array]]],
+    stack: Array,
+    first: Array,
+    size: int,
+    *,
+    num_terms: int,
 ) -> Array:
-    """Replace experts first..first+size-1 of a stack [E, ...] by `function(first, block)`, in place
-    where its buffer is donated; `first` may be traced."""
-    block = jax.lax.dynamic_slice_in_dim(stack, first, size)
-    return jax.lax.dynamic_update_slice_in_dim(stack, function(first, block), first, 0)
+    """`update_stacks` for the experts first..first+size-1 of one stack; `first` may be traced."""
+
+    def with_sum(expert_sum: ExpertSum) -> Callable[[Array], Array]:
+        (function,) = functions(expert_sum)
+
+        def update(stack: Array) -> Array:
+            block = function(first, jax.lax.dynamic_slice_in_dim(stack, first, size))
+            return jax.lax.dynamic_update_slice_in_dim(stack, block, first, 0)
+
+        return update
+
+    if num_terms > _FUSED_TERMS:
+        return with_sum(_dot_sum)(stack)
+    return jax.lax.platform_dependent(stack, cpu=with_sum(_fused_sum), default=with_sum(_dot_sum))

@@ -99,9 +99,7 @@ def inner(leaf_M: Array, leaf_E: Array, *, whole: bool = False) -> Array:
     def flat(leaf_M: Array, leaf_E: Array) -> Array:
         # Without this reshape a CPU would transpose a copy of leaf_M.
         rows_M, rows_E = (x.reshape(x.shape[0], -1) for x in (leaf_M, leaf_E))
-        return jnp.dot(
-            rows_E, rows_M.T, precision="highest", preferred_element_type=jnp.float32
-        ).T
+        return jnp.dot(rows_E, rows_M.T, precision="highest", preferred_element_type=jnp.float32).T
 
     def product(leaf_M: Array, leaf_E: Array) -> Array:
         # The bank comes first: as the second operand XLA would transpose a copy of it. No reshape,

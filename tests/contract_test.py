@@ -112,10 +112,10 @@ def test_accumulated_gradients_lie_on_slices():
     assert two.temporaries - one.temporaries < 0.7 * one.merged_bytes()
 
 
-@pytest.mark.parametrize("bank", ["merged", "adamw"])
-def test_cpu_step_keeps_no_second_bank(bank):
+@pytest.mark.parametrize(("bank", "flush_every"), [("merged", 1), ("merged", 2), ("adamw", 1)])
+def test_cpu_step_keeps_no_second_bank(bank, flush_every):
     """In float32: of a bfloat16 bank a CPU makes float32 copies to multiply."""
-    fields = {"model.dim": 128, "optimizer.bank": bank}
+    fields = {"model.dim": 128, "optimizer.bank": bank, "optimizer.flush_every": flush_every}
     few, many = pair(jax.devices(), num_mixtures=AS_MANY, **fields)
     assert many.temporaries - few.temporaries < many.largest_bank_leaf()
 

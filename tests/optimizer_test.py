@@ -222,9 +222,7 @@ def test_schedules():
 def test_clipping_bounds_the_global_norm_with_the_experts_in_it():
     cfg = make_config(**{"optimizer.clip_norm": 1.0})
     params, grads = make_params(), make_grads(0)
-    info = compiled_update(cfg)(
-        params, optimizer.init_state(cfg, params), grads, jnp.asarray(0)
-    )[2]
+    info = compiled_update(cfg)(params, optimizer.init_state(cfg, params), grads, jnp.asarray(0))[2]
     bank = jax.tree.map(lambda g: jnp.einsum("ME,M...->E...", grads.alpha_ME, g), grads.merged)
     full = (grads.shared, grads.router, bank)
     np.testing.assert_allclose(info.grad_norm, optax.tree.norm(full), rtol=1e-5)
