@@ -7,7 +7,7 @@
   expert has state of its own.
 - `merged` with deferred updates (`flush_every` = T > 1): these updates are of rank M, so instead of
   rewriting all experts at every step the last T M directions D are kept beside the bank
-  (`merge.Pending`), and each step writes what is due to E / T of the experts in turn. No step
+  (see `pending`), and each step writes what is due to E / T of the experts in turn. No step
   costs more than another, and a step reads the bank twice and writes 1 / T of it.
 
 Cost per step, in passes over the bank (reading it is one, writing it is another), with the two that
@@ -30,7 +30,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from soup_jax import experts, merge, rounding, tree
+from soup_jax import experts, rounding, tree
+from soup_jax import pending as pending_lib
+from soup_jax.pending import Pending
 from soup_jax.shapes import Array, Params
 
 
@@ -48,7 +50,7 @@ class BankOptimizer(NamedTuple):
 
     init: Callable[[Params], Any]
     update: Callable[..., tuple[Params, Any]]
-    pending: Callable[[Any], merge.Pending | None] = lambda state: None
+    pending: Callable[[Any], Pending | None] = lambda state: None
     flush: Callable[[Params, Any, Array], tuple[Params, Any]] = lambda bank, state, step: (
         bank,
         state,
@@ -161,32 +163,19 @@ def merged(
       num_mixtures: M; read only if T > 1.
       others: as of `adamw`.
     """
-    num_slots = flush_every * num_mixtures
     deferring = flush_every > 1
-
-    def deferred(path: str, stack: Array) -> bool:
-        return deferring and decays(path, stack.ndim - 1)
 
     def init(bank: Params) -> Any:
         state = {"nu": jax.tree.map(lambda x: jnp.zeros(x.shape[1:], moment_dtype), bank)}
         if deferring:
-            stacks = tree.flatten(bank)
-            state["directions"] = tree.unflatten(
-                {
-                    path: jnp.zeros((num_slots, *x.shape[1:]), jnp.float32)
-                    for path, x in stacks.items()
-                    if deferred(path, x)
-                }
-            )
-            num = experts.num_experts(bank)
-            state["weight_SE"] = jnp.zeros((num_slots, num))
-            state["scale_E"] = jnp.ones((num,))
+            paths = [path for path, x in tree.flatten(bank).items() if decays(path, x.ndim - 1)]
+            num_slots = flush_every * num_mixtures
+            late = pending_lib.nothing(bank, paths, num_slots=num_slots)
+            state |= late._asdict()
         return state
 
-    def pending(state: Any) -> merge.Pending | None:
-        if not deferring:
-            return None
-        return merge.Pending(state["directions"], state["weight_SE"], state["scale_E"])
+    def pending(state: Any) -> Pending | None:
+        return Pending(*(state[name] for name in Pending._fields)) if deferring else None
 
     def update(
         merged: Params,
@@ -197,120 +186,108 @@ def merged(
         lr: Array,
         good: Array | bool = True,
     ) -> tuple[Params, Any]:
-        gradients = tree.flatten(merged)
-        correct2 = 1 - beta2 ** (step.astype(jnp.float32) + 1)
         keep = functools.partial(_keep, good=good, step=step, stochastic=stochastic)
-
-        def new_nu(path: str, old: Array) -> Array:
-            square = jnp.square(gradients[path].sum(0))
-            new = beta2 * old.astype(jnp.float32) + (1 - beta2) * square
-            return keep(old, new, salt=f"nu/{path}")
-
-        def inverse_root(nu: Array) -> Array:
-            return 1 / (jnp.sqrt(nu.astype(jnp.float32) / correct2) + eps)
-
-        # From what is stored, so that v is updated in place. The barrier keeps the division out of
-        # the experts' update, where it would be done once an expert.
-        nu = tree.map_named(new_nu, state["nu"])
-        direction_M = {
-            path: gradients[path] * inverse_root(v) for path, v in tree.flatten(nu).items()
-        }
-        direction_M = jax.lax.optimization_barrier(direction_M)
+        correct2 = 1 - beta2 ** (step.astype(jnp.float32) + 1)
+        nu, direction_M = _directions(
+            merged, state["nu"], correct2, beta2=beta2, eps=eps, keep=keep, good=good
+        )
+        store = _bank_store(step, stochastic)
 
         def eager(path: str, stack: Array) -> Array:
-            decay = weight_decay if decays(path, stack.ndim - 1) else 0.0
+            decaying = decays(path, stack.ndim - 1)
+            if deferring and decaying:
+                return stack
+            shrink = jnp.where(good, 1 - lr * weight_decay * decaying, 1.0)
+            return _move(path, stack, direction_M[path], lr * alpha_ME, shrink, store)
 
-            def functions(expert_sum: experts.ExpertSum) -> Sequence[Callable[..., Array]]:
-                def new_expert(first: Array | int, expert: Array) -> Array:
-                    moved = expert_sum(lr * alpha_ME, direction_M[path], first, expert.shape[0])
-                    new = expert.astype(jnp.float32) * (1 - lr * decay) - moved
-                    return keep(expert, new, first=first, salt=path)
-
-                return (new_expert,)
-
-            return experts.update_stacks(functions, (stack,), num_terms=alpha_ME.shape[0])[0]
-
+        bank = tree.map_named(eager, bank)
         if not deferring:
-            return tree.map_named(eager, bank), {"nu": nu}
-        slot = step % flush_every
-        rows = slot * alpha_ME.shape[0]
-
-        def new_directions(path: str, old: Array) -> Array:
-            row = jax.lax.dynamic_slice_in_dim(old, rows, alpha_ME.shape[0])
-            new = jnp.where(good, direction_M[path], row)
-            return jax.lax.dynamic_update_slice_in_dim(old, new, rows, 0)
-
-        shrink = 1 - lr * weight_decay
-        weight_SE = jax.lax.dynamic_update_slice_in_dim(
-            shrink * state["weight_SE"], lr * alpha_ME, rows, 0
+            return bank, {"nu": nu}
+        turn = step % flush_every
+        late, shrink = pending(state), 1 - lr * weight_decay
+        late = pending_lib.defer(
+            late, direction_M, lr * alpha_ME, shrink=shrink, slot=turn, good=good
         )
-        weight_SE = jnp.where(good, weight_SE, state["weight_SE"])
-        scale_E = jnp.where(good, shrink * state["scale_E"], state["scale_E"])
-        directions = tree.map_named(new_directions, state["directions"])
-        now = merge.Pending(directions, weight_SE, scale_E)
-        # The experts of a slot are written in the step that fills it, so T steps later, when the
-        # slot is filled again, nothing of it is pending for any expert.
-        size = -(-scale_E.shape[0] // flush_every)
-        first = jnp.minimum(slot * size, scale_E.shape[0] - size)
-
-        def leaf(path: str, stack: Array) -> Array:
-            if not deferred(path, stack):
-                return eager(path, stack)
-            settle = _settle(path, now, step=step, stochastic=stochastic, good=good)
-            return experts.update_block(settle, stack, first, size, num_terms=num_slots)
-
-        written = (jnp.arange(scale_E.shape[0]) - first) // size == 0
-        written = written & good
-        return tree.map_named(leaf, bank), {
-            "nu": nu,
-            "directions": directions,
-            "weight_SE": jnp.where(written, 0.0, weight_SE),
-            "scale_E": jnp.where(written, 1.0, scale_E),
-        }
+        # In the turn that fills a slot: it is empty again when it is filled next, T turns later.
+        bank, late = pending_lib.write_turn(
+            late, bank, turn=turn, num_turns=flush_every, good=good, store=store
+        )
+        return bank, {"nu": nu, **late._asdict()}
 
     def flush(bank: Params, state: Any, step: Array) -> tuple[Params, Any]:
-        now = pending(state)
-        if now is None:
+        if not deferring:
             return bank, state
-
-        def leaf(path: str, stack: Array) -> Array:
-            if not deferred(path, stack):
-                return stack
-            settle = _settle(path, now, step=step, stochastic=stochastic)
-            return experts.update_stacks(settle, (stack,), num_terms=num_slots)[0]
-
-        return tree.map_named(leaf, bank), {
-            **state,
-            "weight_SE": jnp.zeros_like(state["weight_SE"]),
-            "scale_E": jnp.ones_like(state["scale_E"]),
-        }
+        store = _bank_store(step, stochastic)
+        bank, late = pending_lib.write_all(pending(state), bank, store=store)
+        return bank, {**state, **late._asdict()}
 
     return BankOptimizer(init, update, pending, flush)
 
 
-def _settle(
-    path: str, now: merge.Pending, *, step: Array, stochastic: bool, good: Array | bool = True
-) -> Callable[[experts.ExpertSum], Sequence[Callable[..., Array]]]:
-    # Writes to experts what is pending for them; 1 * expert - 0 if not `good`.
-    direction_S = tree.flatten(now.directions)[path]
-    scale_E = jnp.where(good, now.scale_E, 1.0)
-    weight_SE = jnp.where(good, now.weight_SE, 0.0)
+def _directions(
+    merged: Params,
+    nu: Params,
+    correct2: Array,
+    *,
+    beta2: float,
+    eps: float,
+    keep: Callable[..., Array],
+    good: Array | bool,
+) -> tuple[Params, dict[str, Array]]:
+    # (new second moment, D_M by path); D_M is zero if not `good`.
+    gradients = tree.flatten(merged)
 
+    def new_nu(path: str, old: Array) -> Array:
+        square = jnp.square(gradients[path].sum(0))
+        new = beta2 * old.astype(jnp.float32) + (1 - beta2) * square
+        return keep(old, new, salt=f"nu/{path}")
+
+    def directions(nu: Params) -> dict[str, Array]:
+        return {
+            path: gradients[path] / (jnp.sqrt(v.astype(jnp.float32) / correct2) + eps)
+            for path, v in tree.flatten(nu).items()
+        }
+
+    def masked(nu: Params) -> dict[str, Array]:
+        return jax.tree.map(lambda d: jnp.where(good, d, 0.0), directions(nu))
+
+    def apart(nu: Params) -> dict[str, Array]:
+        # A branch: else the loops over experts would compute them again for every expert.
+        shapes = jax.eval_shape(directions, nu)
+        zeros = jax.tree.map(lambda d: jnp.zeros(d.shape, d.dtype), shapes)
+        return jax.lax.cond(good, directions, lambda nu: zeros, nu)
+
+    # From what is stored of v, so that it is updated in place.
+    nu = tree.map_named(new_nu, nu)
+    return nu, jax.lax.platform_dependent(nu, cpu=apart, default=masked)
+
+
+def _move(
+    path: str,
+    stack: Array,
+    direction_M: Array,
+    weight_ME: Array,
+    shrink: Array,
+    store: pending_lib.Store,
+) -> Array:
+    # shrink * E_e - sum_m weight_me D_m
     def functions(expert_sum: experts.ExpertSum) -> Sequence[Callable[..., Array]]:
         def new_expert(first: Array | int, expert: Array) -> Array:
-            size = expert.shape[0]
-            scale = experts.columns(scale_E[None], first, size).reshape(
-                size, *[1] * (expert.ndim - 1)
-            )
-            moved = expert_sum(weight_SE, direction_S, first, size)
-            new = scale * expert.astype(jnp.float32) - moved
-            # A salt of its own: a flush may come between two updates of one step number.
-            seed = _seed(step, f"settle/{path}") if stochastic else None
-            return rounding.store(new, expert.dtype, seed=seed, first=first)
+            moved = expert_sum(weight_ME, direction_M, first, expert.shape[0])
+            return store(path, shrink * expert.astype(jnp.float32) - moved, expert, first)
 
         return (new_expert,)
 
-    return functions
+    return experts.update_stacks(functions, (stack,), num_terms=weight_ME.shape[0])[0]
+
+
+def _bank_store(step: Array, stochastic: bool) -> pending_lib.Store:
+    def store(path: str, new: Array, old: Array, first: Array | int) -> Array:
+        # A salt of its own: a flush may come between two updates of one step number.
+        seed = _seed(step, f"bank/{path}") if stochastic else None
+        return rounding.store(new, old.dtype, seed=seed, first=first)
+
+    return store
 
 
 def _keep(

@@ -6,29 +6,14 @@ resharded from slices to mixture groups (see `sharding`).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from soup_jax import sharding, tree
+from soup_jax.pending import Pending
 from soup_jax.shapes import Array, Params
-
-
-class Pending(NamedTuple):
-    """Updates that the bank still lacks: expert e is scale_e * bank_e - sum_s weight_se D_s.
-
-    Attributes:
-      directions: D, leaves [S, ...], float32; a subset of the bank's leaves, the others lack
-        nothing.
-      weight_SE: float32.
-      scale_E: float32.
-    """
-
-    directions: Params
-    weight_SE: Array
-    scale_E: Array
 
 
 def merge_many(

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from soup_jax import bank_optimizer, merge, soup, tree
+from soup_jax import bank_optimizer, soup, tree
 from soup_jax.bank_optimizer import decays
+from soup_jax.pending import Pending
 from soup_jax.shapes import Array, Params
 
 Schedule = Callable[[Array], Array]
@@ -145,7 +146,7 @@ def apply_update(
     return {**new, "bank": bank}, {"base": base_state, "bank": bank_state}, info
 
 
-def pending(cfg: ConfigDict, state: Any) -> merge.Pending | None:
+def pending(cfg: ConfigDict, state: Any) -> Pending | None:
     """Updates that the bank lacks, of an optimizer state; None if it never lacks any."""
     if not state["bank"]:
         return None

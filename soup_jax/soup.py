@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from soup_jax import experts, merge, router, sharding, tree
 from soup_jax.errors import UserError
 from soup_jax.model import BaseModel
+from soup_jax.pending import Pending
 from soup_jax.shapes import Array, Params, check_shapes
 
 
@@ -141,7 +142,7 @@ def value_and_grad(
     mesh: Mesh | None = None,
     num_micro: int = 1,
     gather: str = "step",
-    pending: merge.Pending | None = None,
+    pending: Pending | None = None,
 ) -> tuple[tuple[Array, Any], SoupGrads, Array]:
     """Loss, factored gradients and alpha of one batch of M mixtures.
 
@@ -212,7 +213,7 @@ def coefficient_gradient(
     alpha_ME: Array,
     *,
     mesh: Mesh | None = None,
-    pending: merge.Pending | None = None,
+    pending: Pending | None = None,
 ) -> Array:
     """dalpha_me = sum over leaves of <G_m, E_e>, float32 [M, E]; experts with what is pending."""
     gradients = tree.flatten(merged)

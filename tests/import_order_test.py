@@ -19,7 +19,7 @@ MODULES = """
     shapes tree mesh sharding distributed
     tokenizer corpus embed domains windows histogram request shards prepare
     domain_weights sampler loader
-    rounding llama model experts router merge soup loss
+    rounding llama model experts pending router merge soup loss
     bank_optimizer optimizer train_state train_step metrics checkpoint evaluate run signals train
     specialist finetune export generate report estimate target plan main
 """.split()
