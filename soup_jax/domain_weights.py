@@ -15,7 +15,9 @@ from domain k with probability `h_MK[m, k]`. pi is a mixture of four components:
 Domains without training windows are never drawn.
 """
 
+import bisect
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -48,37 +50,69 @@ class MetaDistribution:
     rows_RK: np.ndarray | None = None
     support_exponent: float = 0.0
 
-    def sample(self, rng: np.random.Generator) -> np.ndarray:
-        """One h [K], float64, non-negative, summing to 1."""
-        component = rng.choice(4, p=self.probabilities)
+    def draw(self, rng: np.random.Generator, h_K: np.ndarray) -> bool:
+        """Fill zeros `h_K` with weights; True if they have yet to be divided by their sum."""
+        component = bisect.bisect_right(self._thresholds, rng.random())
         if component == 0:
-            return self._sparse(rng)
-        if component == 1:
-            return self.frequencies_K.copy()
-        if component == 2:
-            return self._dirichlet(rng)
-        return self.rows_RK[rng.integers(len(self.rows_RK))].copy()
+            self._sparse(rng, h_K)
+        elif component == 1:
+            h_K[:] = self.frequencies_K
+        elif component == 2:
+            # Gammas of a shape far below 1 underflow to zero, all at worst: floor the shapes.
+            shapes = np.maximum(self.concentration * self.frequencies_K[self._available], 1e-2)
+            h_K[self._available] = rng.dirichlet(shapes)
+        else:
+            h_K[:] = self.rows_RK[rng.integers(len(self.rows_RK))]
+        return component == 0
 
-    def _sparse(self, rng: np.random.Generator) -> np.ndarray:
-        available = np.flatnonzero(self.frequencies_K)
+    # The rest is plain Python where NumPy would do: these are a few numbers among thousands of
+    # domains, and each call on a long array lets go of the interpreter, for which the threads that
+    # read are waiting. What takes long is kept instead of computed for every draw.
+
+    def _sparse(self, rng: np.random.Generator, h_K: np.ndarray) -> None:
         low, high = self.min_support_size, self.support_size
         size = low
         if high > low:
             size = int(math.exp(rng.uniform(math.log(low), math.log(high + 1))))
-        size = min(size, high, len(available))
-        chances = self.frequencies_K[available] ** self.support_exponent
-        support = rng.choice(available, size=size, replace=False, p=chances / chances.sum())
-        h_K = np.zeros_like(self.frequencies_K)
-        h_K[support] = 1 - rng.random(size)  # (0, 1]: no domain of the support gets weight zero
-        return h_K / h_K.sum()
+        size = min(size, high, self._num_chances)
+        support = self._available[self._draw_different(rng, size)]
+        h_K[support] = [1 - rng.random() for _ in range(size)]  # (0, 1]: none gets weight zero
 
-    def _dirichlet(self, rng: np.random.Generator) -> np.ndarray:
-        available = np.flatnonzero(self.frequencies_K)
-        # Gammas of a shape far below 1 underflow to zero, all of them at worst: floor the shapes.
-        shapes = np.maximum(self.concentration * self.frequencies_K[available], 1e-2)
-        h_K = np.zeros_like(self.frequencies_K)
-        h_K[available] = rng.dirichlet(shapes)
-        return h_K
+    def _draw_different(self, rng: np.random.Generator, size: int) -> list[int]:
+        # The draws of `Generator.choice(replace=False, p=chances)`, which checks and sums all
+        # chances anew each time. Written out, they cannot change with the version of NumPy either.
+        found: list[int] = []
+        thresholds = self._chance_thresholds
+        while len(found) < size:
+            draws = [rng.random() for _ in range(size - len(found))]
+            if found:  # some were drawn twice: draw the rest from what is left
+                chances = self._chances.copy()
+                chances[found] = 0
+                thresholds = memoryview(_thresholds(chances))
+            # Each once, in the order of their first draw.
+            found += dict.fromkeys(bisect.bisect_right(thresholds, u) for u in draws)
+        return found
+
+    @functools.cached_property
+    def _thresholds(self) -> list[float]:
+        return _thresholds(np.asarray(self.probabilities)).tolist()
+
+    @functools.cached_property
+    def _available(self) -> np.ndarray:
+        return np.flatnonzero(self.frequencies_K)
+
+    @functools.cached_property
+    def _chances(self) -> np.ndarray:
+        chances = self.frequencies_K[self._available] ** self.support_exponent
+        return chances / chances.sum()
+
+    @functools.cached_property
+    def _chance_thresholds(self) -> list[float]:
+        return _thresholds(self._chances).tolist()
+
+    @functools.cached_property
+    def _num_chances(self) -> int:
+        return np.count_nonzero(self._chances)
 
     def fingerprint(self) -> str:
         """Hash of everything that determines the draws."""
@@ -138,4 +172,13 @@ def sample_domain_weights(
     meta: MetaDistribution, rng: np.random.Generator, *, num_mixtures: int
 ) -> np.ndarray:
     """h_MK: independent draws from pi, float64 [M, K]."""
-    return np.stack([meta.sample(rng) for _ in range(num_mixtures)])
+    h_MK = np.zeros((num_mixtures, len(meta.frequencies_K)))
+    unfinished_M = np.array([meta.draw(rng, h_K) for h_K in h_MK])
+    h_MK /= np.where(unfinished_M, h_MK.sum(axis=1), 1)[:, None]
+    return h_MK
+
+
+def _thresholds(chances: np.ndarray) -> np.ndarray:
+    # Dividing by the last value makes it exactly 1, above any draw from [0, 1).
+    cumulative = np.cumsum(chances, dtype=np.float64)
+    return cumulative / cumulative[-1]

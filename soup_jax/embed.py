@@ -14,6 +14,7 @@ with sublinear counts, and a truncated SVD. To add a kind: one class with the me
 import json
 import os
 import pathlib
+import re
 import threading
 import time
 import warnings
@@ -66,7 +67,7 @@ class TfidfSvd:
         self._idf = np.ascontiguousarray(idf, dtype=np.float32)
         self._components = np.ascontiguousarray(components, dtype=np.float32)
         self._projection = np.ascontiguousarray(self._components.T)
-        self._counter = _counter(self._terms)
+        self._counter = TermCounter(self._terms)
         self.dim = self._components.shape[0]
         self.hash = files.sha256_bytes(
             files.json_text([self.kind, self._terms, max_chars]).encode()
@@ -219,16 +220,72 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _counter(terms: Sequence[str] | None, max_features: int | None = None) -> Any:
+def _vectorizer(max_features: int) -> Any:
     from sklearn.feature_extraction.text import CountVectorizer
 
     return CountVectorizer(
         token_pattern=_TOKEN_PATTERN,
         ngram_range=(1, 2),
-        vocabulary=None if terms is None else {term: i for i, term in enumerate(terms)},
         max_features=max_features,
         dtype=np.float32,
     )
+
+
+class TermCounter:
+    """Counts of the words and word pairs `terms` [F] in texts: a CountVectorizer that knows them.
+
+    That one looks up every pair by its text, which it has to put together, and most are not among
+    the terms. Here words become numbers and pairs of numbers are found in a sorted array; the
+    result is the same at about twice the speed.
+    """
+
+    def __init__(self, terms: Sequence[str]):
+        split = [term.split(" ") for term in terms]
+        words = dict.fromkeys(word for term in split for word in term)
+        self._number = {word: i for i, word in enumerate(words)}
+        self._unknown, self._num_terms = len(words), len(terms)  # one number for all other words
+        self._find = re.compile(_TOKEN_PATTERN).findall
+        self._column = np.full(len(words) + 1, -1)  # of a word that is a term by itself
+        pairs = []
+        for column, numbers in enumerate([self._number[word] for word in term] for term in split):
+            if len(numbers) == 1:
+                self._column[numbers[0]] = column
+            else:
+                pairs.append((*numbers, column))
+        first, second, self._pair_column = np.array(sorted(pairs), np.int64).reshape(-1, 3).T
+        self._pair = first * len(self._column) + second
+        self._is_first, self._is_second = np.zeros((2, len(self._column)), bool)
+        self._is_first[first] = self._is_second[second] = True
+
+    def transform(self, texts: Sequence[str]) -> Any:
+        """float32 sparse [n, F], columns ascending in every row."""
+        import scipy.sparse
+
+        numbers: list[int] = []
+        ends = [0]
+        for text in texts:
+            words = self._find(text.lower())
+            numbers += [self._number.get(word, self._unknown) for word in words]
+            numbers.append(self._unknown)  # so that no pair reaches into the next text
+            ends.append(len(numbers))
+        word = np.array(numbers, np.int64)
+        row = np.repeat(np.arange(len(texts)), np.diff(ends))
+        single = np.flatnonzero(self._column[word] >= 0)
+        double = np.flatnonzero(self._is_first[word[:-1]] & self._is_second[word[1:]])
+        pair = word[double] * len(self._column) + word[double + 1]
+        place = np.searchsorted(self._pair, pair)
+        known = self._pair.take(place, mode="clip") == pair
+        double, place = double[known], place[known]
+        cells = np.concatenate(
+            [
+                row[single] * self._num_terms + self._column[word[single]],
+                row[double] * self._num_terms + self._pair_column[place],
+            ]
+        )
+        cells, counts = np.unique(cells, return_counts=True)
+        starts = np.searchsorted(cells, np.arange(len(texts) + 1) * self._num_terms)
+        parts = (counts.astype(np.float32), cells % self._num_terms, starts)
+        return scipy.sparse.csr_matrix(parts, shape=(len(texts), self._num_terms))
 
 
 def _choose_terms(texts: Sequence[str], max_features: int) -> list[str]:
@@ -238,7 +295,7 @@ def _choose_terms(texts: Sequence[str], max_features: int) -> list[str]:
         chars += len(sample[-1])
         if chars > _VOCABULARY_CHARS:
             break
-    counter = _counter(None, max_features)
+    counter = _vectorizer(max_features)
     try:
         counter.fit(sample)
     except ValueError as e:  # "empty vocabulary"
@@ -262,4 +319,4 @@ def _count(texts: Sequence[str], terms: Sequence[str], num_workers: int) -> Any:
 
 
 def _count_batch(texts: Sequence[str], vocabulary: str) -> Any:
-    return _counter(json.loads(vocabulary)).transform(texts)
+    return TermCounter(json.loads(vocabulary)).transform(texts)

@@ -1,7 +1,7 @@
 """From the sampling plan to device arrays: grain reads, batches and prefetches.
 
 1. SamplingPlan: step -> (h, domain, window) of all B rows, the same on every process
-2. BatchSource: step -> this process's rows as NumPy arrays (one batched ArrayRecord read)
+2. BatchSource: step -> this process's rows as NumPy arrays (soup_jax/windows.py)
 3. grain: BatchSource in step order, read ahead by threads
 4. `to_device`: local rows -> arrays sharded over the mesh
 

@@ -178,16 +178,18 @@ def encode_shard(
     tokenizer, embedder = _tools(directory, version)
     shard = load(source)
     texts = list(texts_of(shard, np.arange(len(shard["split"]))))
+    tokens, ends = encode_tokens(tokenizer, texts)
+    save(target, {"tokens": tokens, "ends": ends, "embeddings": embedder.embed(texts)})
+
+
+def encode_tokens(
+    tokenizer: tokenizer_lib.Tokenizer, texts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The token ids of all texts, EOS after each, and int64 [n] where each of them ends."""
     dtype = windows.token_dtype(tokenizer.vocab_size)
     tokens = [np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_batch(texts)]
-    save(
-        target,
-        {
-            "tokens": np.concatenate([np.zeros(0, dtype), *tokens]),
-            "ends": np.cumsum([len(ids) for ids in tokens], dtype=np.int64),
-            "embeddings": embedder.embed(texts),
-        },
-    )
+    ends = np.cumsum([len(ids) for ids in tokens], dtype=np.int64)
+    return np.concatenate([np.zeros(0, dtype), *tokens]), ends
 
 
 def group_shard(

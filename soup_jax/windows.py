@@ -45,6 +45,8 @@ DATASET = "windows"
 FILE_BYTES = 128 << 20
 # One record per chunk, so that a random read decompresses nothing but its record.
 _WRITER_OPTIONS = "group_size:1"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random reads
+_READER_BUFFER = 4096  # bytes: about one record
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -210,14 +212,33 @@ def write_metadata(directory: pathlib.Path, layout: Layout) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """What ArrayRecordDataSource wants to know of a file, so that it need not open all of them."""
+class _Records:
+    """The records of a split by number, from all its files; for any number of threads.
 
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
+    ArrayRecord's own data source starts a thread for every file that a batch touches, and its read
+    of a list of records passes over the index of the whole file. A range has neither cost.
+    """
+
+    def __init__(self, directory: pathlib.Path, window_files: Sequence[dict[str, Any]]):
+        self._paths = [str(directory / file["name"]) for file in window_files]
+        self._ends = np.cumsum([file["windows"] for file in window_files])
+        self._readers: dict[int, Any] = {}
+
+    def read(self, ids: np.ndarray) -> list[bytes]:
+        """The records with these numbers, in this order."""
+        file = np.searchsorted(self._ends, ids, side="right")
+        record = ids - np.concatenate([[0], self._ends])[file]
+        return [self._reader(f).read(i, i + 1)[0] for f, i in zip(file.tolist(), record.tolist())]
+
+    def _reader(self, file: int) -> Any:
+        if file not in self._readers:
+            from array_record.python import array_record_module
+
+            reader = array_record_module.ArrayRecordReader(
+                self._paths[file], _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
+            )
+            self._readers.setdefault(file, reader)  # another thread may have been faster
+        return self._readers[file]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -235,7 +256,7 @@ class Corpus:
     pad: dict[str, np.ndarray]  # split -> int64 [K], filling targets in a domain's last window
     domain_frequencies: np.ndarray  # float64 [K], shares of train *windows*
     fingerprint: str  # of the content: the same wherever and whenever it was prepared
-    _sources: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    _records: dict[str, _Records] = dataclasses.field(default_factory=dict, repr=False)
 
     def label(self, domain: int) -> str:
         """A few words that tell what the documents of a domain are about."""
@@ -280,9 +301,15 @@ class Corpus:
         dtype = token_dtype(self.vocab_size)
         if ids.size == 0:
             return np.zeros((0, self.seq_len + 1), np.int32)
-        records = self._array_record(split).__getitems__(ids.tolist())
-        data = np.frombuffer(b"".join(records), np.uint8).reshape(len(ids), -1)
-        data = data[:, -dtype.itemsize * (self.seq_len + 1) :]
+        self._check_split(split)
+        num_records = self.offsets[split][-1]
+        if ids.min() < 0 or ids.max() >= num_records:
+            raise ValueError(f"{split!r} has no windows {ids}; num_records is {num_records}")
+        if split not in self._records:
+            records = _Records(self.path / "windows", self.manifest["window_files"][split])
+            self._records.setdefault(split, records)  # another thread may have been faster
+        data = np.frombuffer(b"".join(self._records[split].read(ids)), np.uint8)
+        data = data.reshape(len(ids), -1)[:, -dtype.itemsize * (self.seq_len + 1) :]
         return np.ascontiguousarray(data).view(dtype).astype(np.int32)
 
     def summary(self) -> list[str]:
@@ -327,21 +354,6 @@ class Corpus:
             raise UserError(
                 f"the corpus {self.path} has no split {split!r}; it has {', '.join(self.offsets)}"
             )
-
-    def _array_record(self, split: str) -> Any:
-        if split not in self._sources:
-            from array_record.python import array_record_data_source
-
-            self._check_split(split)
-            if self.offsets[split][-1] == 0:
-                raise ValueError(f"the split {split!r} of {self.path} has no windows")
-            shards = [
-                _Shard(str(self.path / "windows" / file["name"]), 0, file["windows"], 0)
-                for file in self.manifest["window_files"][split]
-            ]
-            source = array_record_data_source.ArrayRecordDataSource(shards)
-            self._sources.setdefault(split, source)  # another thread may have been faster
-        return self._sources[split]
 
 
 def open_corpus(directory: str | os.PathLike) -> Corpus:

@@ -46,6 +46,28 @@ def test_rows_have_length_one_or_zero_and_topics_lie_apart(embedder):
     assert embedder.embed([]).shape == (0, embedder.dim)
 
 
+@pytest.mark.parametrize("max_features", [1, 3, 40, 10_000])
+def test_terms_are_counted_as_a_count_vectorizer_counts_them(max_features):
+    texts = [
+        "",
+        " ",
+        "one",
+        "One TWO one\ntwo  one, two!",
+        "日本語 text テキスト 日本",
+        "a b aa bb aa",
+    ]
+    texts += ["straße STRASSE ẞ İstanbul \u0301x", "\ud800 aa bb", *topic_texts(20)[0]]
+    expected = embed._vectorizer(max_features).fit(texts[::2])
+    counter = embed.TermCounter(expected.get_feature_names_out().tolist())
+    for some in (texts, texts[:1], texts[1:4], []):
+        counts = counter.transform(some)
+        wanted = expected.transform(some) if some else counts
+        assert counts.shape == (len(some), len(expected.vocabulary_))
+        for name in ("data", "indices", "indptr"):
+            np.testing.assert_array_equal(getattr(counts, name), getattr(wanted, name))
+            assert getattr(counts, name).dtype == getattr(wanted, name).dtype
+
+
 def test_a_row_depends_on_its_text_only(embedder):
     texts, _ = topic_texts(700)  # more than one batch
     rows = embedder.embed(texts)
@@ -64,7 +86,7 @@ def test_against_scikit_learn():
     from sklearn.feature_extraction.text import TfidfTransformer
 
     texts, _ = topic_texts(50)
-    counts = embed._counter(None, 100).fit_transform(texts)
+    counts = embed._vectorizer(100).fit_transform(texts)
     theirs = TfidfTransformer(sublinear_tf=True)
     expected = theirs.fit_transform(counts).toarray()
     ours = embed.weigh(counts, theirs.idf_.astype(np.float32)).toarray()

@@ -3,6 +3,7 @@ import concurrent.futures
 import numpy as np
 import pytest
 
+from soup_jax import sampler
 from soup_jax.domain_weights import MetaDistribution
 from soup_jax.sampler import SamplingPlan, shuffled_index
 
@@ -109,6 +110,52 @@ def test_restored_cursors_continue_the_plan():
     fresh.restore(30, p.cursors(30))
     assert all(same(fresh[s], expected[s]) for s in range(30, 50))
     assert same(fresh[3], expected[3])
+
+
+def test_asking_out_of_order_draws_no_step_twice():
+    p, drawn = plan(), []
+    draw = p._draw
+    p._draw = lambda step: (drawn.append(step), draw(step))[1]
+    p.restore(1000, np.arange(5))
+    for step in (1090, 1003, 1000, 1300, 1100):
+        p[step]
+    assert drawn == list(range(1000, 1000 + len(drawn)))
+    # Nor does a checkpoint of a step that the readers have left behind.
+    expected = plan()
+    expected.restore(1000, np.arange(5))
+    np.testing.assert_array_equal(p.cursors(1200), expected.cursors(1200))
+    assert len(drawn) == len(set(drawn))
+
+
+def test_old_domain_weights_are_forgotten_and_come_back(monkeypatch):
+    forward = plan()
+    expected = [forward[s] for s in range(300)]
+    monkeypatch.setattr(sampler, "_RECENT_BYTES", 1)
+    p = plan()
+    assert all(same(p[s], expected[s]) for s in range(300))
+    assert sum(kept.h_MK is not None for kept in p._recent.values()) < 300
+    assert all(same(p[s], expected[s]) for s in range(300))
+
+
+def test_the_plan_is_that_of_all_earlier_versions():
+    # Published runs were trained on these windows: a faster plan must be the same plan.
+    s = plan()[300]
+    assert s.domain_B.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 2, 4, 2, 4]
+    assert s.window_B.tolist() == [6, 3, 1, 4, 2, 5, 0, 4, 7, 102, 18, 121]
+    assert s.epoch_B.tolist() == [88, 88, 88, 88, 88, 89, 89, 89, 21, 12, 21, 12]
+    num_windows = np.arange(4096) * 7919 % 600 + 1
+    num_windows[[5, 70]] = 0
+    frequencies, rows = num_windows / num_windows.sum(), np.eye(4096)[[9, 99]]
+    meta = MetaDistribution((0.7, 0.2, 0.0, 0.1), frequencies, 1, 64, 8.0, rows, 1.0)
+    s = SamplingPlan(meta, num_windows_K=num_windows, batch_size=16, num_mixtures=8, seed=3)[29]
+    assert s.domain_B.tolist() == [
+        1186, 1186, 3713, 3713, 3453, 3453, 2762, 1452,
+        2278, 166, 389, 389, 2480, 1933, 3519, 3194,
+    ]  # fmt: skip
+    assert s.window_B.tolist() == [
+        122, 46, 36, 240, 271, 28, 345, 252, 110, 209, 72, 66, 502, 212, 489, 88,
+    ]  # fmt: skip
+    assert (s.h_MK > 0).sum(axis=1).tolist() == [6, 1, 1, 4094, 6, 1, 6, 2]
 
 
 def test_fingerprint_changes_with_everything_that_changes_the_plan():
