@@ -248,7 +248,7 @@ def build(cfg, banks, *, compile_):
         worst = max(abs(a - b) for a, b in zip(losses[:same], their_losses))
         if worst > TOLERANCE:
             raise SystemExit(f"not the same work: losses {losses} here, {their_losses} in PyTorch")
-        print(f"  {same} loss(es) of {bank} equal PyTorch's within {worst:.1e} nats", flush=True)
+        print(f"{cfg.num_experts:>7}  {bank}: {same} loss(es) as PyTorch's within {worst:.0e} nats")
         variants[f"ours, {bank}" if cfg.num_experts else "ours"] = ours
     return {"torch": theirs, **variants}
 
@@ -291,18 +291,18 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as jax takes
-    rows = []
+    print(f"{'experts':>7}  {'variant':<16}{'median ms':>10}{'fastest':>9}{'torch / it':>12}")
     for num_experts in (int(e) for e in args.experts.split(",")):
-        print(f"{num_experts} experts", flush=True)
         cfg = make_config(num_experts, args)
         variants = build(cfg, args.banks.split(","), compile_=args.compile)
         seconds = measure(variants, rounds=args.rounds, rest=args.rest)
         for name, values in seconds.items():
             ratio = statistics.median(t / v for t, v in zip(seconds["torch"], values))
-            rows.append((num_experts, name, 1e3 * statistics.median(values), ratio))
-    print(f"\n{'experts':>7}  {'variant':<16}{'median ms':>10}{'torch / it':>12}")
-    for num_experts, name, milliseconds, ratio in rows:
-        print(f"{num_experts:>7}  {name:<16}{milliseconds:>10.1f}{ratio:>12.2f}")
+            middle, least = 1e3 * statistics.median(values), 1e3 * min(values)
+            print(
+                f"{num_experts:>7}  {name:<16}{middle:>10.1f}{least:>9.1f}{ratio:>12.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -135,8 +135,8 @@ def activation_bytes(cfg: ConfigDict, num_devices: int) -> dict[str, float]:
     tokens = cfg.batch_size * cfg.seq_len / num_devices / cfg.optimizer.grad_accumulation
     kv_dim = m.dim * m.num_kv_heads // m.num_heads
     products = size * (3 * m.dim + 2 * kv_dim + 2 * m.hidden_dim)
-    # Scores and their gradient in float32, and the probabilities in the compute dtype.
-    scores = 0 if m.attention == "cudnn" else (8 + size) * m.num_heads * cfg.seq_len
+    # Scores in float32, probabilities in the compute dtype, and a mask.
+    scores = 0 if m.attention == "cudnn" else (5 + size) * m.num_heads * cfg.seq_len
     everything = products + size * (4 * m.dim + m.hidden_dim) + scores
     kept = size * m.dim + {"none": everything, "dots": products, "full": 0}[m.remat]
     logits = 8 * cfg.vocab_size * (m.loss_chunk or cfg.seq_len) / cfg.seq_len
@@ -179,6 +179,7 @@ def temporary_bytes(cfg: ConfigDict, step: AbstractStep) -> dict[str, int]:
         "update of the bank's largest leaf": update_bytes(cfg, step),
     }
     largest = max(backward, update, key=lambda parts: sum(parts.values()))
+    largest["allowance for the compiler's copies"] = sum(largest.values()) / 3
     return {name: int(size) for name, size in largest.items()}
 
 

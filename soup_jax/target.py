@@ -18,7 +18,7 @@ from soup_jax import chips
 from soup_jax.chips import Chip
 from soup_jax.errors import UserError
 
-TOPOLOGY_EXAMPLES = ("v4:2x2x4", "v5e:4x4", "v5e:8x8", "v5p:4x4x4", "v6e:4x4")
+TOPOLOGY_EXAMPLES = ("v4:2x2x4", "v5e:1x1", "v5e:4x4", "v5e:8x8", "v5p:4x4x4", "v6e:4x4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,8 @@ def _tpu_slice(topology: str) -> Target:
     options: dict[str, Any] = {}
     if generation == "v4":  # one device per chip, as on a TPU VM, not one per core
         options["chip_config_name"] = "megacore"
+    if set(shape.split("x")) == {"1"}:  # libtpu takes the hosts of a slice to have four chips
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (RuntimeError, ValueError) as e:

@@ -251,7 +251,8 @@ def test_without_libtpu_says_how_to_install_it(monkeypatch):
 
 @NEEDS_LIBTPU
 @pytest.mark.parametrize(
-    ("topology", "count"), [("v4:2x2x4", 16), ("v5e:4x4", 16), ("v5p:4x4x4", 64), ("v6e:8x8", 64)]
+    ("topology", "count"),
+    [("v4:2x2x4", 16), ("v5e:1x1", 1), ("v5e:4x4", 16), ("v5p:4x4x4", 64), ("v6e:8x8", 64)],
 )
 def test_topologies_have_one_device_a_chip(topology, count):
     found = target.find_target(tiny_config(), topology=topology)
