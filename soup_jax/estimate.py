@@ -167,21 +167,18 @@ def temporary_bytes(cfg: ConfigDict, step: AbstractStep) -> dict[str, int]:
     """Bytes per device of what a step needs beside its arguments, estimated from shapes.
 
     The larger of what exists in the backward pass and in the update, and a third more for copies
-    that a compiler makes of its own (of another layout, or padded). What the TPU compiler needs was
-    0.71 to 1.02 of that in 7 programs. Of a v5p, with 8 experts and 4 mixtures of the 35M network
-    (`soup-jax plan --config=experiments/base.py:35m --topology=v5p:1x1x1` with
+    that a compiler makes of its own (of another layout, or padded). What the TPU compiler needs for
+    one v5p was 0.71 to 0.97 of that, for 8 experts and 4 mixtures of the 35M network
+    (`soup-jax plan --config=experiments/base.py:35m --topology=v5p:1x1x1` prints both numbers; with
     `--config.vocab_size=32000 --config.seq_len=1024 --config.batch_size=16 --config.num_mixtures=4
-    --config.model.dtype=bfloat16 --config.experts.dtype=bfloat16 --config.model.loss_chunk=128`,
-    which prints both numbers), and of 16 v5e, with `experiments/soup_110m.py`:
+    --config.model.dtype=bfloat16 --config.experts.dtype=bfloat16 --config.model.loss_chunk=128`):
 
-                                             GB  compiled  estimated
-        v5p  model.remat=dots                       2.750      2.854
-             the same, optimizer.bank=adamw         2.767      2.854
-             the same, grad_accumulation=2          1.997      2.160
-             model.remat=full                       1.288      1.814
-             model.remat=none, one mixture          6.875      8.796
-        v5e:4x4, as it is                             7.3        7.6
-             bank=adamw, model.remat=full             3.5        3.4
+                                           GB  compiled  estimated
+        model.remat=dots                          2.750      2.854
+        the same, optimizer.bank=adamw            2.767      2.854
+        the same, grad_accumulation=2             1.997      2.160
+        model.remat=full                          1.288      1.814
+        model.remat=none, num_mixtures=1          6.875      8.796
 
     No GPU was compared.
     """
