@@ -3,6 +3,9 @@
 Rates are peaks: a real step reaches a part of each. Interconnect is what one chip sends in one
 direction: all links of a TPU's torus together, or half of an NVLink total that counts both ways. A
 job with more GPUs than one NVLink domain holds is bound by the network between domains instead.
+
+Cards of one family differ by up to a half in bandwidth, so names are matched whole: a card that is
+not listed is unknown, and not taken for its nearest relative.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ class Chip:
 
     Attributes:
       name: what users call it.
-      kinds: substrings of jax's `device_kind` that mean it.
+      kinds: jax's `device_kind`s that mean it.
       platform: "tpu" or "gpu".
       memory_gb: the data sheet's number, taken as 10^9 bytes. The chips have that many GiB: the
         difference of 7% is what the runtime and fragmentation may use.
@@ -25,6 +28,7 @@ class Chip:
       interconnect_gbs: to its neighbours, 10^9 bytes a second in one direction.
       domain: GPUs that share NVLink; 0: the interconnect spans the whole slice.
       network_gbs: of one GPU to other domains, 10^9 bytes a second in one direction.
+      aliases: other names that users may give.
     """
 
     name: str
@@ -36,40 +40,62 @@ class Chip:
     interconnect_gbs: float
     domain: int = 0
     network_gbs: float = 0.0
+    aliases: tuple[str, ...] = ()
 
     def exchange_gbs(self, num_devices: int) -> float:
         """Rate of an exchange among all of `num_devices` chips."""
         inside = not self.domain or num_devices <= self.domain
         return self.interconnect_gbs if inside else self.network_gbs
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Name, aliases and device kinds."""
+        return (self.name, *self.aliases, *self.kinds)
 
-# Networks: what the vendor's own servers have, one 200 or 400 Gbit/s adapter a GPU.
+
+def _gpu(name: str, kinds: tuple[str, ...], *numbers: float, aliases: tuple[str, ...] = ()) -> Chip:
+    memory, tflops, bandwidth, interconnect, domain, network = numbers
+    kinds = tuple(f"NVIDIA {kind}" for kind in kinds)
+    return Chip(
+        name, kinds, "gpu", memory, tflops, bandwidth, interconnect, int(domain), network, aliases
+    )
+
+
+# Networks: what the vendor's own servers have, one 200 or 400 Gbit/s adapter a GPU. The PCIe cards
+# A100 and H100 are taken without NVLink bridges: their bus is their interconnect.
 CHIPS = (
     Chip("v4", ("TPU v4",), "tpu", 32, 275, 1228, 300),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 16, 197, 819, 200),
     Chip("v5p", ("TPU v5p", "TPU v5"), "tpu", 95, 459, 2765, 600),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 32, 918, 1640, 448),
-    Chip("A100-40GB", ("A100-SXM4-40GB", "A100-PCIE-40GB"), "gpu", 40, 312, 1555, 300, 8, 25),
-    Chip("A100-80GB", ("A100",), "gpu", 80, 312, 2039, 300, 8, 25),
-    Chip("H100", ("H100",), "gpu", 80, 989, 3350, 450, 8, 50),
-    Chip("H200", ("H200",), "gpu", 141, 989, 4800, 450, 8, 50),
-    Chip("B200", ("B200",), "gpu", 180, 2250, 8000, 900, 8, 50),
+    _gpu("A100-40GB", ("A100-SXM4-40GB",), 40, 312, 1555, 300, 8, 25, aliases=("A100-40",)),
+    _gpu("A100-80GB", ("A100-SXM4-80GB",), 80, 312, 2039, 300, 8, 25, aliases=("A100-80",)),
+    _gpu("A100-PCIe-40GB", ("A100-PCIE-40GB",), 40, 312, 1555, 32, 8, 25),
+    _gpu("A100-PCIe-80GB", ("A100 80GB PCIe",), 80, 312, 1935, 32, 8, 25),
+    _gpu("H100", ("H100 80GB HBM3",), 80, 989, 3350, 450, 8, 50, aliases=("H100-SXM", "H100-80GB")),
+    _gpu("H100-PCIe", ("H100 PCIe",), 80, 756, 2000, 64, 8, 50),
+    _gpu("H100-NVL", ("H100 NVL",), 94, 835, 3900, 300, 2, 50),
+    _gpu("H200", ("H200",), 141, 989, 4800, 450, 8, 50, aliases=("H200-SXM",)),
+    _gpu("H200-NVL", ("H200 NVL",), 141, 835, 4800, 450, 4, 50),
+    _gpu("GH200-96GB", ("GH200 480GB",), 96, 989, 4000, 450, 1, 50),
+    _gpu("GH200-144GB", ("GH200 144G HBM3e",), 144, 989, 4900, 450, 1, 50),
+    _gpu("B200", ("B200",), 180, 2250, 8000, 900, 8, 50),
+    _gpu("GB200", ("GB200",), 186, 2500, 8000, 900, 72, 50),
 )
 
 
 def find(name: str) -> Chip:
-    """The chip of that name, upper or lower case.
+    """The chip of that name, alias or device kind, upper or lower case.
 
     Raises:
       UserError: no such chip; the known ones are listed.
     """
     for chip in CHIPS:
-        if chip.name.lower() == name.lower():
+        if name.lower() in (known.lower() for known in chip.all_names):
             return chip
     raise UserError(f"unknown chip {name!r}; known are {', '.join(c.name for c in CHIPS)}")
 
 
 def from_kind(device_kind: str) -> Chip | None:
-    """The chip of a jax `device_kind`, by the longest matching substring; None if not known."""
-    matches = [(len(k), chip) for chip in CHIPS for k in chip.kinds if k in device_kind]
-    return max(matches, key=lambda m: m[0])[1] if matches else None
+    """The chip of a jax `device_kind`; None if not known."""
+    return next((chip for chip in CHIPS if device_kind in chip.kinds), None)

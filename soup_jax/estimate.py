@@ -1,8 +1,8 @@
 """What can be said of a training step without running or compiling it: bytes, FLOPs, seconds.
 
-Bytes of the state are exact: shapes, dtypes and shardings are those of the real program.
-Activations are estimated and only used to compare two configs; what a config really needs beside
-its state is the compiler's to say (see `plan`).
+Bytes of the state are exact: shapes, dtypes and shardings are those of the real program. What a
+step needs beside it is estimated from shapes, to compare two configs and where there is no compiler
+to ask (see `plan`).
 """
 
 import dataclasses
@@ -112,31 +112,88 @@ def state_bytes(step: AbstractStep) -> dict[str, int]:
 
 
 def merged_bytes(cfg: ConfigDict, step: AbstractStep) -> dict[str, int]:
-    """Bytes per device of the merged models in the compute dtype and of their gradients' slices."""
+    """Bytes per device of the merged models and their gradients, both in the compute dtype, and of
+    the gradients' float32 slices, in which micro-batches are summed."""
     groups, size = mesh_lib.num_groups(cfg), tree.num_params(step.state.params["shared"])
     local = math.ceil(groups / step.mesh.shape["replica"])
     whole = local * size * jnp.dtype(cfg.model.dtype).itemsize
     if cfg.mesh.gather == "layer":
         whole = whole // step.mesh.shape["fsdp"] + whole // cfg.model.num_layers
-    copies = 1 if cfg.optimizer.grad_accumulation == 1 else 2
     return {
         "merged models": whole,
-        # One more set for the sum over micro-batches.
-        "merged gradients": copies * 4 * groups * size // step.mesh.size,
+        "gradients of merged models": whole,
+        "their float32 slices": 4 * groups * size // step.mesh.size,
     }
 
 
-def activation_bytes(cfg: ConfigDict, num_devices: int) -> float:
-    """Rough bytes per device of what the decoder keeps for its backward pass, and works on."""
+def activation_bytes(cfg: ConfigDict, num_devices: int) -> dict[str, float]:
+    """Bytes per device of what the decoder keeps for its backward pass, and works on.
+
+    The larger of the working sets of a layer and of the loss is counted: they follow each other.
+    """
     m, size = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
     tokens = cfg.batch_size * cfg.seq_len / num_devices / cfg.optimizer.grad_accumulation
     kv_dim = m.dim * m.num_kv_heads // m.num_heads
     products = size * (3 * m.dim + 2 * kv_dim + 2 * m.hidden_dim)
-    scores = 0 if m.attention == "cudnn" else (4 + size) * m.num_heads * cfg.seq_len
+    # Scores in float32, probabilities in the compute dtype, and a mask.
+    scores = 0 if m.attention == "cudnn" else (5 + size) * m.num_heads * cfg.seq_len
     everything = products + size * (4 * m.dim + m.hidden_dim) + scores
     kept = size * m.dim + {"none": everything, "dots": products, "full": 0}[m.remat]
-    logits = 8 * cfg.vocab_size * tokens * (m.loss_chunk or cfg.seq_len) / cfg.seq_len
-    return tokens * (m.num_layers * kept + everything) + logits
+    logits = 8 * cfg.vocab_size * (m.loss_chunk or cfg.seq_len) / cfg.seq_len
+    return {
+        "activations kept": tokens * m.num_layers * kept,
+        "working set of a layer or the loss": tokens * max(everything, logits),
+    }
+
+
+def update_bytes(cfg: ConfigDict, step: AbstractStep) -> int:
+    """Bytes per device that the bank's update of the largest leaf works on: its merged gradients,
+    scaled, and the gradients of one block of experts, float32."""
+    bank = jax.tree.leaves(step.state.params["bank"])
+    if not bank:
+        return 0
+    groups = mesh_lib.num_groups(cfg)
+    block = min(cfg.num_experts, block_size(groups))
+    slices = (math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) for leaf in bank)
+    return 4 * (groups + block) * max(slices)
+
+
+def block_size(groups: int) -> int:
+    """Experts that the bank's update takes at a time."""
+    return max(8, 2 * groups)
+
+
+def temporary_bytes(cfg: ConfigDict, step: AbstractStep) -> dict[str, int]:
+    """Bytes per device of what a step needs beside its arguments, estimated from shapes.
+
+    The larger of what exists in the backward pass and in the update, and a third more for copies
+    that a compiler makes of its own (of another layout, or padded). What the TPU compiler needs for
+    one v5p was 0.71 to 0.97 of that, for 8 experts and 4 mixtures of the 35M network
+    (`soup-jax plan --config=experiments/base.py:35m --topology=v5p:1x1x1` prints both numbers; with
+    `--config.vocab_size=32000 --config.seq_len=1024 --config.batch_size=16 --config.num_mixtures=4
+    --config.model.dtype=bfloat16 --config.experts.dtype=bfloat16 --config.model.loss_chunk=128`):
+
+                                           GB  compiled  estimated
+        model.remat=dots                          2.750      2.854
+        the same, optimizer.bank=adamw            2.767      2.854
+        the same, grad_accumulation=2             1.997      2.160
+        model.remat=full                          1.288      1.814
+        model.remat=none, num_mixtures=1          6.875      8.796
+
+    No GPU was compared.
+    """
+    merged = merged_bytes(cfg, step)
+    slices = merged.pop("their float32 slices")
+    backward = {**merged, **activation_bytes(cfg, step.mesh.size)}
+    if cfg.optimizer.grad_accumulation > 1:
+        backward["sum over micro-batches"] = slices
+    update = {
+        "gradients of merged models": slices,
+        "update of the bank's largest leaf": update_bytes(cfg, step),
+    }
+    largest = max(backward, update, key=lambda parts: sum(parts.values()))
+    largest["allowance for the compiler's copies"] = sum(largest.values()) / 3
+    return {name: int(size) for name, size in largest.items()}
 
 
 def step_flops(cfg: ConfigDict, step: AbstractStep) -> dict[str, float]:
@@ -151,12 +208,29 @@ def step_flops(cfg: ConfigDict, step: AbstractStep) -> dict[str, float]:
     }
 
 
-def bank_traffic(step: AbstractStep) -> float:
-    """Bytes per device that a step must read and write of state: the bank is read by the merge, by
-    alpha's gradient and by the update, which also writes it; moments are read and written."""
-    parts = state_bytes(step)
-    moments = parts["moments of the bank"] + parts["moments of shared and router"]
-    return 4.0 * parts["bank"] + 2.0 * moments + 3.0 * parts["shared parameters"]
+def bank_passes(cfg: ConfigDict) -> dict[str, int]:
+    """How often a step reads or writes all of the bank, and of each of its moments.
+
+    The bank is read by the merge, by alpha's gradient and by the update, which also writes it. The
+    moments of `adamw` are of its size: read and written by their own update, and read again by the
+    experts', which is another pass of the program (tests/plan_test.py counts it). That makes 10
+    passes of the bank's size, and 4 for `merged`.
+    """
+    return {"bank": 4, "moments": {"adamw": 3, "merged": 2}[cfg.optimizer.bank]}
+
+
+def bank_traffic(cfg: ConfigDict, step: AbstractStep) -> float:
+    """Bytes per device that a step must move of state, merged models and their gradients.
+
+    Merged gradients are written once, read for the norms and by alpha's gradient, and by the update
+    for every block of experts.
+    """
+    parts, passes, groups = state_bytes(step), bank_passes(cfg), mesh_lib.num_groups(cfg)
+    state = passes["bank"] * parts["bank"] + passes["moments"] * parts["moments of the bank"]
+    state += 3 * parts["shared parameters"] + 2 * parts["moments of shared and router"]
+    merged = merged_bytes(cfg, step)
+    blocks = math.ceil(cfg.num_experts / block_size(groups))
+    return state + merged["merged models"] + (3 + blocks) * merged["their float32 slices"]
 
 
 def roofline(cfg: ConfigDict, step: AbstractStep, chip: Chip, moved: float) -> dict[str, float]:
@@ -175,7 +249,7 @@ def roofline(cfg: ConfigDict, step: AbstractStep, chip: Chip, moved: float) -> d
     peak = chip.peak_tflops * 1e12 * count
     recomputed = {"none": 1.0, "dots": 1.0, "full": 4 / 3}[cfg.model.remat]
     compute = recomputed * model_flops / peak
-    bank = max(bank_traffic(step) / (chip.memory_gbs * 1e9), bank_flops / peak)
+    bank = max(bank_traffic(cfg, step) / (chip.memory_gbs * 1e9), bank_flops / peak)
     exchange = moved / (chip.exchange_gbs(count) * 1e9)
     in_turn = compute + bank + exchange
     return {
@@ -190,15 +264,14 @@ def roofline(cfg: ConfigDict, step: AbstractStep, chip: Chip, moved: float) -> d
 
 
 def estimated_bytes(cfg: ConfigDict, devices: list[Any]) -> float:
-    """State, merged models, gradients and activations of a config, to be compared with another's.
+    """State and temporaries of a config by shapes alone, to be compared with another's.
 
     Raises:
       UserError: the config is not valid on these devices.
     """
     cfg = config_lib.check(cfg)
     step = abstract_step(cfg, mesh_lib.make_mesh(cfg, devices))
-    state = sum(state_bytes(step).values()) + sum(merged_bytes(cfg, step).values())
-    return state + activation_bytes(cfg, len(devices))
+    return sum(state_bytes(step).values()) + sum(temporary_bytes(cfg, step).values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,12 @@
     soup-jax plan --config=experiments/soup_110m.py --topology=v5e:4x4
 
 The train step is compiled for the devices of the run from shapes alone. For a TPU slice that is the
-real TPU compiler, ahead of time, on any Linux x86-64 machine (`pip install 'soup_jax[plan]'`). For
-GPUs that are not present it is an approximation, compiled for as many CPU devices, and says so.
+real TPU compiler, ahead of time, on any Linux x86-64 machine (`pip install 'soup_jax[plan]'`).
+
+For chips that are not present and have no compiler here (GPUs) the plan is an estimate, and says
+so: the state is exact, temporaries are added up from shapes (`estimate.temporary_bytes`), and
+collectives are those of a program for as many CPU devices. What the CPU's compiler says of memory
+is not used: it makes float32 copies of a bfloat16 bank.
 """
 
 import collections
@@ -31,12 +35,13 @@ class Plan:
 
     Attributes:
       state: bytes of each part of the arguments, by shapes and shardings.
-      merged: bytes of merged models and of their gradients, which are among the temporaries.
+      temporaries: what they are for, in bytes, by shapes alone; the compiler's sum may be another.
       merged_leaves: names of leaves by the number of scalars that a device exchanges of them, and
         whether that is in a loop over layers.
-      memory: what the compiler reports; None for what it does not, as it ran out of memory.
+      memory: what the compiler reports; None for what it does not, as it ran out of memory. For
+        chips without a compiler: the estimate.
       total_bytes: arguments, temporaries, program, and outputs that reuse no argument.
-      estimated_bytes: the total as shapes alone suggest it, without a compiler.
+      estimated_bytes: the total as shapes alone suggest it.
       memory_bytes: of the chip.
       collectives: empty if the compiler ran out of memory.
       roofline: see `estimate.roofline`.
@@ -45,11 +50,12 @@ class Plan:
 
     config: str
     target: str
+    platform: str
     approximate: str
     mesh: dict[str, int]
     compile_seconds: float
     state: dict[str, int]
-    merged: dict[str, int]
+    temporaries: dict[str, int]
     merged_leaves: dict[tuple[int, bool], str]
     memory: dict[str, int | None]
     total_bytes: int
@@ -68,7 +74,7 @@ class Plan:
 
 
 def make_plan(cfg: ConfigDict, target: Target) -> Plan:
-    """Compile the step of a config for a target, and add up what it needs.
+    """Add up what the step of a config needs on a target, compiled or estimated.
 
     Raises:
       UserError: the config is not valid on these devices.
@@ -77,9 +83,13 @@ def make_plan(cfg: ConfigDict, target: Target) -> Plan:
     on_target = estimate.changed(cfg, {"mesh.platform": ""})  # checked; CPUs may stand in
     mesh = mesh_lib.make_mesh(on_target, list(target.devices))
     step = estimate.abstract_step(on_target, mesh)
-    state = estimate.state_bytes(step)
+    state, temporaries = estimate.state_bytes(step), estimate.temporary_bytes(on_target, step)
     start = time.perf_counter()
-    memory, text = compile_report(step)
+    if target.approximate:
+        memory = _estimated(state, temporaries)
+        text = step.compile().as_text() if mesh.size > 1 else ""
+    else:
+        memory, text = compile_report(step)
     seconds = time.perf_counter() - start
     if memory["arguments"] is None:
         memory["arguments"] = sum(state.values())
@@ -94,15 +104,16 @@ def make_plan(cfg: ConfigDict, target: Target) -> Plan:
     return Plan(
         config=cfg.name,
         target=target.name,
+        platform=target.chip.platform,
         approximate=target.approximate,
         mesh=dict(mesh.shape),
         compile_seconds=seconds,
         state=state,
-        merged=estimate.merged_bytes(on_target, step),
+        temporaries=temporaries,
         merged_leaves=_merged_leaves(on_target, step),
         memory=memory,
         total_bytes=total,
-        estimated_bytes=estimate.estimated_bytes(on_target, list(target.devices)),
+        estimated_bytes=sum(state.values()) + sum(temporaries.values()),
         memory_bytes=limit,
         flops=estimate.step_flops(on_target, step),
         collectives=found,
@@ -110,6 +121,16 @@ def make_plan(cfg: ConfigDict, target: Target) -> Plan:
         changes=changes,
         devices_needed=needed,
     )
+
+
+def _estimated(state: dict[str, int], temporaries: dict[str, int]) -> dict[str, int | None]:
+    # Outputs take the place of the arguments: all of them are donated.
+    arguments = sum(state.values())
+    memory: dict[str, int | None] = {
+        "arguments": arguments,
+        "temporaries": sum(temporaries.values()),
+    }
+    return {**memory, "outputs": arguments, "aliased": arguments, "program": 0}
 
 
 def _total(memory: dict[str, int | None]) -> int:
@@ -211,9 +232,10 @@ def to_text(plan: Plan) -> str:
     """The plan as it is printed."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     lines = [f"{plan.config} on {plan.target}; mesh {mesh}"]
-    lines += [f"compiled in {plan.compile_seconds:.0f} s"]
     if plan.approximate:
-        lines.append(f"APPROXIMATION: {plan.approximate}")
+        lines.append(f"ESTIMATE: {plan.approximate}")
+    else:
+        lines.append(f"compiled in {plan.compile_seconds:.0f} s")
     lines += ["", *_memory_lines(plan), "", *_traffic_lines(plan), "", *_time_lines(plan), ""]
     return "\n".join([*lines, *_verdict_lines(plan)])
 
@@ -223,18 +245,24 @@ def _gb(value: float | None) -> str:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
+    def line(name: str, size: float | None) -> str:
+        return f"{name:<38}{_gb(size)}"
+
     m = plan.memory
-    lines = [f"{'memory, GB per device':<36}"]
-    lines += [f"  {name:<34}{_gb(size)}" for name, size in plan.state.items()]
-    lines += [f"{'arguments, as compiled':<36}{_gb(m['arguments'])}"]
-    lines += [f"{'temporaries, as compiled':<36}{_gb(m['temporaries'])}"]
-    lines += [f"  of them {name:<26}{_gb(size)}" for name, size in plan.merged.items()]
+    parts = [line(f"  {name}", size) for name, size in plan.temporaries.items()]
+    lines = ["memory, GB per device"]
+    lines += [line(f"  {name}", size) for name, size in plan.state.items()]
+    total = line("total", plan.total_bytes) + f" of {plan.memory_bytes / 1e9:g}"
+    if plan.approximate:
+        lines += [line("state, by its shapes", m["arguments"]), *parts]
+        return [*lines, line("temporaries, estimated", m["temporaries"]), total]
+    lines += [line("arguments, as compiled", m["arguments"])]
+    lines += [line("temporaries, as compiled", m["temporaries"])]
     if m["outputs"] is not None:
-        lines += [f"{'outputs that reuse no argument':<36}{_gb(m['outputs'] - m['aliased'])}"]
-    lines += [f"{'program':<36}{_gb(m['program'])}"]
-    total = f"{_gb(plan.total_bytes)} of {plan.memory_bytes / 1e9:g}"
-    lines += [f"{'total':<36}{total}"]
-    return [*lines, f"{'  estimated from shapes alone':<36}{_gb(plan.estimated_bytes)}"]
+        lines += [line("outputs that reuse no argument", m["outputs"] - m["aliased"])]
+    lines += [line("program", m["program"]), total]
+    lines += [line("for comparison, estimated from shapes", plan.estimated_bytes)]
+    return [*lines, line("of it temporaries", sum(plan.temporaries.values())), *parts]
 
 
 def _traffic_lines(plan: Plan) -> list[str]:
@@ -273,10 +301,11 @@ def _time_lines(plan: Plan) -> list[str]:
 
 def _verdict_lines(plan: Plan) -> list[str]:
     over = (plan.total_bytes - plan.memory_bytes) / 1e9
-    approximately = " (approximation)" if plan.approximate else ""
+    by_estimate = " by estimate" if plan.approximate else ""
     if plan.fits:
-        return [f"fits{approximately}: {-over:.2f} GB per device are left"]
-    lines = [f"does not fit{approximately}: {over:.2f} GB per device too much. Estimated to save:"]
+        lines = [f"fits{by_estimate}: {-over:.2f} GB per device are left"]
+        return lines + _preallocation_lines(plan)
+    lines = [f"does not fit{by_estimate}: {over:.2f} GB per device too much. Estimated to save:"]
     for change in plan.changes:
         alone = ", enough alone" if change.saves >= 1e9 * over else ""
         lines.append(f"  {change.saves / 1e9:7.2f} GB  {change}{alone}")
@@ -285,6 +314,13 @@ def _verdict_lines(plan: Plan) -> list[str]:
     if plan.devices_needed:
         lines.append(f"  or {plan.devices_needed} devices instead of {_devices(plan)}")
     return lines
+
+
+def _preallocation_lines(plan: Plan) -> list[str]:
+    # A chip of n "GB" has n GiB; jax leaves a quarter of a GPU alone unless told otherwise.
+    if plan.platform != "gpu" or plan.total_bytes <= 0.75 * plan.memory_bytes * (2**30 / 1e9):
+        return []
+    return ["set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: without it jax takes 75% of a GPU's memory"]
 
 
 def _devices(plan: Plan) -> int:

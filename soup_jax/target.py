@@ -1,7 +1,7 @@
 """The devices that a plan is made for: a TPU topology, a named chip, or what is present.
 
 A TPU topology is known to libtpu, which compiles for it without a TPU. A GPU that is not present is
-stood in for by CPU devices, as many as there would be GPUs.
+stood in for by CPU devices, as many as there would be GPUs, which only give shapes and collectives.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from soup_jax import chips
 from soup_jax.chips import Chip
 from soup_jax.errors import UserError
 
-TOPOLOGY_EXAMPLES = ("v4:2x2x4", "v5e:4x4", "v5e:8x8", "v5p:4x4x4", "v6e:4x4")
+TOPOLOGY_EXAMPLES = ("v4:2x2x4", "v5e:1x1", "v5e:4x4", "v5e:8x8", "v5p:4x4x4", "v6e:4x4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Target:
       chip: its data sheet.
       name: for the output, as in "16 x v5e (v5e:4x4)".
       devices: what the program is compiled for.
-      approximate: why they are not the chips themselves; "" if they are.
+      approximate: how the plan comes about if they are not the chips themselves; "" if they are.
     """
 
     chip: Chip
@@ -82,6 +82,8 @@ def _tpu_slice(topology: str) -> Target:
     options: dict[str, Any] = {}
     if generation == "v4":  # one device per chip, as on a TPU VM, not one per core
         options["chip_config_name"] = "megacore"
+    if set(shape.split("x")) == {"1"}:  # libtpu takes the hosts of a slice to have four chips
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (RuntimeError, ValueError) as e:
@@ -125,9 +127,11 @@ def _chips(chip: Chip, count: int) -> Target:
             f"set XLA_FLAGS={forced}"
         )
     why = (
-        f"compiled for {count} CPU device(s) in place of {name}: temporaries and collectives are "
-        "those of the CPU compiler, which works in float32 where a chip works in bfloat16"
+        f"no {chip.name} and no compiler for it is here. The state is exact; temporaries are added "
+        "up from shapes"
     )
+    if count > 1:
+        why += f"; collectives are those of a program for {count} CPU devices"
     return Target(chip, name, cpus[:count], why)
 
 
