@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from soup_jax import config as config_lib
+from soup_jax import experts, sharding, train_state, train_step, tree
 from soup_jax import mesh as mesh_lib
 from soup_jax import model as model_lib
-from soup_jax import sharding, train_state, train_step, tree
 from soup_jax.chips import Chip
 from soup_jax.errors import UserError
 from soup_jax.model import BaseModel
@@ -153,14 +153,9 @@ def update_bytes(cfg: ConfigDict, step: AbstractStep) -> int:
     if not bank:
         return 0
     groups = mesh_lib.num_groups(cfg)
-    block = min(cfg.num_experts, block_size(groups))
+    block = min(cfg.num_experts, experts.block_size(groups))
     slices = (math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) for leaf in bank)
     return 4 * (groups + block) * max(slices)
-
-
-def block_size(groups: int) -> int:
-    """Experts that the bank's update takes at a time."""
-    return max(8, 2 * groups)
 
 
 def temporary_bytes(cfg: ConfigDict, step: AbstractStep) -> dict[str, int]:
@@ -208,14 +203,17 @@ def step_flops(cfg: ConfigDict, step: AbstractStep) -> dict[str, float]:
     }
 
 
-def bank_passes(cfg: ConfigDict) -> dict[str, int]:
+def bank_passes(cfg: ConfigDict) -> dict[str, float]:
     """How often a step reads or writes all of the bank, and of each of its moments.
 
     The bank is read by the merge, by alpha's gradient and by the update, which also writes it. The
     moments of `adamw` are of its size: read and written by their own update, and read again by the
     experts', which is another pass of the program (tests/plan_test.py counts it). That makes 10
-    passes of the bank's size, and 4 for `merged`.
+    passes of the bank's size, and 4 for `merged`. Deferred updates read the bank twice and write
+    and read 1 / T of it; the directions that are kept are read three times.
     """
+    if cfg.optimizer.flush_every > 1:
+        return {"bank": 2 + 2 / cfg.optimizer.flush_every, "moments": 3}
     return {"bank": 4, "moments": {"adamw": 3, "merged": 2}[cfg.optimizer.bank]}
 
 
@@ -229,7 +227,7 @@ def bank_traffic(cfg: ConfigDict, step: AbstractStep) -> float:
     state = passes["bank"] * parts["bank"] + passes["moments"] * parts["moments of the bank"]
     state += 3 * parts["shared parameters"] + 2 * parts["moments of shared and router"]
     merged = merged_bytes(cfg, step)
-    blocks = math.ceil(cfg.num_experts / block_size(groups))
+    blocks = math.ceil(cfg.num_experts / experts.block_size(groups))
     return state + merged["merged models"] + (3 + blocks) * merged["their float32 slices"]
 
 

@@ -95,6 +95,15 @@ def _update_blocks(
     return stacks
 
 
+def block_size(num_terms: int) -> int:
+    """Experts that an update takes at a time on accelerators, for sums over `num_terms` arrays.
+
+    Every block reads the terms again: with twice as many experts a block, that is a quarter of what
+    reading and writing the experts costs.
+    """
+    return max(8, 2 * num_terms)
+
+
 def columns(coefficient_SE: Array, first: Array | int, size: int) -> Array:
     """Columns first..first+size-1 of coefficients [S, E]; `first` may be traced.
 
@@ -140,9 +149,7 @@ def update_stacks(
         return _update_blocks(functions(_fused_sum), stacks, block_size=stacks[0].shape[0])
 
     def blocks(*stacks: Array) -> tuple[Array, ...]:
-        # Every block reads the terms again: with twice as many experts a block, that is a quarter
-        # of what reading and writing the experts costs.
-        return _update_blocks(functions(_dot_sum), stacks, block_size=max(8, 2 * num_terms))
+        return _update_blocks(functions(_dot_sum), stacks, block_size=block_size(num_terms))
 
     if num_terms > _FUSED_TERMS:
         return blocks(*stacks)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import chips, estimate, main, mesh, optimizer, plan, target, train_state, tree
+from soup_jax import chips, estimate, main, mesh, plan, target, train_state, tree
 from soup_jax import model as model_lib
 from soup_jax.errors import UserError
 
@@ -81,11 +81,6 @@ def test_flops_and_traffic_of_the_bank():
     # Two moments are read twice and written, less the one of a single model.
     bank, one = (estimate.device_bytes(step.state.params[name]) for name in ("bank", "shared"))
     assert grown == pytest.approx(6 * bank - 2 * one, rel=0.02)
-
-
-def test_block_size_is_the_optimizers():
-    for groups in (1, 4, 16):
-        assert estimate.block_size(groups) == optimizer._block_size(np.zeros((groups, 128)))
 
 
 @pytest.mark.parametrize(("bank", "passes"), [("merged", 4), ("adamw", 10)])
