@@ -16,7 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = """
     errors files chips hlo config cluster group coordinator watchdog
-    shapes tree mesh sharding distributed
+    shapes tree compile_cache mesh sharding distributed
     tokenizer corpus embed domains windows histogram request shards prepare
     domain_weights sampler loader
     rounding llama model experts router merge soup loss
