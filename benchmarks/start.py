@@ -11,6 +11,7 @@ and what the second one wrote to stderr. Random tokens; no data is read.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -42,7 +43,7 @@ def start(config, overrides):
         training.advance()
         jax.block_until_ready(training.state)
         marks.append(time.perf_counter())
-    seconds = [b - a for a, b in zip(marks, marks[1:])]
+    seconds = [b - a for a, b in itertools.pairwise(marks)]
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(training.state):
         digest.update(np.asarray(leaf).tobytes())

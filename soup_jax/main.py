@@ -77,9 +77,11 @@ def _checked_config(values: flags.FlagValues) -> Any:
 
 
 def _start_jax() -> None:
+    from soup_jax import host_memory
+
+    host_memory.keep_freed()  # before the threads that importing jax starts
     from soup_jax import compile_cache
 
-    # A run that resumes does not compile again.
     compile_cache.enable()
 
 
