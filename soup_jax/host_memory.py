@@ -2,7 +2,8 @@
 
 glibc gives blocks of more than 32 MB back to the system when they are freed, and takes new ones,
 filled with zeros page by page, the next time. A training step on a CPU does that with all its
-temporary arrays: a third of its time (`benchmarks/base.py --memory`).
+temporary arrays: about a fifth of its CPU time (`benchmarks/base.py`, with and without
+`--give_back`).
 """
 
 import ctypes
