@@ -100,7 +100,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     model.dtype = "float32"  # of activations and of the merged weights: float32 or bfloat16
     model.remat = "none"  # recompute in the backward pass: none, full, or dots (keep matmuls)
     model.loss_chunk = 0  # positions whose logits exist at once; divides seq_len. 0: all
-    model.attention = "auto"  # jax.nn.dot_product_attention's implementation: auto, xla, cudnn
+    model.attention = "auto"  # xla, or cudnn: on NVIDIA GPUs, bfloat16; auto: cudnn where it works
 
     cfg.experts = experts = ConfigDict()
     # Ordered (regex, rule) pairs over leaf paths such as "layers/mlp/up"; the first match wins and

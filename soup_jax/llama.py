@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
+from soup_jax.layers import attend, logits, matmul, token_losses
 from soup_jax.shapes import Array, Params
 
 # Results of products by weights, which `remat = "dots"` keeps for the backward pass. By name: jax's
@@ -102,7 +103,7 @@ class Attention(nn.Module):
             w = self.param(
                 name, _normal(std, "embed", "heads"), (c.dim, num_heads * c.head_dim)
             ).astype(x.dtype)
-            y = checkpoint_name(x @ w, "projected")
+            y = checkpoint_name(matmul(x, w), "projected")
             projected[name] = y.reshape(*x.shape[:2], num_heads, c.head_dim)
         query = rotate(projected["query"], position_BL, c.rope_theta)
         key = rotate(projected["key"], position_BL, c.rope_theta)
@@ -110,17 +111,11 @@ class Attention(nn.Module):
         if self.cache_len:
             y = self._cached(query, key, value, position_BL)
         else:
-            y = jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                is_causal=True,
-                implementation=None if c.attention == "auto" else c.attention,
-            )
+            y = attend(query, key, value, kind=c.attention)
         out_std = std * (2 * c.num_layers) ** -0.5
         out = self.param("out", _normal(out_std, "heads", "embed"), (c.dim, c.dim))
         y = checkpoint_name(y.reshape(*x.shape), "attended")
-        return checkpoint_name(y @ out.astype(x.dtype), "attention_out")
+        return checkpoint_name(matmul(y, out.astype(x.dtype)), "attention_out")
 
     def _cached(self, query: Array, key: Array, value: Array, position_BL: Array) -> Array:
         # Positions are the same for all rows: rows of one call are written at one place.
@@ -151,9 +146,9 @@ class Mlp(nn.Module):
         up_DF = self.param("up", _normal(std, "embed", "mlp"), shape).astype(x.dtype)
         out_std = c.hidden_dim**-0.5 * (2 * c.num_layers) ** -0.5
         down_FD = self.param("down", _normal(out_std, "mlp", "embed"), shape[::-1])
-        gate = checkpoint_name(x @ gate_DF, "mlp_hidden")
-        up = checkpoint_name(x @ up_DF, "mlp_hidden")
-        return (nn.silu(gate) * up) @ down_FD.astype(x.dtype)
+        gate = checkpoint_name(matmul(x, gate_DF), "mlp_hidden")
+        up = checkpoint_name(matmul(x, up_DF), "mlp_hidden")
+        return matmul(nn.silu(gate) * up, down_FD.astype(x.dtype))
 
 
 class Block(nn.Module):
@@ -219,7 +214,7 @@ class Llama(nn.Module):
             head_DV = self.param("head", _normal(0.02, "embed", "vocab"), (c.dim, c.vocab_size))
         head_DV = head_DV.astype(c.dtype)
         if target_BL is None:
-            return _logits(x, head_DV)
+            return logits(x, head_DV)
         return token_losses(x, head_DV, target_BL, chunk=c.loss_chunk)
 
     def _block(self) -> Any:
@@ -245,36 +240,6 @@ class Llama(nn.Module):
 def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     # A name given to the result would not do: what it is computed from would be saved instead.
     return primitive.name not in ("sharding_constraint", "custom_vjp_call")
-
-
-def _logits(x_BLD: Array, head_DV: Array) -> Array:
-    return jnp.dot(x_BLD, head_DV, preferred_element_type=jnp.float32)
-
-
-def token_losses(x_BLD: Array, head_DV: Array, target_BL: Array, *, chunk: int = 0) -> Array:
-    """Cross-entropy of softmax(x @ head) in nats, float32 [B, L].
-
-    Args:
-      chunk: positions whose logits exist at one time, recomputed in the backward pass; must divide
-        L. 0: all of them. Logits of all positions are the largest array of a small model with a
-        usual vocabulary, by far.
-    """
-
-    def losses(x: Array, target: Array) -> Array:
-        logits = _logits(x, head_DV)
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
-
-    length = x_BLD.shape[1]
-    if not chunk or chunk >= length:
-        return losses(x_BLD, target_BL)
-
-    # Cut along L: rows may be sharded.
-    def cut(a: Array) -> Array:
-        return jnp.moveaxis(a.reshape(a.shape[0], length // chunk, chunk, *a.shape[2:]), 1, 0)
-
-    parts = jax.lax.map(jax.checkpoint(lambda xt: losses(*xt)), (cut(x_BLD), cut(target_BL)))
-    return jnp.moveaxis(parts, 0, 1).reshape(target_BL.shape)
 
 
 def llama_flops(cfg: LlamaConfig, *, seq_len: int) -> float:

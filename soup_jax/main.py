@@ -77,14 +77,12 @@ def _checked_config(values: flags.FlagValues) -> Any:
 
 
 def _start_jax() -> None:
-    import jax
+    from soup_jax import host_memory
 
-    # Compiled steps are kept between starts; a run that resumes does not compile again.
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "soup_jax", "xla"))
-        jax.config.update("jax_compilation_cache_max_size", 4 << 30)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    host_memory.keep_freed()  # before the threads that importing jax starts
+    from soup_jax import compile_cache
+
+    compile_cache.enable()
 
 
 def _set_up_logging() -> None:

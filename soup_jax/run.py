@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from soup_jax import checkpoint as checkpoint_lib
+from soup_jax import compile_cache, distributed, domain_weights, files, loader, tree, watchdog
 from soup_jax import config as config_lib
-from soup_jax import distributed, domain_weights, files, loader, tree, watchdog
 from soup_jax import model as model_lib
 from soup_jax.errors import UserError
 from soup_jax.group import Solo
@@ -168,14 +168,14 @@ def _seen(path: pathlib.Path) -> str:
 
 
 def compile_together(group: Solo, name: str, jitted: Any, *arguments: Any) -> Any:
-    """`jitted` as it is; with many processes, compiled for `arguments`, on all of them, first.
+    """`jitted`, compiled for `arguments`; with many processes, on all of them before one goes on.
 
     A process may take minutes longer than another, which found the code in its cache. Waiting for
     it belongs here, where a late one is named, and not in a collective with a time-out of its own.
     """
+    compiled = compile_cache.compiled(name, jitted, *arguments)
     if group.num_processes == 1:
-        return jitted
-    compiled = jitted.lower(*arguments).compile()
+        return jitted  # jax remembers what it compiled
     group.meet(f"{name} compiled", timeout=watchdog.COMPILE_SECS)
     return compiled
 

@@ -1,0 +1,110 @@
+"""Compiled functions kept on disk between starts, and a log line of what compiling took.
+
+Every command calls `enable`; a program of your own that calls the library may do the same. The
+folder is ~/.cache/soup_jax/xla (or below XDG_CACHE_HOME), in it one of this kind of machine, and
+holds up to 4 GiB. Deleting it is safe. jax's own variables win:
+
+    JAX_COMPILATION_CACHE_DIR=DIR          another folder, as it is, with no limit but your own
+    JAX_ENABLE_COMPILATION_CACHE=false     no cache
+
+What is in the folder is run: whoever may write there may run code as you.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import re
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+_log = logging.getLogger(__name__)
+
+MAX_BYTES = 4 << 30
+MIN_COMPILE_SECS = 0.1
+_HIT = "/jax/compilation_cache/cache_hits"
+_hits = 0
+
+
+def enable() -> pathlib.Path | None:
+    """Turn the cache on, unless the user turned it off; returns its folder, None without one.
+
+    To be called before anything is compiled. A folder that cannot be written is a warning.
+    """
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECS)
+    if not jax.config.jax_enable_compilation_cache:
+        return None
+    if jax.config.jax_compilation_cache_dir:
+        # No size limit there: jax then wants a file beside each entry, which older ones lack.
+        return pathlib.Path(jax.config.jax_compilation_cache_dir)
+    folder = _default_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tempfile.TemporaryFile(dir=folder).close()
+        _drop_incomplete(folder)
+    except OSError as e:
+        _log.warning(
+            "compiled functions are not kept: %s; JAX_COMPILATION_CACHE_DIR names another folder", e
+        )
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    return folder
+
+
+def _default_folder() -> pathlib.Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # A home may be shared by machines of several kinds, and jax's key does not tell CPUs apart: it
+    # would run instructions that this one lacks.
+    return pathlib.Path(cache) / "soup_jax" / "xla" / _machine()
+
+
+def _machine() -> str:
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^(flags|Features)\s*:.*$", text, re.MULTILINE)
+        cpu = found[0] if found else platform.processor()
+    except OSError:
+        cpu = platform.processor() or platform.node()
+    return f"{platform.machine()}-{hashlib.sha256(cpu.encode()).hexdigest()[:12]}"
+
+
+def _drop_incomplete(folder: pathlib.Path) -> None:
+    # The size limit needs a file with the time of use beside each entry. A process that is killed
+    # between writing the two would leave a cache that takes no more entries.
+    for entry in folder.glob("*-cache"):
+        used = entry.with_name(entry.name.removesuffix("-cache") + "-atime")
+        if not used.exists() and time.time() - entry.stat().st_mtime > 60:
+            entry.unlink(missing_ok=True)
+
+
+@functools.cache
+def _listen() -> None:
+    def count(event: str, **_: Any) -> None:
+        global _hits
+        _hits += event == _HIT
+
+    jax.monitoring.register_event_listener(count)
+
+
+def compiled(name: str, jitted: Any, *arguments: Any) -> Any:
+    """`jitted` compiled for the arguments, or read from the cache; logs which, and the seconds."""
+    _listen()
+    start, hits = time.perf_counter(), _hits
+    lowered = jitted.lower(*arguments)
+    traced = time.perf_counter()
+    result = lowered.compile()
+    _log.info(
+        "%s: traced in %.1f s, %s in %.1f s",
+        name,
+        traced - start,
+        "read from the cache" if _hits > hits else "compiled",
+        time.perf_counter() - traced,
+    )
+    return result

@@ -1,0 +1,170 @@
+"""The costly parts of the base network, with backward passes of their own: products by weights,
+attention and losses.
+
+What autodiff makes of the plain formulas gives the same numbers, but keeps and copies more: two
+arrays of attention scores a layer, three of logits, and for each weight gradient a transposed copy
+of the larger operand. `benchmarks/base.py` measures them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from soup_jax.shapes import Array
+
+
+@jax.custom_vjp
+def matmul(x: Array, w_DF: Array) -> Array:
+    """x [..., D] @ w -> [..., F]."""
+    return x @ w_DF
+
+
+def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w_DF = saved
+    return jnp.einsum("...F,DF->...D", dy, w_DF), _outer(x, dy)
+
+
+matmul.defvjp(lambda x, w_DF: (x @ w_DF, (x, w_DF)), _matmul_backward)
+
+
+def _outer(x: Array, dy: Array) -> Array:
+    # sum over rows of x dy^T, [D, F]. A CPU transposes a copy of the first operand, and autodiff
+    # always gives it dy: of logits that is the largest array there is.
+    axes = (tuple(range(x.ndim - 1)),) * 2
+    if x.shape[-1] <= dy.shape[-1]:
+        return jnp.tensordot(x, dy, axes)
+    return jnp.tensordot(dy, x, axes).T
+
+
+def logits(x_BLD: Array, head_DV: Array) -> Array:
+    """x @ head in float32, [B, L, V]."""
+    return jnp.dot(x_BLD, head_DV, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _losses(x_BLD: Array, head_DV: Array, target_BL: Array) -> Array:
+    return _losses_forward(x_BLD, head_DV, target_BL)[0]
+
+
+def _losses_forward(x_BLD: Array, head_DV: Array, target_BL: Array) -> tuple[Array, Any]:
+    logits_BLV = logits(x_BLD, head_DV)
+    log_sum_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    picked = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)[..., 0]
+    return log_sum_BL - picked, (x_BLD, head_DV, target_BL, logits_BLV, log_sum_BL)
+
+
+def _losses_backward(saved: Any, g_BL: Array) -> tuple[Array, Array, None]:
+    x_BLD, head_DV, target_BL, logits_BLV, log_sum_BL = saved
+    # Autodiff subtracts the targets by a scatter, and makes two arrays of this size more.
+    is_target = jnp.arange(logits_BLV.shape[-1]) == target_BL[..., None]
+    d_BLV = (jnp.exp(logits_BLV - log_sum_BL[..., None]) - is_target) * g_BL[..., None]
+    d_BLV = d_BLV.astype(x_BLD.dtype)
+    return jnp.einsum("BLV,DV->BLD", d_BLV, head_DV), _outer(x_BLD, d_BLV), None
+
+
+_losses.defvjp(_losses_forward, _losses_backward)
+
+
+def token_losses(x_BLD: Array, head_DV: Array, target_BL: Array, *, chunk: int = 0) -> Array:
+    """Cross-entropy of softmax(x @ head) in nats, float32 [B, L].
+
+    Args:
+      chunk: positions whose logits exist at one time, recomputed in the backward pass; must divide
+        L. 0: all of them. Logits of all positions are the largest array of a small model with a
+        usual vocabulary, by far.
+    """
+
+    length = x_BLD.shape[1]
+    if not chunk or chunk >= length:
+        return _losses(x_BLD, head_DV, target_BL)
+
+    # Cut along L: rows may be sharded.
+    def cut(a: Array) -> Array:
+        return jnp.moveaxis(a.reshape(a.shape[0], length // chunk, chunk, *a.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(
+        jax.checkpoint(lambda xt: _losses(xt[0], head_DV, xt[1])), (cut(x_BLD), cut(target_BL))
+    )
+    return jnp.moveaxis(parts, 0, 1).reshape(target_BL.shape)
+
+
+def attend(query: Array, key: Array, value: Array, *, kind: str = "auto") -> Array:
+    """Causal attention of query [B, L, H, head_dim], key and value [B, L, KV, head_dim].
+
+    Args:
+      kind: "xla", which keeps no scores for the backward pass; "cudnn", jax's flash attention on
+        NVIDIA GPUs; "auto", cudnn where there is such a GPU and cuDNN takes the type and head.
+    """
+    if kind == "cudnn" or (kind == "auto" and _cudnn_takes(query)):
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation="cudnn"
+        )
+    return _attention(query, key, value)
+
+
+def _cudnn_takes(query: Array) -> bool:
+    # jax's own choice (implementation=None) is always XLA. At trace time, because both kinds in one
+    # program would each keep what they need for the backward pass.
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    recent = float(device.compute_capability) >= 8
+    return half and recent and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+
+
+@jax.custom_vjp
+def _attention(query: Array, key: Array, value: Array) -> Array:
+    return _attention_forward(query, key, value)[0]
+
+
+def _by_head(x: Array, num_kv_heads: int) -> Array:
+    # [B, L, H, D] -> [B, KV, G * L, D]: the queries that share a key as rows of one matrix.
+    x = x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _by_position(x: Array, shape: tuple[int, ...]) -> Array:
+    x = x.reshape(x.shape[0], x.shape[1], -1, shape[1], x.shape[-1])
+    return x.transpose(0, 3, 1, 2, 4).reshape(shape)
+
+
+def _scores(q_BKTH: Array, k_BKSH: Array) -> Array:
+    scores = jnp.einsum("BKTH,BKSH->BKTS", q_BKTH, k_BKSH, preferred_element_type=jnp.float32)
+    length = k_BKSH.shape[2]
+    position_T = jnp.arange(q_BKTH.shape[2]) % length
+    return jnp.where(jnp.arange(length) <= position_T[:, None], scores, -jnp.inf)
+
+
+def _attention_forward(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+    heads = key.shape[2]
+    q_BKTH = _by_head(query * query.shape[-1] ** -0.5, heads)
+    k_BKSH, v_BKSH = _by_head(key, heads), _by_head(value, heads)
+    scores = _scores(q_BKTH, k_BKSH)
+    top = scores.max(-1, keepdims=True)
+    p_BKTS = jnp.exp(scores - top)  # divided by their sum only after the product: fewer numbers
+    total = p_BKTS.sum(-1, keepdims=True)
+    y_BKTH = jnp.einsum("BKTS,BKSH->BKTH", p_BKTS.astype(value.dtype), v_BKSH) / total
+    y_BKTH = y_BKTH.astype(query.dtype)
+    saved = (q_BKTH, k_BKSH, v_BKSH, y_BKTH, top + jnp.log(total))
+    return _by_position(y_BKTH, query.shape), saved
+
+
+def _attention_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array]:
+    # As flash attention does it: the scores again, which is faster than keeping them.
+    q_BKTH, k_BKSH, v_BKSH, y_BKTH, log_sum_BKT1 = saved
+    dy_BKTH, dtype = _by_head(dy, k_BKSH.shape[1]), dy.dtype
+    p_BKTS = jnp.exp(_scores(q_BKTH, k_BKSH) - log_sum_BKT1)
+    dp_BKTS = jnp.einsum("BKTH,BKSH->BKTS", dy_BKTH, v_BKSH, preferred_element_type=jnp.float32)
+    along = (dy_BKTH.astype(jnp.float32) * y_BKTH.astype(jnp.float32)).sum(-1, keepdims=True)
+    ds_BKTS = (p_BKTS * (dp_BKTS - along)).astype(dtype)
+    dq_BKTH = jnp.einsum("BKTS,BKSH->BKTH", ds_BKTS, k_BKSH) * dy.shape[-1] ** -0.5
+    # The small operand first: it is the one that a CPU transposes a copy of.
+    dk_BKHS = jnp.einsum("BKTH,BKTS->BKHS", q_BKTH, ds_BKTS)
+    dv_BKHS = jnp.einsum("BKTH,BKTS->BKHS", dy_BKTH, p_BKTS.astype(dtype))
+    dk, dv = (x.transpose(0, 3, 1, 2) for x in (dk_BKHS, dv_BKHS))
+    return _by_position(dq_BKTH, dy.shape), dk, dv
+
+
+_attention.defvjp(_attention_forward, _attention_backward)

@@ -1,0 +1,96 @@
+"""The hand-written backward passes against autodiff of the plain formulas."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from soup_jax import layers
+
+B, L, D, V = 3, 16, 8, 23
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
+
+
+def check_same(ours, plain, *arguments):
+    """Values and gradients of a random functional, also side by side under vmap."""
+    weights = normal(*plain(*arguments).shape, seed=9)
+    floats = tuple(i for i, a in enumerate(arguments) if jnp.issubdtype(a.dtype, jnp.floating))
+
+    def both(f):
+        return jax.value_and_grad(lambda *a: (f(*a) * weights).sum(), floats)
+
+    two = [jnp.stack([a, a[::-1]]) for a in arguments]
+    for map_, given in ((lambda f: f, arguments), (jax.vmap, two)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            map_(both(ours))(*given),
+            map_(both(plain))(*given),
+        )
+
+
+@pytest.mark.parametrize("features", [4, 2 * D])
+def test_matmul(features):
+    check_same(layers.matmul, jnp.matmul, normal(B, L, D), normal(D, features))
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_losses(chunk):
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, L)))
+
+    def plain(x, head, targets):
+        log_probs = jax.nn.log_softmax(x @ head)
+        return -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+
+    def ours(x, head, targets):
+        return layers.token_losses(x, head, targets, chunk=chunk)
+
+    check_same(ours, plain, normal(B, L, D), normal(D, V), targets)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention(kv_heads):
+    def plain(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    query, key = normal(B, L, 4, D), normal(B, L, kv_heads, D)
+    check_same(layers.attend, plain, query, key, normal(B, L, kv_heads, D, seed=1))
+
+
+def test_bfloat16_gradients_stay_near_those_of_float32():
+    query, key = normal(B, L, 4, D), normal(B, L, 2, D)
+
+    def gradient(dtype):
+        q, k = query.astype(dtype), key.astype(dtype)
+        grads = jax.grad(lambda q, k: layers.attend(q, k, k).sum(), (0, 1))(q, k)
+        assert {g.dtype for g in grads} == {jnp.dtype(dtype)}
+        return jnp.concatenate([g.astype(jnp.float32).ravel() for g in grads])
+
+    exact = gradient("float32")
+    assert 0 < abs(gradient("bfloat16") - exact).max() < 0.03 * abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "head_dim", "takes"),
+    [
+        ("cpu", "bfloat16", 64, False),
+        ("9.0", "bfloat16", 64, True),
+        ("9.0", "float32", 64, False),
+        ("9.0", "bfloat16", 36, False),
+        ("9.0", "bfloat16", 256, False),
+        ("7.5", "bfloat16", 64, False),
+        ("rocm", "bfloat16", 64, False),
+    ],
+)
+def test_where_cudnn_is_taken(kind, dtype, head_dim, takes, monkeypatch):
+    device = types.SimpleNamespace(
+        platform="cpu" if kind == "cpu" else "gpu",
+        compute_capability=kind,
+        client=types.SimpleNamespace(platform_version=kind if kind == "rocm" else "cuda 13000"),
+    )
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert layers._cudnn_takes(jnp.zeros((1, 8, 2, head_dim), dtype)) == takes
