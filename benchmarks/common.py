@@ -5,11 +5,15 @@ import dataclasses
 import runpy
 from typing import Any
 
-import jax
-import numpy as np
+from soup_jax import host_memory
 
-from soup_jax import config as config_lib
-from soup_jax import estimate, loader, mesh, sharding, train_state, train_step
+host_memory.keep_freed()  # as `soup-jax` does, before the threads that importing jax starts
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from soup_jax import config as config_lib  # noqa: E402
+from soup_jax import estimate, loader, mesh, sharding, train_state, train_step  # noqa: E402
 
 
 def read_config(path, overrides=()):

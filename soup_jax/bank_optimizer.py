@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from soup_jax import experts, rounding, tree
+from soup_jax import experts, merge, rounding, tree
 from soup_jax import pending as pending_lib
 from soup_jax.pending import Pending
 from soup_jax.shapes import Array, Params
@@ -238,7 +238,7 @@ def _directions(
     gradients = tree.flatten(merged)
 
     def new_nu(path: str, old: Array) -> Array:
-        square = jnp.square(gradients[path].sum(0))
+        square = jnp.square(merge.over_mixtures(gradients[path]))
         new = beta2 * old.astype(jnp.float32) + (1 - beta2) * square
         return keep(old, new, salt=f"nu/{path}")
 

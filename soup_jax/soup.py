@@ -199,7 +199,7 @@ def value_and_grad(
     dalpha_ME = sharding.everywhere(mesh, dalpha_ME) * inverse
     merged = jax.tree.map(lambda g: g * inverse, merged)
     grads = SoupGrads(
-        shared=jax.tree.map(lambda g: g.sum(0), merged),
+        shared=jax.tree.map(merge.over_mixtures, merged),
         router=route_vjp(dalpha_ME)[0],
         merged=merged,
         alpha_ME=alpha_ME,
@@ -219,15 +219,15 @@ def coefficient_gradient(
     gradients = tree.flatten(merged)
     whole = mesh is None or mesh.size == 1
     directions = tree.flatten(pending.directions) if pending else {}
-    total = jnp.zeros_like(alpha_ME)
+    total_EM = jnp.zeros_like(alpha_ME.T)
     for path, leaf in tree.flatten(bank).items():
-        products_ME = merge.inner(gradients[path], leaf, whole=whole)
+        products_EM = merge.inner(gradients[path], leaf, whole=whole)
         if path in directions:
-            products_MS = merge.inner(gradients[path], directions[path], whole=whole)
-            products_ME = products_ME * pending.scale_E
-            products_ME -= jnp.dot(products_MS, pending.weight_SE, precision="highest")
-        total = total + products_ME
-    return total
+            products_SM = merge.inner(gradients[path], directions[path], whole=whole)
+            products_EM = products_EM * pending.scale_E[:, None]
+            products_EM -= jnp.dot(pending.weight_SE.T, products_SM, precision="highest")
+        total_EM = total_EM + products_EM
+    return total_EM.T
 
 
 def _merged_gradients(

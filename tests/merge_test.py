@@ -88,7 +88,7 @@ def test_products_with_a_bfloat16_bank(num_mixtures, num_experts, shape):
     np.testing.assert_allclose(jax.jit(merge.combine)(alpha_ME, leaf_E), expected, atol=1e-5)
     axes = tuple(range(1, len(shape) + 1))
     expected = np.tensordot(x_M.astype(np.float64), exact, (axes, axes))
-    np.testing.assert_allclose(jax.jit(merge.inner)(x_M, leaf_E), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(merge.inner)(x_M, leaf_E).T, expected, atol=1e-5)
 
 
 def test_two_bfloat16_parts_hold_16_bits(monkeypatch):
