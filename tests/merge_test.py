@@ -105,7 +105,7 @@ def test_two_bfloat16_parts_hold_16_bits(monkeypatch):
         calls.append(parts.dtype)
         return parts.astype(jnp.float32) @ leaf.astype(jnp.float32)
 
-    found = merge._in_parts(product, alpha_ME, leaf_E)
+    found = merge._in_parts(product, alpha_ME, leaf_E, axis=0)
     assert calls == [jnp.bfloat16]
     exact = np.asarray(alpha_ME, np.float64) @ np.asarray(leaf_E, np.float64)
     error = np.abs(found - exact).max() / np.abs(exact).max()
