@@ -191,6 +191,7 @@ def merged(
         nu, direction_M = _directions(
             merged, state["nu"], correct2, beta2=beta2, eps=eps, keep=keep, good=good
         )
+        weight_ME = jnp.where(good, lr * alpha_ME, 0.0)
         store = _bank_store(step, stochastic)
 
         def eager(path: str, stack: Array) -> Array:
@@ -198,16 +199,14 @@ def merged(
             if deferring and decaying:
                 return stack
             shrink = jnp.where(good, 1 - lr * weight_decay * decaying, 1.0)
-            return _move(path, stack, direction_M[path], lr * alpha_ME, shrink, store)
+            return _move(path, stack, direction_M[path], weight_ME, shrink, store)
 
         bank = tree.map_named(eager, bank)
         if not deferring:
             return bank, {"nu": nu}
         turn = step % flush_every
         late, shrink = pending(state), 1 - lr * weight_decay
-        late = pending_lib.defer(
-            late, direction_M, lr * alpha_ME, shrink=shrink, slot=turn, good=good
-        )
+        late = pending_lib.defer(late, direction_M, weight_ME, shrink=shrink, slot=turn, good=good)
         # In the turn that fills a slot: it is empty again when it is filled next, T turns later.
         bank, late = pending_lib.write_turn(
             late, bank, turn=turn, num_turns=flush_every, good=good, store=store

@@ -135,14 +135,14 @@ def activation_bytes(cfg: ConfigDict, num_devices: int) -> dict[str, float]:
     tokens = cfg.batch_size * cfg.seq_len / num_devices / cfg.optimizer.grad_accumulation
     kv_dim = m.dim * m.num_kv_heads // m.num_heads
     products = size * (3 * m.dim + 2 * kv_dim + 2 * m.hidden_dim)
-    # Scores in float32, probabilities in the compute dtype, and a mask.
-    scores = 0 if m.attention == "cudnn" else (5 + size) * m.num_heads * cfg.seq_len
-    everything = products + size * (4 * m.dim + m.hidden_dim) + scores
+    everything = products + size * (4 * m.dim + m.hidden_dim)
+    # Scores and their gradient in float32, one of them again in the compute dtype.
+    scores = 0 if m.attention == "cudnn" else (8 + size) * m.num_heads * cfg.seq_len
     kept = size * m.dim + {"none": everything, "dots": products, "full": 0}[m.remat]
     logits = 8 * cfg.vocab_size * (m.loss_chunk or cfg.seq_len) / cfg.seq_len
     return {
         "activations kept": tokens * m.num_layers * kept,
-        "working set of a layer or the loss": tokens * max(everything, logits),
+        "working set of a layer or the loss": tokens * max(everything + scores, logits),
     }
 
 
@@ -153,7 +153,7 @@ def update_bytes(cfg: ConfigDict, step: AbstractStep) -> int:
     if not bank:
         return 0
     groups = mesh_lib.num_groups(cfg)
-    block = min(cfg.num_experts, experts.block_size(groups))
+    block = min(cfg.num_experts, experts.block_size(groups, cfg.num_experts))
     slices = (math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) for leaf in bank)
     return 4 * (groups + block) * max(slices)
 
@@ -227,7 +227,7 @@ def bank_traffic(cfg: ConfigDict, step: AbstractStep) -> float:
     state = passes["bank"] * parts["bank"] + passes["moments"] * parts["moments of the bank"]
     state += 3 * parts["shared parameters"] + 2 * parts["moments of shared and router"]
     merged = merged_bytes(cfg, step)
-    blocks = math.ceil(cfg.num_experts / experts.block_size(groups))
+    blocks = math.ceil(cfg.num_experts / experts.block_size(groups, cfg.num_experts))
     return state + merged["merged models"] + (3 + blocks) * merged["their float32 slices"]
 
 

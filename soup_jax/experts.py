@@ -95,13 +95,14 @@ def _update_blocks(
     return stacks
 
 
-def block_size(num_terms: int) -> int:
+def block_size(num_terms: int, num_experts: int) -> int:
     """Experts that an update takes at a time on accelerators, for sums over `num_terms` arrays.
 
     Every block reads the terms again: with twice as many experts a block, that is a quarter of what
-    reading and writing the experts costs.
+    reading and writing the experts costs. At most a quarter of the experts, as a compiler may keep
+    a few arrays of a block's size.
     """
-    return max(8, 2 * num_terms)
+    return max(8, min(2 * num_terms, num_experts // 4))
 
 
 def columns(coefficient_SE: Array, first: Array | int, size: int) -> Array:
@@ -118,7 +119,7 @@ def columns(coefficient_SE: Array, first: Array | int, size: int) -> Array:
 
 
 def _dot_sum(coefficient_SE: Array, leaf_S: Array, first: Array | int, size: int) -> Array:
-    part = columns(coefficient_SE, first, size)
+    part = jax.lax.dynamic_slice_in_dim(coefficient_SE, first, size, axis=1)
     return jnp.einsum("SE,S...->E...", part, leaf_S, precision="highest")
 
 
@@ -149,7 +150,9 @@ def update_stacks(
         return _update_blocks(functions(_fused_sum), stacks, block_size=stacks[0].shape[0])
 
     def blocks(*stacks: Array) -> tuple[Array, ...]:
-        return _update_blocks(functions(_dot_sum), stacks, block_size=block_size(num_terms))
+        return _update_blocks(
+            functions(_dot_sum), stacks, block_size=block_size(num_terms, stacks[0].shape[0])
+        )
 
     if num_terms > _FUSED_TERMS:
         return blocks(*stacks)

@@ -120,10 +120,10 @@ def test_cpu_step_keeps_no_second_bank(bank, flush_every):
     assert many.temporaries - few.temporaries < many.largest_bank_leaf()
 
 
-def check_tpu(devices, **fields):
+def check_tpu(devices, leaves=1, **fields):
     few, many = pair(devices, **TPU_SIZES | fields)
     check_communication(few, many)
-    assert many.temporaries - few.temporaries < many.largest_bank_leaf()
+    assert many.temporaries - few.temporaries < leaves * many.largest_bank_leaf()
     sums = [c for c in many.collectives if c.kind == "all-reduce" and not c.in_loop]
     return few, many, sums
 
@@ -139,14 +139,16 @@ def test_tpu_step_moves_merged_models_and_small_sums_only():
 @pytest.mark.parametrize("bank", [pytest.param("merged", marks=pytest.mark.slow), "adamw"])
 def test_tpu_step_keeps_no_second_bank(bank):
     fields = {"num_mixtures": MORE, "optimizer.bank": bank}
-    few, many, _ = check_tpu(tpu_devices(), **LARGE, **fields)
+    # With AdamW the compiler keeps a leaf's moments in the layout of the product that updates them.
+    leaves = 2 if bank == "adamw" else 1
+    few, many, _ = check_tpu(tpu_devices(), leaves, **LARGE, **fields)
     assert min(few.temporaries, many.temporaries) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_mixtures", [FEWER_MIXTURES_THAN_DEVICES, AS_MANY])
 def test_tpu_step_with_other_numbers_of_mixtures(num_mixtures):
-    check_tpu(tpu_devices(), num_mixtures=num_mixtures)
+    check_tpu(tpu_devices(), num_mixtures=num_mixtures, **LARGE)
 
 
 def test_bank_sized_traffic_is_seen():
