@@ -86,6 +86,7 @@ def collectives(text: str) -> list[Collective]:
     for name, instructions in computations.items():
         if name not in calls:
             continue
+        channels: collections.Counter[object] = collections.Counter()
         for number, instruction in enumerate(instructions.values()):
             collective = _collective(instruction, num_devices)
             if collective is None:
@@ -95,9 +96,13 @@ def collectives(text: str) -> list[Collective]:
                 collective, times=times, in_loop=in_loop, known_times=known
             )
             # The TPU compiler repeats an asynchronous collective in every fusion that it overlaps
-            # with, under one channel.
-            channel = re.search(r"\bchannel_id=(\d+)", instruction.rest)
-            key = (collective.kind, int(channel[1])) if channel else (name, number)
+            # with, under one channel. Several in one computation, as all that `shard_map` writes
+            # have the same channel, are different ones.
+            key: tuple[object, ...] = (name, number)
+            if channel := re.search(r"\bchannel_id=(\d+)", instruction.rest):
+                key = (collective.kind, int(channel[1]))
+                channels[key] += 1
+                key = (*key, channels[key])
             if key not in found or found[key].times < times:
                 found[key] = collective
     return list(found.values())

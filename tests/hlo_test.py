@@ -122,6 +122,15 @@ def test_an_asynchronous_collective_in_several_fusions_counts_once():
     assert only(*calls, computations=computations).payload_bytes == 32
 
 
+def test_collectives_of_one_channel_in_one_computation_count_each():
+    lines = [
+        f"  %r.{i} = f32[8]{{0}} reduce-scatter(%x.{i}), channel_id=1, "
+        "replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add"
+        for i in range(3)
+    ]
+    assert len(hlo.collectives(program(*lines))) == 3
+
+
 LOOP = """%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %r = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
 }
