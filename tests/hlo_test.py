@@ -160,6 +160,20 @@ def test_loops(bound, backend, times, known):
     assert found.moved_bytes == times * 2 * 7 / 8 * 32
 
 
+def test_an_asynchronous_collective_takes_place_as_often_as_it_starts():
+    """Not once for each turn of a loop that it overlaps with."""
+    gather = "all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8]"
+    fusion = "  %f = f32[8]{0} fusion(%x), kind=kCustom, calls="
+    loop = LOOP.replace("BOUND", "%bound").replace("  %r = ", f"{fusion}%overlapped\n  %r = ")
+    computations = (
+        f"%overlapped (p: f32[1]) -> f32[8] {{\n  ROOT %g.1 = f32[8]{{0}} {gather}\n}}\n\n"
+        f"%start (p: f32[1]) -> f32[8] {{\n  %g.2 = f32[8]{{0}} {gather}\n"
+        '  ROOT %c = f32[8]{0} custom-call(%g.2), custom_call_target="AsyncCollectiveStart"\n}\n\n'
+    )
+    found = hlo.collectives(program(f"{fusion}%start", WHILE, computations=loop + computations))
+    assert [c.times for c in found if c.kind == "all-gather"] == [1]
+
+
 def test_nested_loops_multiply_and_unused_computations_do_not_count():
     inner = LOOP.replace("BOUND", "%bound")
     outer = inner.replace("%body", "%outer").replace("%condition", "%until")
