@@ -104,9 +104,10 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
     cfg.experts = experts = ConfigDict()
     # Ordered (regex, rule) pairs over leaf paths such as "layers/mlp/up"; the first match wins and
-    # every leaf must match. Rules: "dense" (one full copy per expert), "none" (shared only).
+    # every leaf must match. Rules: "dense" (one full copy per expert), "low_rank:8" (on matrices:
+    # two factors of that rank per expert; soup_jax/low_rank.py), "none" (shared only).
     experts.rules = ((".*", "dense"),)
-    experts.init_scale = 0.0  # std of the experts' init, as a multiple of the shared leaf's RMS
+    experts.init_scale = 0.0  # std of dense experts' init, as a multiple of the shared leaf's RMS
     experts.dtype = "float32"  # storage of the bank: float32 or bfloat16
     experts.rounding = "stochastic"  # of bank and moments stored in bfloat16: stochastic, nearest
 
@@ -129,7 +130,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     optimizer.weight_decay = 0.1  # decoupled; matrices only (leaves of two or more dimensions)
     optimizer.clip_norm = 1.0  # of the global gradient norm, experts included; 0: off
     optimizer.grad_accumulation = 1  # micro-batches per step; divides the rows of a mixture
-    optimizer.bank = "merged"  # merged (preconditioned in the merged space) or adamw
+    # Of dense experts: merged (preconditioned in the merged space) or adamw. Low-rank factors have
+    # AdamW with float32 moments always, and are never deferred.
+    optimizer.bank = "merged"
     optimizer.flush_every = 1  # T: updates of the bank deferred for T steps; only "merged" can
     optimizer.moment_dtype = "float32"  # storage of the bank's moments: float32 or bfloat16
     optimizer.bank_lr_scale = 0.3  # of learning_rate, for the experts

@@ -1,4 +1,4 @@
-"""Optimizers of the bank: a gradient in factored form in (see `soup`), the bank out.
+"""Optimizers of dense experts: a gradient in factored form in (see `soup`), the bank out.
 
 - `adamw`: exact AdamW on every expert. Two moments of the bank's size.
 - `merged`: preconditioned in the merged space. One second moment v, of the size of *one* model, of
@@ -192,7 +192,7 @@ def merged(
             merged, state["nu"], correct2, beta2=beta2, eps=eps, keep=keep, good=good
         )
         weight_ME = jnp.where(good, lr * alpha_ME, 0.0)
-        store = _bank_store(step, stochastic)
+        store = bank_store(step, stochastic)
 
         def eager(path: str, stack: Array) -> Array:
             decaying = decays(path, stack.ndim - 1)
@@ -216,7 +216,7 @@ def merged(
     def flush(bank: Params, state: Any, step: Array) -> tuple[Params, Any]:
         if not deferring:
             return bank, state
-        store = _bank_store(step, stochastic)
+        store = bank_store(step, stochastic)
         bank, late = pending_lib.write_all(pending(state), bank, store=store)
         return bank, {**state, **late._asdict()}
 
@@ -280,7 +280,9 @@ def _move(
     return experts.update_stacks(functions, (stack,), num_terms=weight_ME.shape[0])[0]
 
 
-def _bank_store(step: Array, stochastic: bool) -> pending_lib.Store:
+def bank_store(step: Array, stochastic: bool) -> pending_lib.Store:
+    """How new experts are stored at a step: in their old dtype, rounded stochastically or not."""
+
     def store(path: str, new: Array, old: Array, first: Array | int) -> Array:
         # A salt of its own: a flush may come between two updates of one step number.
         seed = _seed(step, f"bank/{path}") if stochastic else None

@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from soup_jax import rules
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
 from soup_jax.files import write_json
@@ -241,11 +242,14 @@ def _check_combinations(cfg: ConfigDict) -> None:
     )
     need(cfg.optimizer.final_fraction <= 1, "optimizer.final_fraction must be at most 1")
     need(
-        all(isinstance(r, tuple) and len(r) == 2 for r in cfg.experts.rules)
-        and {r[1] for r in cfg.experts.rules} <= {"dense", "none"},
-        "experts.rules must be a tuple of (regex, rule) pairs with rule 'dense' or 'none', not "
-        f"{cfg.experts.rules!r}",
+        all(isinstance(r, tuple) and [type(x) for x in r] == [str, str] for r in cfg.experts.rules),
+        f"experts.rules must be a tuple of (regex, rule) pairs, not {cfg.experts.rules!r}",
     )
+    for _, rule in cfg.experts.rules:
+        try:
+            rules.low_rank(rule)
+        except UserError as e:
+            raise UserError(f"config: experts.rules: {e}") from e
 
 
 def _divides(cfg: ConfigDict, small: str, large: str) -> None:

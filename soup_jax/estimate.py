@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from soup_jax import config as config_lib
-from soup_jax import experts, sharding, train_state, train_step, tree
+from soup_jax import experts, low_rank, sharding, train_state, train_step, tree
 from soup_jax import mesh as mesh_lib
 from soup_jax import model as model_lib
 from soup_jax.chips import Chip
@@ -194,9 +194,17 @@ def temporary_bytes(cfg: ConfigDict, step: AbstractStep) -> dict[str, int]:
 def step_flops(cfg: ConfigDict, step: AbstractStep) -> dict[str, float]:
     """FLOPs of one step over all devices: base network (without recomputation), and the bank.
 
-    The bank's: merge, gradient of alpha, and update, 2 M operations a parameter each.
+    The bank's: merge, gradient of alpha, and update, 2 M operations a parameter of dense experts
+    each; low-rank ones are merged, and their two factors' gradients formed, by 2 M operations for
+    each of their ranks and parameters of the merged leaf.
     """
-    bank = tree.num_params(step.state.params["bank"])
+    params = step.state.params
+    dense, factors = low_rank.split(params["bank"], params["shared"])
+    bank = tree.num_params(dense)
+    leaves = tree.flatten(factors)
+    for path in leaves:
+        if path.endswith("/left"):
+            bank += tree.num_params(leaves[path]) * leaves[path[:-4] + "right"].shape[-1]
     return {
         "base network": step.model.flops_per_row * cfg.batch_size,
         "merge, alpha's gradient and bank update": 6.0 * mesh_lib.num_groups(cfg) * bank,

@@ -1,7 +1,8 @@
 """The bank: expert parameters, one stack per chosen leaf, experts on the leading axis.
 
 A leaf `w` of the base network with the rule "dense" has a stack `w_E...` in the bank; one with the
-rule "none" has no entry there, and the merge leaves it as it is. Zero experts is an empty bank.
+rule "low_rank:r" has two, of its factors (see `low_rank`); one with the rule "none" has no entry
+there, and the merge leaves it as it is. Zero experts is an empty bank.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,10 +10,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from soup_jax import tree
+from soup_jax import low_rank, tree
+from soup_jax.rules import low_rank as low_rank_of
 from soup_jax.shapes import Array, Params
-
-RULES = ("dense", "none")
 
 # (coefficients [S, E], leaf [S, ...], first expert, number of experts) -> [number, ...]
 ExpertSum = Callable[[Array, Array, Array | int, int], Array]
@@ -20,16 +20,6 @@ ExpertSum = Callable[[Array, Array, Array | int, int], Array]
 # Terms of such a sum up to which a CPU adds them inside the update: no array of the sum exists and
 # all cores take part. Above it, reading the terms anew for every expert costs more.
 _FUSED_TERMS = 8
-
-
-def expert_paths(rules: Sequence[tuple[str, str]], shared: Params) -> list[str]:
-    """Paths of the leaves that get experts.
-
-    Raises:
-      UserError: a leaf that no (regex, rule) pair covers.
-    """
-    matched = tree.match_rules(rules, list(tree.flatten(shared)))
-    return [path for path, rule in matched.items() if rule == "dense"]
 
 
 def init_bank(
@@ -43,16 +33,31 @@ def init_bank(
 ) -> Params:
     """The bank for `shared`: nested like it, leaves [E, ...], missing where the rule is "none".
 
-    Experts are normal with `init_scale` times the root mean square of the shared leaf as standard
-    deviation, independent of each other; 0 makes them zero (see the module `router` for when that
-    can train).
+    Dense experts are normal with `init_scale` times the root mean square of the shared leaf as
+    standard deviation, independent of each other; 0 makes them zero (see the module `router` for
+    when that can train). Factors start as `low_rank.init_factors` says.
+
+    Raises:
+      UserError: a leaf that no (regex, rule) pair covers, or that cannot have the rule it has.
     """
     if num_experts == 0:
         return {}
     leaves = tree.flatten(shared)
+    matched = tree.match_rules(rules, list(leaves))
     bank = {}
-    for i, path in enumerate(expert_paths(rules, shared)):
+    for i, path in enumerate(path for path, rule in matched.items() if rule != "none"):
         leaf = leaves[path]
+        if rank := low_rank_of(matched[path]):
+            factors = low_rank.init_factors(
+                jax.random.fold_in(key, i),
+                path,
+                leaf.shape,
+                num_experts=num_experts,
+                rank=rank,
+                dtype=dtype,
+            )
+            bank |= {f"{path}/{name}": factor for name, factor in factors.items()}
+            continue
         shape = (num_experts, *leaf.shape)
         if init_scale == 0:
             bank[path] = jnp.zeros(shape, dtype)

@@ -83,9 +83,12 @@ def collectives(text: str) -> list[Collective]:
     num_devices = _num_devices(text)
     calls = _executions(computations, entry)
     found: dict[object, Collective] = {}
+    started: set[object] = set()
     for name, instructions in computations.items():
         if name not in calls:
             continue
+        channels: collections.Counter[object] = collections.Counter()
+        starts = any("AsyncCollectiveStart" in i.rest for i in instructions.values())
         for number, instruction in enumerate(instructions.values()):
             collective = _collective(instruction, num_devices)
             if collective is None:
@@ -95,11 +98,18 @@ def collectives(text: str) -> list[Collective]:
                 collective, times=times, in_loop=in_loop, known_times=known
             )
             # The TPU compiler repeats an asynchronous collective in every fusion that it overlaps
-            # with, under one channel.
-            channel = re.search(r"\bchannel_id=(\d+)", instruction.rest)
-            key = (collective.kind, int(channel[1])) if channel else (name, number)
-            if key not in found or found[key].times < times:
+            # with, under one channel, also in those of a loop that it lasts for: the start says how
+            # often it takes place. Several in one computation are different ones: all that
+            # `shard_map` writes have the same channel.
+            key: tuple[object, ...] = (name, number)
+            if channel := re.search(r"\bchannel_id=(\d+)", instruction.rest):
+                key = (collective.kind, int(channel[1]))
+                channels[key] += 1
+                key = (*key, channels[key])
+            if key not in started and (starts or key not in found or found[key].times < times):
                 found[key] = collective
+            if starts:
+                started.add(key)
     return list(found.values())
 
 

@@ -2,7 +2,7 @@
 
 One einsum per leaf, "ME,E...->M...". Experts are never split over devices along E, so the sum over
 experts is local to each device's slice; the merged leaf, cast to the compute dtype, is then
-resharded from slices to mixture groups (see `sharding`).
+resharded from slices to mixture groups (see `sharding`). `low_rank` has the product for factors.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from soup_jax import sharding, tree
+from soup_jax import low_rank, sharding, tree
 from soup_jax.pending import Pending
 from soup_jax.shapes import Array, Params
 
@@ -30,7 +30,7 @@ def merge_many(
 
     Args:
       shared: S.
-      bank: E_e, leaves [E, ...]; a subset of S's leaves.
+      bank: E_e, leaves [E, ...] or pairs of factors; of a subset of S's leaves.
       alpha_ME: coefficients, M rows; with an empty bank only M is read.
       dtype: of the result, rounded once, after a float32 sum; None keeps each shared leaf's.
       mesh: lays slices and groups out on it; None leaves that to the compiler.
@@ -46,6 +46,9 @@ def merge_many(
         if path in experts:
             scale_E = pending.scale_E if path in directions else 1.0
             merged = merged + combine(alpha_ME * scale_E, experts[path])
+        if f"{path}/left" in experts:
+            left, right = experts[f"{path}/left"], experts[f"{path}/right"]
+            merged = merged + low_rank.combine(alpha_ME, left, right, mesh=mesh)
         if path in directions:
             # Of the experts' updates only their sum, weighted by alpha, is needed: M x S numbers.
             weight_MS = jnp.dot(alpha_ME, pending.weight_SE.T, precision="highest")

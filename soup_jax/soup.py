@@ -7,7 +7,8 @@ and the coefficients alpha_me. From them (section 3 of the paper, by the chain r
 
     dS = sum_m G_m        dE_e = sum_m alpha_me G_m        dalpha_me = <G_m, E_e>
 
-so no array of the bank's size ever holds a gradient.
+so no array of the bank's size ever holds a gradient. Those of low-rank factors are as small as the
+factors, and explicit.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from soup_jax import experts, merge, router, sharding, tree
+from soup_jax import experts, low_rank, merge, router, sharding, tree
 from soup_jax.errors import UserError
 from soup_jax.model import BaseModel
 from soup_jax.pending import Pending
@@ -125,12 +126,14 @@ class SoupGrads(NamedTuple):
       router: like the router's parameters.
       merged: G_m, leaves [M, ...], for every leaf of S, on storage slices.
       alpha_ME: the coefficients that the bank's gradient needs.
+      factors: of low-rank experts, like their part of the bank; empty if there are none.
     """
 
     shared: Params
     router: Params
     merged: Params
     alpha_ME: Array
+    factors: Params
 
 
 def value_and_grad(
@@ -196,13 +199,15 @@ def value_and_grad(
     # dalpha is divided after its sum over devices, so that this sum need not wait for the weight's.
     inverse = 1.0 / jnp.maximum(weight, 1.0)
     dalpha_ME = coefficient_gradient(merged, params["bank"], alpha_ME, mesh=mesh, pending=pending)
-    dalpha_ME = sharding.everywhere(mesh, dalpha_ME) * inverse
+    factors, dalpha_low_ME = factor_gradients(merged, params["bank"], alpha_ME, mesh=mesh)
+    dalpha_ME = (sharding.everywhere(mesh, dalpha_ME) + dalpha_low_ME) * inverse
     merged = jax.tree.map(lambda g: g * inverse, merged)
     grads = SoupGrads(
         shared=jax.tree.map(merge.over_mixtures, merged),
         router=route_vjp(dalpha_ME)[0],
         merged=merged,
         alpha_ME=alpha_ME,
+        factors=jax.tree.map(lambda g: g * inverse, factors),
     )
     return (loss_sum * inverse, row_stats), grads, alpha_ME
 
@@ -215,12 +220,13 @@ def coefficient_gradient(
     mesh: Mesh | None = None,
     pending: Pending | None = None,
 ) -> Array:
-    """dalpha_me = sum over leaves of <G_m, E_e>, float32 [M, E]; experts with what is pending."""
+    """dalpha_me = sum over dense leaves of <G_m, E_e>, float32 [M, E]; experts with what is
+    pending."""
     gradients = tree.flatten(merged)
     whole = mesh is None or mesh.size == 1
     directions = tree.flatten(pending.directions) if pending else {}
     total_EM = jnp.zeros_like(alpha_ME.T)
-    for path, leaf in tree.flatten(bank).items():
+    for path, leaf in tree.flatten(low_rank.split(bank, merged)[0]).items():
         products_EM = merge.inner(gradients[path], leaf, whole=whole)
         if path in directions:
             products_SM = merge.inner(gradients[path], directions[path], whole=whole)
@@ -228,6 +234,23 @@ def coefficient_gradient(
             products_EM -= jnp.dot(pending.weight_SE.T, products_SM, precision="highest")
         total_EM = total_EM + products_EM
     return total_EM.T
+
+
+def factor_gradients(
+    merged: Params, bank: Params, alpha_ME: Array, *, mesh: Mesh | None = None
+) -> tuple[Params, Array]:
+    """(gradients of low-rank factors, nested like them; their part of dalpha_me, [M, E])."""
+    factors = tree.flatten(low_rank.split(bank, merged)[1])
+    gradients, total = {}, jnp.zeros_like(alpha_ME)
+    for path, gradient_M in tree.flatten(merged).items():
+        pair = [f"{path}/left", f"{path}/right"]
+        if pair[0] in factors:
+            dalpha_ME, *dfactors = low_rank.gradient(
+                alpha_ME, *(factors[name] for name in pair), gradient_M, mesh=mesh
+            )
+            gradients |= dict(zip(pair, dfactors))
+            total = total + dalpha_ME
+    return tree.unflatten(gradients), total
 
 
 def _merged_gradients(
@@ -284,9 +307,10 @@ def _merged_gradients(
 
 
 def squared_norms(grads: SoupGrads, bank_paths: Sequence[str]) -> dict[str, Array]:
-    """Squared gradient norms of "shared", "router" and "bank", the last in closed form.
+    """Squared gradient norms of "shared", "router" and "bank", of dense experts in closed form.
 
-    ||dE||^2 = sum_{m,m'} (alpha_m . alpha_m') <G_m, G_m'> over the leaves that have experts.
+    ||dE||^2 = sum_{m,m'} (alpha_m . alpha_m') <G_m, G_m'> over the leaves that have dense experts:
+    `bank_paths`.
     """
 
     def total(t: Params) -> Array:
@@ -300,5 +324,5 @@ def squared_norms(grads: SoupGrads, bank_paths: Sequence[str]) -> dict[str, Arra
     return {
         "shared": total(grads.shared),
         "router": total(grads.router),
-        "bank": jnp.sum(alpha_gram_MM * gram_MM),
+        "bank": jnp.sum(alpha_gram_MM * gram_MM) + total(grads.factors),
     }

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from soup_jax import optimizer, sharding, soup, tree
+from soup_jax import low_rank, optimizer, sharding, soup, tree
 from soup_jax.model import BaseModel
 from soup_jax.shapes import Array, Params
 
@@ -61,6 +61,7 @@ def make_init(
 def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
     """Where each leaf of the state is stored: sliced over all devices, the bank within experts."""
     replicated = sharding.replicated(mesh)
+    dense, _ = low_rank.split(abstract.params["bank"], abstract.params["shared"])
 
     def bank(t: Any) -> Any:
         return sharding.storage(mesh, t, leading=1)
@@ -73,7 +74,7 @@ def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
     def bank_state(name: str, t: Any) -> Any:
         if name in ("weight_SE", "scale_E"):
             return replicated
-        if name == "directions" or _has_experts(t, abstract.params["bank"]):
+        if name in ("directions", "factors") or _has_experts(t, dense):
             return bank(t)
         return sharding.storage(mesh, t)
 

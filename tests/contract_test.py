@@ -102,6 +102,41 @@ def test_communication_does_not_depend_on_the_experts(num_mixtures):
     assert set(kinds) == {"all-to-all", "all-reduce"}
 
 
+LOW_RANK = ((r"layers/(attention|mlp)/.*", "low_rank:4"), (".*", "none"))
+
+
+def test_what_low_rank_experts_move():
+    """The smaller factor of each leaf, gathered, and its gradient, back to slices."""
+    few, many = (
+        Compiled(jax.devices(), num_mixtures=AS_MANY, num_experts=e, **{"experts.rules": LOW_RANK})
+        for e in (FEW, MANY)
+    )
+    bank = tree.flatten(many.step.state.params["bank"])
+    pairs = [(x, bank[p[:-4] + "right"]) for p, x in bank.items() if p.endswith("/left")]
+    smaller = [4 * min(left.size, right.size) for left, right in pairs]
+    sent = hlo.total_bytes(many.collectives)
+    for kind in ("all-gather", "reduce-scatter"):
+        found = [c for c in many.collectives if c.kind == kind]
+        assert len(found) == len(pairs)
+        assert max(c.payload_bytes for c in found) <= max(smaller)
+        assert sent[kind] == sum(smaller) * 7 / 8
+    # The rest is as of dense experts.
+    leaves = len(jax.tree.leaves(many.step.state.params["shared"]))
+    exchanged = [
+        {key: n for key, n in hlo.signature(c.collectives).items() if key[0] == "all-to-all"}
+        for c in (few, many)
+    ]
+    assert exchanged[0] == exchanged[1]
+    assert sum(exchanged[0].values()) == 2 * leaves
+    assert {c.kind for c in many.collectives} <= {
+        "all-gather",
+        "all-reduce",
+        "all-to-all",
+        "reduce-scatter",
+    }
+    assert sent["all-reduce"] < 16 * MANY * AS_MANY * len(pairs)
+
+
 def test_accumulated_gradients_lie_on_slices():
     """Micro-batches cost a second set of gradients in slices, not a whole one in float32."""
     fields = {"num_mixtures": FEWER_MIXTURES_THAN_DEVICES, "model.dim": 256, "batch_size": 32}

@@ -122,6 +122,15 @@ def test_an_asynchronous_collective_in_several_fusions_counts_once():
     assert only(*calls, computations=computations).payload_bytes == 32
 
 
+def test_collectives_of_one_channel_in_one_computation_count_each():
+    lines = [
+        f"  %r.{i} = f32[8]{{0}} reduce-scatter(%x.{i}), channel_id=1, "
+        "replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add"
+        for i in range(3)
+    ]
+    assert len(hlo.collectives(program(*lines))) == 3
+
+
 LOOP = """%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %r = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
 }
@@ -149,6 +158,20 @@ def test_loops(bound, backend, times, known):
     found = only(WHILE + backend, computations=LOOP.replace("BOUND", bound))
     assert (found.times, found.in_loop, found.known_times) == (times, True, known)
     assert found.moved_bytes == times * 2 * 7 / 8 * 32
+
+
+def test_an_asynchronous_collective_takes_place_as_often_as_it_starts():
+    """Not once for each turn of a loop that it overlaps with."""
+    gather = "all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8]"
+    fusion = "  %f = f32[8]{0} fusion(%x), kind=kCustom, calls="
+    loop = LOOP.replace("BOUND", "%bound").replace("  %r = ", f"{fusion}%overlapped\n  %r = ")
+    computations = (
+        f"%overlapped (p: f32[1]) -> f32[8] {{\n  ROOT %g.1 = f32[8]{{0}} {gather}\n}}\n\n"
+        f"%start (p: f32[1]) -> f32[8] {{\n  %g.2 = f32[8]{{0}} {gather}\n"
+        '  ROOT %c = f32[8]{0} custom-call(%g.2), custom_call_target="AsyncCollectiveStart"\n}\n\n'
+    )
+    found = hlo.collectives(program(f"{fusion}%start", WHILE, computations=loop + computations))
+    assert [c.times for c in found if c.kind == "all-gather"] == [1]
 
 
 def test_nested_loops_multiply_and_unused_computations_do_not_count():

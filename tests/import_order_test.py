@@ -15,11 +15,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = """
-    errors files host_memory chips hlo config cluster group coordinator watchdog
+    errors files host_memory chips hlo rules config cluster group coordinator watchdog
     shapes tree compile_cache mesh sharding distributed
     tokenizer corpus embed domains windows histogram request shards prepare
     domain_weights sampler loader
-    rounding layers llama model experts pending router merge soup loss
+    rounding layers llama model low_rank experts pending router merge soup loss
     bank_optimizer optimizer train_state train_step metrics checkpoint evaluate run signals train
     specialist finetune export generate report estimate target plan main
 """.split()

@@ -44,6 +44,7 @@ def make_grads(step):
         router={"linear": jax.random.normal(key[2], (7, E))},
         merged=merged,
         alpha_ME=jax.random.normal(key[3], (M, E)),
+        factors={},
     )
 
 

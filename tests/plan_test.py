@@ -119,6 +119,19 @@ def test_temporaries_are_those_of_the_larger_phase():
     assert "update of the bank's largest leaf" in update
 
 
+def test_flops_of_low_rank_experts_are_their_ranks_times_those_of_dense_ones():
+    flops = {}
+    for rule in ("dense", "low_rank:5"):
+        rules = ((".*/mlp/.*", rule), (".*", "none"))
+        cfg, step = small_step(**{"experts.rules": rules})
+        flops[rule] = estimate.step_flops(cfg, step)["merge, alpha's gradient and bank update"]
+    assert flops["low_rank:5"] == 5 * flops["dense"]
+    # Bytes are those of the factors and of Adam's two moments, on eight devices.
+    parts, bank = estimate.state_bytes(step), tree.num_bytes(step.state.params["bank"])
+    assert parts["bank"] == pytest.approx(bank / 8, rel=0.01)
+    assert parts["moments of the bank"] == pytest.approx(2 * bank / 8, rel=0.01)
+
+
 def test_roofline_is_bounded_by_its_parts():
     cfg, step = small_step()
     r = estimate.roofline(cfg, step, H200, moved=450e9)

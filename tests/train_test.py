@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import evaluate, loader, metrics, model, train, train_step, tree
+from soup_jax import evaluate, loader, metrics, model, specialist, train, train_step, tree
 from soup_jax import run as run_lib
 from soup_jax.checkpoint import Checkpointer
 
@@ -159,6 +159,27 @@ def test_a_stopped_run_loses_no_step_and_repeats_no_batch(bank, make_cfg, tmp_pa
     assert_same_state(state, whole)
     assert_same_state(final_state(cfg, tmp_path / "cut")[0], whole)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stopped_run_with_low_rank_experts_ends_bit_identical(make_cfg, tmp_path, fed, tiny_text):
+    """And gives a specialist, which is an ordinary model."""
+    rules = ((r"layers/attention/.*|embedding", "low_rank:4"), (".*", "dense"))
+    cfg = make_cfg(**{"experts.rules": rules, "experts.dtype": "bfloat16"})
+    whole = train.train(cfg, tmp_path / "whole")
+    fed.clear()
+    fed.at = {7: terminate}
+    with pytest.raises(train.Interrupted):
+        train.train(cfg, tmp_path / "cut")
+    assert_same_state(train.train(cfg, tmp_path / "cut"), whole)
+    trained = specialist.load_soup(tmp_path / "cut")
+    made = specialist.instantiate(trained, [(tiny_text / "cooking.jsonl").read_text()])
+    shared, merged = tree.flatten(trained.params["shared"]), tree.flatten(made.params)
+    assert {p: x.shape for p, x in merged.items()} == {p: x.shape for p, x in shared.items()}
+    factors = tree.flatten(trained.params["bank"])
+    left, right = (np.asarray(factors[f"embedding/{n}"], np.float64) for n in ("left", "right"))
+    expected = shared["embedding"] + np.einsum("e,ear,erb->ab", made.alpha_E, left, right)
+    np.testing.assert_allclose(merged["embedding"], expected, atol=1e-5)
+    assert abs(merged["embedding"] - shared["embedding"]).max() > 1e-5
 
 
 def test_deferred_updates_are_in_every_checkpoint(make_cfg, tmp_path, fed):
