@@ -6,7 +6,7 @@ For a slice of 16 TPU v5e chips or more, or GPUs with the same memory in total:
     soup-jax train   --config=experiments/soup_110m.py --workdir=runs/soup_110m
 
 What it needs, by `soup-jax plan --config=experiments/soup_110m.py --topology=v5e:4x4` (jax 0.10.2
-and its libtpu): 10.9 of 16 GB a chip, and nothing moves between chips but merged models and small
+and its libtpu): 10.8 of 16 GB a chip, and nothing moves between chips but merged models and small
 sums. What a chip sends in a step hardly depends on the experts (`--config.num_experts=8`, `=32`):
 
     experts   sent, MB   of that norms, router, alpha
@@ -14,14 +14,17 @@ sums. What a chip sends in a step hardly depends on the experts (`--config.num_e
          32    410.835     0.098
         128    410.846     0.109
 
-One GPU of 141 GB with AdamW on the bank, everything of the bank in bfloat16, was planned only
-(`soup-jax plan --chip=H200 --num_devices=1` with the flags below, those of `benchmarks/pod.py`):
-85.4 GB of state and, estimated from shapes, 107.9 GB in all. The CPU compiler that stands in for
-the GPU's makes float32 copies of the bank's leaves to multiply them and counts 171.7 GB, so that
-the command says it does not fit; whether it does is to be measured:
+Single GPUs were planned only, from shapes (`soup-jax plan --num_devices=1`, `--chip` and the flags
+below, with `--config.experts.dtype=bfloat16` in all; GB):
 
-    --config.experts.dtype=bfloat16 --config.optimizer.moment_dtype=bfloat16
-    --config.optimizer.bank=adamw --config.optimizer.grad_accumulation=8 --config.model.remat=full
+    network  bank    --chip       state  in all   further flags
+    110M     merged  H100 (80)     29.8    64.1   --config.optimizer.grad_accumulation=8
+    110M     adamw   H200 (141)    85.4   111.5   the same, --config.optimizer.moment_dtype=bfloat16
+                                                  --config.model.remat=full
+    335M     merged  H200 (141)    91.5   125.6   --config.num_mixtures=8
+                                                  --config.optimizer.grad_accumulation=16
+                                                  --config.model.remat=full and the 335m preset's
+                                                  num_layers, dim, num_heads, num_kv_heads, hidden_dim
 
 `experiments/generic_110m.py` is its baseline: same network, same tokens, no experts. Neither has
 been trained by us: the sizes are the paper's, the optimizer settings are those that the small runs
