@@ -23,8 +23,8 @@ below, with `--config.experts.dtype=bfloat16` in all; GB):
                                                   --config.model.remat=full
     335M     merged  H200 (141)    91.5   125.6   --config.num_mixtures=8
                                                   --config.optimizer.grad_accumulation=16
-                                                  --config.model.remat=full and the 335m preset's
-                                                  num_layers, dim, num_heads, num_kv_heads, hidden_dim
+                                                  --config.model.remat=full, and the sizes of
+                                                  base.py's preset 335m, one by one
 
 `experiments/generic_110m.py` is its baseline: same network, same tokens, no experts. Neither has
 been trained by us: the sizes are the paper's, the optimizer settings are those that the small runs
