@@ -5,8 +5,9 @@
 Where the state comes from: the newest checkpoint of the workdir, else the config's seed. A run that
 is killed and started again with the same command continues and ends bit-identical to one that was
 never killed (deferred updates are written before every save: after a signal between two periodic
-ones the end is equal to rounding). SIGTERM (and SIGINT) save at the current step and end with status 0; with many
-processes (see `distributed`) a signal at one stops all of them after the same step.
+ones the end is equal to rounding). SIGTERM (and SIGINT) save at the current step and end with
+status 0; with many processes (see `distributed`) a signal at one stops all of them after the same
+step.
 """
 
 import logging
