@@ -138,7 +138,9 @@ def activation_bytes(cfg: ConfigDict, num_devices: int) -> dict[str, float]:
     everything = products + size * (4 * m.dim + m.hidden_dim)
     # Scores and their gradient in float32, one of them again in the compute dtype.
     scores = 0 if m.attention == "cudnn" else (8 + size) * m.num_heads * cfg.seq_len
-    kept = size * m.dim + {"none": everything, "dots": products, "full": 0}[m.remat]
+    # Without remat, what is between products is kept as well: normed, rotated and gated values.
+    between = size * (2 * m.dim + m.hidden_dim)
+    kept = size * m.dim + {"none": everything + between, "dots": products, "full": 0}[m.remat]
     logits = 8 * cfg.vocab_size * (m.loss_chunk or cfg.seq_len) / cfg.seq_len
     return {
         "activations kept": tokens * m.num_layers * kept,
@@ -163,17 +165,17 @@ def temporary_bytes(cfg: ConfigDict, step: AbstractStep) -> dict[str, int]:
 
     The larger of what exists in the backward pass and in the update, and a third more for copies
     that a compiler makes of its own (of another layout, or padded). What the TPU compiler needs for
-    one v5p was 0.71 to 0.97 of that, for 8 experts and 4 mixtures of the 35M network
+    one v5p was 0.55 to 0.98 of that, for 8 experts and 4 mixtures of the 35M network
     (`soup-jax plan --config=experiments/base.py:35m --topology=v5p:1x1x1` prints both numbers; with
     `--config.vocab_size=32000 --config.seq_len=1024 --config.batch_size=16 --config.num_mixtures=4
     --config.model.dtype=bfloat16 --config.experts.dtype=bfloat16 --config.model.loss_chunk=128`):
 
                                            GB  compiled  estimated
-        model.remat=dots                          2.750      2.854
-        the same, optimizer.bank=adamw            2.767      2.854
-        the same, grad_accumulation=2             1.997      2.160
-        model.remat=full                          1.288      1.814
-        model.remat=none, num_mixtures=1          6.875      8.796
+        model.remat=dots                          2.058      3.257
+        the same, optimizer.bank=adamw            2.058      3.257
+        the same, grad_accumulation=2             2.242      2.362
+        model.remat=full                          1.230      2.217
+        model.remat=none, num_mixtures=1          3.934      4.031
 
     No GPU was compared.
     """
