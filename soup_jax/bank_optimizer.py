@@ -13,7 +13,7 @@
 Cost per step, in passes over the bank (reading it is one, writing it is another), with the two that
 `soup` needs for the merge and for the coefficients' gradient:
 
-    adamw             8 on accelerators if the compiler fuses the three writes; 10 if not (CPUs)
+    adamw             10: the experts' update reads both moments after they were written
     merged            4
     merged, deferred  2 + 2 / T, and 2 T M / E for reading the directions, M / E for writing them
 
@@ -216,7 +216,8 @@ def merged(
     def flush(bank: Params, state: Any, step: Array) -> tuple[Params, Any]:
         if not deferring:
             return bank, state
-        store = bank_store(step, stochastic)
+        # A salt of its own: the next update has the same step number.
+        store = bank_store(step, stochastic, salt="flush")
         bank, late = pending_lib.write_all(pending(state), bank, store=store)
         return bank, {**state, **late._asdict()}
 
@@ -280,12 +281,15 @@ def _move(
     return experts.update_stacks(functions, (stack,), num_terms=weight_ME.shape[0])[0]
 
 
-def bank_store(step: Array, stochastic: bool) -> pending_lib.Store:
-    """How new experts are stored at a step: in their old dtype, rounded stochastically or not."""
+def bank_store(step: Array, stochastic: bool, *, salt: str = "bank") -> pending_lib.Store:
+    """How new experts are stored at a step: in their old dtype, rounded stochastically or not.
+
+    Args:
+      salt: tells writes of one step number apart.
+    """
 
     def store(path: str, new: Array, old: Array, first: Array | int) -> Array:
-        # A salt of its own: a flush may come between two updates of one step number.
-        seed = _seed(step, f"bank/{path}") if stochastic else None
+        seed = _seed(step, f"{salt}/{path}") if stochastic else None
         return rounding.store(new, old.dtype, seed=seed, first=first)
 
     return store

@@ -80,7 +80,7 @@ def inner(leaf_M: Array, leaf_E: Array, *, whole: bool = False) -> Array:
     """<leaf_e, leaf_m> over all but the leading dimension, float32 [E, M].
 
     In this order, to be transposed only after summing over leaves: XLA turns a transposed product
-    around, and a CPU then takes ten times as long.
+    around, and a CPU then takes many times as long.
 
     Args:
       whole: that the leaves are not sliced over devices.
@@ -135,7 +135,7 @@ def over_mixtures(leaf_M: Array) -> Array:
     """sum_m leaf_m."""
 
     def added(leaf_M: Array) -> Array:
-        # XLA's sum over a leading dimension takes a CPU 20 to 40 times as long.
+        # XLA's sum over a leading dimension takes a CPU many times as long.
         return sum(leaf_M[m] for m in range(leaf_M.shape[0]))
 
     return jax.lax.platform_dependent(leaf_M, cpu=added, default=lambda x: x.sum(0))
