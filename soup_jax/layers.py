@@ -120,51 +120,53 @@ def _attention(query: Array, key: Array, value: Array) -> Array:
 
 
 def _by_head(x: Array, num_kv_heads: int) -> Array:
-    # [B, L, H, D] -> [B, KV, G * L, D]: the queries that share a key as rows of one matrix.
+    # [B, L, H, D] -> [P, G * L, D], P = B * KV: the queries that share a key as rows of one matrix.
+    # No dimension of its own for B: where it is 1, XLA's sums take a CPU many times as long.
     x = x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+    return x.reshape(x.shape[0] * num_kv_heads, -1, x.shape[-1])
 
 
 def _by_position(x: Array, shape: tuple[int, ...]) -> Array:
-    x = x.reshape(x.shape[0], x.shape[1], -1, shape[1], x.shape[-1])
+    x = x.reshape(shape[0], -1, x.shape[1] // shape[1], shape[1], x.shape[-1])
     return x.transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
-def _scores(q_BKTH: Array, k_BKSH: Array) -> Array:
-    scores = jnp.einsum("BKTH,BKSH->BKTS", q_BKTH, k_BKSH, preferred_element_type=jnp.float32)
-    length = k_BKSH.shape[2]
-    position_T = jnp.arange(q_BKTH.shape[2]) % length
+def _scores(q_PTH: Array, k_PSH: Array) -> Array:
+    scores = jnp.einsum("PTH,PSH->PTS", q_PTH, k_PSH, preferred_element_type=jnp.float32)
+    length = k_PSH.shape[1]
+    position_T = jnp.arange(q_PTH.shape[1]) % length
     return jnp.where(jnp.arange(length) <= position_T[:, None], scores, -jnp.inf)
 
 
 def _attention_forward(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
     heads = key.shape[2]
-    q_BKTH = _by_head(query * query.shape[-1] ** -0.5, heads)
-    k_BKSH, v_BKSH = _by_head(key, heads), _by_head(value, heads)
-    scores = _scores(q_BKTH, k_BKSH)
+    q_PTH = _by_head(query * query.shape[-1] ** -0.5, heads)
+    k_PSH, v_PSH = _by_head(key, heads), _by_head(value, heads)
+    scores = _scores(q_PTH, k_PSH)
     top = scores.max(-1, keepdims=True)
-    p_BKTS = jnp.exp(scores - top)  # divided by their sum only after the product: fewer numbers
-    total = p_BKTS.sum(-1, keepdims=True)
-    y_BKTH = jnp.einsum("BKTS,BKSH->BKTH", p_BKTS.astype(value.dtype), v_BKSH) / total
-    y_BKTH = y_BKTH.astype(query.dtype)
-    saved = (q_BKTH, k_BKSH, v_BKSH, y_BKTH, top + jnp.log(total))
-    return _by_position(y_BKTH, query.shape), saved
+    p_PTS = jnp.exp(scores - top)  # divided by their sum only after the product: fewer numbers
+    total = p_PTS.sum(-1, keepdims=True)
+    y_PTH = jnp.einsum("PTS,PSH->PTH", p_PTS.astype(value.dtype), v_PSH) / total
+    y_PTH = y_PTH.astype(query.dtype)
+    saved = (q_PTH, k_PSH, v_PSH, y_PTH, top + jnp.log(total))
+    return _by_position(y_PTH, query.shape), saved
 
 
 def _attention_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array]:
     # As flash attention does it: the scores again, which is faster than keeping them.
-    q_BKTH, k_BKSH, v_BKSH, y_BKTH, log_sum_BKT1 = saved
-    dy_BKTH, dtype = _by_head(dy, k_BKSH.shape[1]), dy.dtype
-    p_BKTS = jnp.exp(_scores(q_BKTH, k_BKSH) - log_sum_BKT1)
-    dp_BKTS = jnp.einsum("BKTH,BKSH->BKTS", dy_BKTH, v_BKSH, preferred_element_type=jnp.float32)
-    along = (dy_BKTH.astype(jnp.float32) * y_BKTH.astype(jnp.float32)).sum(-1, keepdims=True)
-    ds_BKTS = (p_BKTS * (dp_BKTS - along)).astype(dtype)
-    dq_BKTH = jnp.einsum("BKTS,BKSH->BKTH", ds_BKTS, k_BKSH) * dy.shape[-1] ** -0.5
+    q_PTH, k_PSH, v_PSH, y_PTH, log_sum_PT1 = saved
+    rows = dy.shape[0]
+    dy_PTH, dtype = _by_head(dy, len(k_PSH) // rows), dy.dtype
+    p_PTS = jnp.exp(_scores(q_PTH, k_PSH) - log_sum_PT1)
+    dp_PTS = jnp.einsum("PTH,PSH->PTS", dy_PTH, v_PSH, preferred_element_type=jnp.float32)
+    along = (dy_PTH.astype(jnp.float32) * y_PTH.astype(jnp.float32)).sum(-1, keepdims=True)
+    ds_PTS = (p_PTS * (dp_PTS - along)).astype(dtype)
+    dq_PTH = jnp.einsum("PTS,PSH->PTH", ds_PTS, k_PSH) * dy.shape[-1] ** -0.5
     # The small operand first: it is the one that a CPU transposes a copy of.
-    dk_BKHS = jnp.einsum("BKTH,BKTS->BKHS", q_BKTH, ds_BKTS)
-    dv_BKHS = jnp.einsum("BKTH,BKTS->BKHS", dy_BKTH, p_BKTS.astype(dtype))
-    dk, dv = (x.transpose(0, 3, 1, 2) for x in (dk_BKHS, dv_BKHS))
-    return _by_position(dq_BKTH, dy.shape), dk, dv
+    dk_PHS = jnp.einsum("PTH,PTS->PHS", q_PTH, ds_PTS)
+    dv_PHS = jnp.einsum("PTH,PTS->PHS", dy_PTH, p_PTS.astype(dtype))
+    dk, dv = (x.reshape(rows, -1, *x.shape[1:]).transpose(0, 3, 1, 2) for x in (dk_PHS, dv_PHS))
+    return _by_position(dq_PTH, dy.shape), dk, dv
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from soup_jax import config as config_lib
-from soup_jax import estimate, hlo, tree
+from soup_jax import estimate, hlo, low_rank, tree
 from soup_jax import mesh as mesh_lib
 from soup_jax.target import Target
 
@@ -38,6 +38,7 @@ class Plan:
       temporaries: what they are for, in bytes, by shapes alone; the compiler's sum may be another.
       merged_leaves: names of leaves by the number of scalars that a device exchanges of them, and
         whether that is in a loop over layers.
+      factors: names of low-rank factors, the same way.
       memory: what the compiler reports; None for what it does not, as it ran out of memory. For
         chips without a compiler: the estimate.
       total_bytes: arguments, temporaries, program, and outputs that reuse no argument.
@@ -57,6 +58,7 @@ class Plan:
     state: dict[str, int]
     temporaries: dict[str, int]
     merged_leaves: dict[tuple[int, bool], str]
+    factors: dict[int, str]
     memory: dict[str, int | None]
     total_bytes: int
     estimated_bytes: float
@@ -111,6 +113,7 @@ def make_plan(cfg: ConfigDict, target: Target) -> Plan:
         state=state,
         temporaries=temporaries,
         merged_leaves=_merged_leaves(on_target, step),
+        factors=_factors(step),
         memory=memory,
         total_bytes=total,
         estimated_bytes=sum(state.values()) + sum(temporaries.values()),
@@ -155,6 +158,16 @@ def _merged_leaves(cfg: ConfigDict, step: estimate.AbstractStep) -> dict[tuple[i
         }:
             names[key].append(path)
     return {key: ", ".join(paths) for key, paths in names.items()}
+
+
+def _factors(step: estimate.AbstractStep) -> dict[int, str]:
+    # Low-rank factors travel whole, or in slices along either axis or both.
+    params, shape = step.state.params, step.mesh.shape
+    names: dict[int, dict[str, None]] = collections.defaultdict(dict)
+    for path, leaf in tree.flatten(low_rank.split(params["bank"], params["shared"])[1]).items():
+        for parts in (1, shape["fsdp"], shape["replica"], step.mesh.size):
+            names[leaf.size // parts][path] = None
+    return {size: ", ".join(paths) for size, paths in names.items()}
 
 
 def compile_report(step: estimate.AbstractStep) -> tuple[dict[str, int | None], str]:
@@ -206,7 +219,7 @@ def changes_that_fit(
 def to_json(plan: Plan) -> dict[str, Any]:
     """The numbers of a plan as JSON takes them."""
     values = dataclasses.asdict(plan)
-    del values["merged_leaves"]
+    del values["merged_leaves"], values["factors"]
     for collective, found in zip(values["collectives"], plan.collectives):
         collective["moved_bytes"] = found.moved_bytes
         collective["what"] = _what(plan, found)
@@ -223,6 +236,9 @@ def _what(plan: Plan, collective: hlo.Collective) -> str:
     names = [plan.merged_leaves.get((size, collective.in_loop)) for size in sizes]
     if all(names):
         return "merged " + ", ".join(dict.fromkeys(names))
+    names = [plan.factors.get(size) for size in sizes]
+    if all(names):
+        return "factors " + ", ".join(dict.fromkeys(names))
     if collective.payload_bytes < SMALL_BYTES:
         return "small: norms, router, metrics"
     return "UNEXPECTED: large, and of no merged leaf's size"
