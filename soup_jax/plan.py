@@ -82,7 +82,10 @@ def make_plan(cfg: ConfigDict, target: Target) -> Plan:
       UserError: the config is not valid on these devices.
     """
     config_lib.check(cfg)
-    on_target = estimate.changed(cfg, {"mesh.platform": ""})  # checked; CPUs may stand in
+    fields = {"mesh.platform": ""}  # checked; CPUs may stand in
+    if cfg.model.attention == "auto" and target.devices[0].platform != "gpu":
+        fields["model.attention"] = "xla"  # "auto" asks this machine's devices, not the target's
+    on_target = estimate.changed(cfg, fields)
     mesh = mesh_lib.make_mesh(on_target, list(target.devices))
     step = estimate.abstract_step(on_target, mesh)
     state, temporaries = estimate.state_bytes(step), estimate.temporary_bytes(on_target, step)

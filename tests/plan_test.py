@@ -188,6 +188,16 @@ def test_plan_for_absent_gpus_says_that_it_estimates(approximate):
     assert {c["what"].split()[0] for c in values["collectives"]} == {"merged", "small:"}
 
 
+def test_plan_names_the_traffic_of_low_rank_factors():
+    fields = {"model.dim": 128, "model.hidden_dim": 1024}  # else too little to be named
+    fields["experts.rules"] = ((r"layers/mlp/.*", "low_rank:16"), (".*", "none"))
+    cfg = tiny_config(num_mixtures=8, num_experts=16, **fields)
+    made = plan.make_plan(cfg, target.find_target(cfg, chip="H200", num_devices=8))
+    kinds = {c["kind"]: c["what"] for c in plan.to_json(made)["collectives"]}
+    assert kinds["reduce-scatter"].startswith("factors layers/mlp/")
+    assert "UNEXPECTED" not in plan.to_text(made)
+
+
 class NoCollectives:
     def as_text(self):
         return "HloModule m\n"
