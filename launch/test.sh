@@ -5,6 +5,7 @@
 #
 # --all      also the tests marked slow
 # PYTHON     the interpreter to use (default python3), 3.11 or newer
+# WORKERS    test files run at a time (default: one a core, at most 4)
 # DRY_RUN=1  print the commands, run nothing
 #
 # The first run installs the dependencies into .venv-test (about 1.5 GB, minutes, needs the
@@ -44,5 +45,8 @@ fi
 # The environments are excluded by name: without a .git folder ruff does not read .gitignore.
 run "$venv/bin/ruff" check --extend-exclude '.venv-*' .
 run "$venv/bin/ruff" format --check --extend-exclude '.venv-*' .
+workers=${WORKERS:-$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')}
+# By file: what the tests of one share is made once.
 # The odd expansion keeps an empty list legal under `set -u` in the bash 3.2 of macOS.
-run "$venv/bin/python" -m pytest ${arguments[@]+"${arguments[@]}"}
+run "$venv/bin/python" -m pytest -n "$workers" --dist=loadfile \
+  ${arguments[@]+"${arguments[@]}"}
