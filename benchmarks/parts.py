@@ -9,8 +9,10 @@ each the same products with nothing around them: of the base network as `base.py
 bank as three products of matrices, [M, E] with [E, P] (merge), [E, P] with [P, M] (coefficients)
 and [E, M] with [M, P] (update, which also reads and writes the bank: its floor is copying in place,
 if that takes longer). `step` is the real step; `rest` is what it takes beyond its four parts:
-the update of shared parameters and router, clipping, metrics. All take turns, round by round;
-medians of milliseconds on the wall. Random tokens, random parameters.
+the update of shared parameters and router, clipping, metrics. `one read` is the first two products
+of the bank in one loop over blocks of its columns: what a step could save by computing the gradient
+of the last step's coefficients while it merges. All take turns, round by round; medians of
+milliseconds on the wall. Random tokens, random parameters.
 """
 
 import argparse
@@ -25,6 +27,8 @@ import step as step_benchmark
 
 from soup_jax import bank_optimizer, merge, soup
 from soup_jax.llama import llama_config
+
+READ_COLUMNS = 1 << 16
 
 
 def parts(training):
@@ -70,6 +74,21 @@ def products(training):
     outer = jax.jit(lambda a, g: dot(a.T, g))
     scale = jax.jit(lambda x: x * 1.0001, donate_argnums=0)
     held = [jnp.copy(bank_EP)]
+    num_blocks = bank_EP.shape[1] // READ_COLUMNS
+
+    @jax.jit
+    def one_read(alpha_ME, bank_EP, merged_MP):
+        def block(i, sums):
+            first = i * READ_COLUMNS
+            cut = functools.partial(
+                jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=READ_COLUMNS, axis=1
+            )
+            experts = cut(bank_EP)
+            theta = jax.lax.dynamic_update_slice_in_dim(sums[0], dot(alpha_ME, experts), first, 1)
+            return theta, sums[1] + dot(experts, cut(merged_MP).T)
+
+        zeros = jnp.zeros_like(merged_MP), jnp.zeros_like(alpha_ME.T)
+        return jax.lax.fori_loop(0, num_blocks, block, zeros)
 
     def rewrite():
         held[0] = scale(held[0])
@@ -80,6 +99,7 @@ def products(training):
         "coefficients": lambda: backward(bank_EP, merged_MP),
         "update": lambda: outer(alpha_ME, merged_MP),
         "rewrite": rewrite,
+        "one read": lambda: one_read(alpha_ME, bank_EP, merged_MP),
     }
 
 
@@ -112,7 +132,8 @@ def measure(cfg, rounds):
     for name, value in need.items():
         print(f"{name:<14}{median[name]:>9.1f}{value:>10.1f}{median[name] / value:>8.2f}")
     print(f"{'rest':<14}{rest:>9.1f}")
-    step = median["step"]
+    step, one_read = median["step"], median["products of one read"]
+    print(f"{'one read':<14}{'':>9}{one_read:>10.1f}")
     print(f"{'step':<14}{step:>9.1f}{needed:>10.1f}{step / needed:>8.2f}", flush=True)
 
 

@@ -103,12 +103,14 @@ def test_scripts_parse_and_stop_at_errors(script: pathlib.Path):
 
 
 def test_test_script_lints_and_passes_arguments_on(tmp_path):
-    commands = dry_run(tmp_path, "launch/test.sh", "--all", "-k", "a or b")
+    commands = dry_run(tmp_path, "launch/test.sh", "--all", "-k", "a or b", WORKERS="3")
     tails = [[pathlib.Path(c[0]).name, *c[1:]] for c in commands]
     assert ["ruff", "check", "--extend-exclude", ".venv-*", "."] in tails
     assert ["ruff", "format", "--check", "--extend-exclude", ".venv-*", "."] in tails
-    assert tails[-1] == ["python", "-m", "pytest", "--run-slow", "-k", "a or b"]
-    assert dry_run(tmp_path, "launch/test.sh")[-1][1:] == ["-m", "pytest"]
+    pytest_words = ["python", "-m", "pytest", "-n", "3", "--dist=loadfile"]
+    assert tails[-1] == [*pytest_words, "--run-slow", "-k", "a or b"]
+    workers = dry_run(tmp_path, "launch/test.sh")[-1][4]
+    assert workers == str(min(4, os.cpu_count()))
 
 
 @pytest.mark.parametrize("script", ["launch/test.sh", "launch/quickstart.sh"])
