@@ -121,7 +121,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     cfg.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 3e-3  # peak, of the shared parameters
     optimizer.schedule = "cosine"  # cosine, wsd (flat, then linear decay) or constant
-    optimizer.warmup_steps = 100  # linear, from 0
+    optimizer.warmup_steps = 100  # linear, up to learning_rate
     optimizer.decay_steps = 200  # length of the decay of "wsd", ending at num_steps
     optimizer.final_fraction = 0.1  # of the peak rate at the end of the decay
     optimizer.beta1 = 0.9

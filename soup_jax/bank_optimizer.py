@@ -15,13 +15,13 @@ Cost per step, in passes over the bank (reading it is one, writing it is another
 
     adamw             10: the experts' update reads both moments after they were written
     merged            4
-    merged, deferred  2 + 2 / T, and 2 T M / E for reading the directions, M / E for writing them
+    merged, deferred  2 + 2 / T, and 3 T M / E for reading the directions (merge, coefficients and
+                      writing), M / E for keeping them; twice that beside a bfloat16 bank
 
-So deferring pays while T M is well below E; T = sqrt(E / M) is the cheapest.
+So deferring pays while T M is well below E; T = sqrt(2 E / (3 M)) is the cheapest.
 """
 
 import functools
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 from soup_jax import experts, merge, rounding, tree
 from soup_jax import pending as pending_lib
 from soup_jax.pending import Pending
+from soup_jax.rules import is_matrix
 from soup_jax.shapes import Array, Params
 
 
@@ -69,11 +70,8 @@ def from_config(cfg: ConfigDict) -> BankOptimizer:
 
 
 def decays(path: str, ndim: int) -> bool:
-    """Whether weight decay applies to the leaf: matrices yes; norm scales and biases no.
-
-    A stacked norm scale is two-dimensional, so the name decides for it.
-    """
-    return ndim >= 2 and not re.search(r"norm/scale$|bias$", path)
+    """Whether weight decay applies to the leaf: matrices yes; norm scales and biases no."""
+    return is_matrix(path, ndim)
 
 
 def adamw(

@@ -257,7 +257,9 @@ def roofline(cfg: ConfigDict, step: AbstractStep, chip: Chip, moved: float) -> d
     peak = chip.peak_tflops * 1e12 * count
     recomputed = {"none": 1.0, "dots": 1.0, "full": 4 / 3}[cfg.model.remat]
     compute = recomputed * model_flops / peak
-    bank = max(bank_traffic(cfg, step) / (chip.memory_gbs * 1e9), bank_flops / peak)
+    # The bank's sums are float32 whatever it is stored in.
+    bank_peak = chip.float32_tflops * 1e12 * count
+    bank = max(bank_traffic(cfg, step) / (chip.memory_gbs * 1e9), bank_flops / bank_peak)
     exchange = moved / (chip.exchange_gbs(count) * 1e9)
     in_turn = compute + bank + exchange
     return {
@@ -311,6 +313,8 @@ def _candidates(cfg: ConfigDict) -> list[tuple[str, Any]]:
     o = cfg.optimizer
     candidates = [
         ("optimizer.bank", "merged"),
+        ("optimizer.flush_every", 1),
+        ("optimizer.flush_every", max(o.flush_every // 2, 1)),
         ("optimizer.moment_dtype", "bfloat16"),
         ("experts.dtype", "bfloat16"),
         ("model.dtype", "bfloat16"),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from soup_jax import low_rank, tree
+from soup_jax.errors import UserError
 from soup_jax.rules import low_rank as low_rank_of
 from soup_jax.shapes import Array, Params
 
@@ -38,12 +39,18 @@ def init_bank(
     when that can train). Factors start as `low_rank.init_factors` says.
 
     Raises:
-      UserError: a leaf that no (regex, rule) pair covers, or that cannot have the rule it has.
+      UserError: a leaf that no (regex, rule) pair covers, or that cannot have the rule it has; a
+        pair that applies to no leaf; no leaf with experts.
     """
     if num_experts == 0:
         return {}
     leaves = tree.flatten(shared)
     matched = tree.match_rules(rules, list(leaves))
+    if set(matched.values()) == {"none"}:
+        raise UserError(
+            f"num_experts = {num_experts}, but every leaf has the rule 'none': {list(rules)}. "
+            "Give some leaves 'dense' or 'low_rank:R', or set num_experts=0 for the generic model"
+        )
     bank = {}
     for i, path in enumerate(path for path, rule in matched.items() if rule != "none"):
         leaf = leaves[path]

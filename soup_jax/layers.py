@@ -37,6 +37,24 @@ def _outer(x: Array, dy: Array) -> Array:
     return jnp.tensordot(dy, x, axes).T
 
 
+@jax.custom_vjp
+def look_up(table_VD: Array, token_BL: Array) -> Array:
+    """Rows of the table, [B, L, D]; their gradients are added up in float32.
+
+    In bfloat16 a token that a batch has a thousand times lost 5% of its gradient.
+    """
+    return table_VD[token_BL]
+
+
+def _look_up_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, None]:
+    table_VD, token_BL = saved
+    total_VD = jnp.zeros(table_VD.shape, jnp.float32).at[token_BL].add(dy.astype(jnp.float32))
+    return total_VD.astype(table_VD.dtype), None
+
+
+look_up.defvjp(lambda table, token: (table[token], (table, token)), _look_up_backward)
+
+
 def logits(x_BLD: Array, head_DV: Array) -> Array:
     """x @ head in float32, [B, L, V]."""
     return jnp.dot(x_BLD, head_DV, preferred_element_type=jnp.float32)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
-from soup_jax.layers import attend, logits, matmul, token_losses
+from soup_jax.layers import attend, logits, look_up, matmul, token_losses
 from soup_jax.shapes import Array, Params
 
 # Results of products by weights, which `remat = "dots"` keeps for the backward pass. By name: jax's
@@ -200,7 +200,7 @@ class Llama(nn.Module):
         embedding_VD = self.param(
             "embedding", _normal(0.02, "vocab", "embed"), (c.vocab_size, c.dim)
         )
-        x = embedding_VD.astype(c.dtype)[token_BL]
+        x = look_up(embedding_VD.astype(c.dtype), token_BL)
         x, _ = nn.scan(
             self._block(),
             variable_axes={"params": 0, "cache": 0},

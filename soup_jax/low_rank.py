@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from soup_jax import sharding, tree
 from soup_jax.errors import UserError
+from soup_jax.rules import is_matrix
 from soup_jax.shapes import Array, Params
 
 _Dims = dict[int, tuple[str, ...]]  # mesh axes by the dimension that they cut
@@ -47,7 +48,7 @@ def init_factors(
       UserError: the leaf is no matrix, or its factors would be no smaller rank than itself.
     """
     rule = f"low_rank:{rank}"
-    if len(shape) < 2:
+    if not is_matrix(path, len(shape)):
         raise UserError(
             f"the leaf {path!r} {tuple(shape)} is no matrix and cannot have the rule {rule!r}; "
             "give it 'dense' or 'none'"

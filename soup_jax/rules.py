@@ -11,6 +11,14 @@ import re
 from soup_jax.errors import UserError
 
 
+def is_matrix(path: str, ndim: int) -> bool:
+    """Whether a leaf is a matrix or a stack of them; norm scales and biases are not.
+
+    A stacked norm scale is two-dimensional, so the name decides for it.
+    """
+    return ndim >= 2 and not re.search(r"norm/scale$|bias$", path)
+
+
 def low_rank(rule: str) -> int | None:
     """R of "low_rank:R"; None of "dense" and "none".
 

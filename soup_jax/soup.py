@@ -197,7 +197,7 @@ def value_and_grad(
     )
     # Dividing after summing: the batch's weight is known only when all micro-batches are through.
     # dalpha is divided after its sum over devices, so that this sum need not wait for the weight's.
-    inverse = 1.0 / jnp.maximum(weight, 1.0)
+    inverse = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
     dalpha_ME = coefficient_gradient(merged, params["bank"], alpha_ME, mesh=mesh, pending=pending)
     factors, dalpha_low_ME = factor_gradients(merged, params["bank"], alpha_ME, mesh=mesh)
     dalpha_ME = (sharding.everywhere(mesh, dalpha_ME) + dalpha_low_ME) * inverse

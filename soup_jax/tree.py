@@ -52,7 +52,8 @@ def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[
     """The rule of each path: that of the first (regex, rule) whose regex matches the whole path.
 
     Raises:
-      UserError: a regex that does not compile, or a path that no regex matches.
+      UserError: a regex that does not compile or is no path's first match, or a path that no regex
+        matches; but the last regex may be left over.
     """
     try:
         compiled = [(re.compile(pattern), rule) for pattern, rule in rules]
@@ -60,16 +61,23 @@ def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[
         raise UserError(
             f"rules {list(rules)}: {e.pattern!r} is not a regular expression: {e}"
         ) from e
-    matched = {}
+    matched, used = {}, set()
     for path in paths:
-        for pattern, rule in compiled:
+        for i, (pattern, rule) in enumerate(compiled):
             if pattern.fullmatch(path):
                 matched[path] = rule
+                used.add(i)
                 break
         else:
             raise UserError(
                 f"no rule matches the leaf {path!r}; the rules are {list(rules)}. "
                 "Every leaf must be covered: end the list with ('.*', 'none') or ('.*', 'dense')"
+            )
+    for i, (pattern, rule) in enumerate(rules[:-1]):
+        if i not in used:
+            raise UserError(
+                f"the rule {(pattern, rule)!r} applies to no leaf: none has such a name, or rules "
+                f"before it take all that have. The leaves are {', '.join(paths)}"
             )
     return matched
 

@@ -30,6 +30,12 @@ def test_rules_choose_the_leaves_and_must_cover_all():
         bank(rules=((r"mlp/.*", "dense"),))
 
 
+def test_experts_of_no_leaf_are_refused():
+    with pytest.raises(UserError, match="num_experts = 8, but every leaf has the rule 'none'"):
+        bank(rules=((".*", "none"),))
+    assert bank(rules=((".*", "none"),), num_experts=0) == {}
+
+
 def test_init_scale_is_relative_to_the_shared_leaf_and_experts_differ():
     up = bank()["mlp"]["up"]
     np.testing.assert_allclose(up.std(axis=(1, 2)), 0.05, rtol=0.05)

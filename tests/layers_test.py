@@ -61,6 +61,23 @@ def test_attention(kv_heads):
     check_same(layers.attend, plain, query, key, normal(B, L, kv_heads, D, seed=1))
 
 
+def test_gradients_of_rows_are_added_in_float32():
+    table, token = normal(V, D), jnp.asarray(np.arange(3 * 400) % 3).reshape(3, 400)
+    dy = normal(3, 400, D)
+
+    def gradient(look_up, dtype):
+        return jax.grad(lambda t: (look_up(t, token) * dy.astype(dtype)).sum())(table.astype(dtype))
+
+    exact = gradient(lambda t, token: t[token], "float32")
+    np.testing.assert_allclose(gradient(layers.look_up, "float32"), exact, atol=1e-4)
+    ours = gradient(layers.look_up, "bfloat16")
+    assert ours.dtype == jnp.bfloat16
+    bound = 0.01 * abs(exact).max()
+    assert abs(ours.astype(jnp.float32) - exact).max() < bound
+    plain = gradient(lambda t, token: t[token], "bfloat16").astype(jnp.float32)
+    assert abs(plain - exact).max() > bound
+
+
 def test_bfloat16_gradients_stay_near_those_of_float32():
     query, key = normal(B, L, 4, D), normal(B, L, 2, D)
 

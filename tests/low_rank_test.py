@@ -345,6 +345,7 @@ def test_factors_in_bfloat16_stay_close_to_float32():
     ("rules", "message"),
     [
         (((".*", "low_rank:4"),), r"leaf 'final_norm/scale' \(32,\) is no matrix .*'dense' or"),
+        (((r"layers/.*", "low_rank:1"), (".*", "none")), r"norm/scale' \(2, 32\) is no matrix"),
         (((r".*/mlp/up", "low_rank:32"), (".*", "none")), r"\(2, 32, 48\): .* less than 32"),
         ((("embedding", "low_rnk:4"), (".*", "none")), "did you mean 'low_rank:4'"),
     ],

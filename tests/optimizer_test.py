@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from soup_jax import merge, optimizer, soup, tree
+from soup_jax import experts, merge, optimizer, soup, tree
 from soup_jax.experiments import base
 
 E, M = 4, 3
@@ -22,18 +22,18 @@ def compiled_update(cfg):
     return jax.jit(functools.partial(optimizer.apply_update, cfg))
 
 
-def make_params(seed=0):
+def make_params(seed=0, num_experts=E):
     key = jax.random.split(jax.random.key(seed), 5)
     shared = {"w": jax.random.normal(key[0], (6, 5)), "norm": {"scale": jnp.ones((2, 5))}}
     bank = {
-        "w": 0.1 * jax.random.normal(key[1], (E, 6, 5)),
-        "norm": {"scale": 0.1 * jax.random.normal(key[2], (E, 2, 5))},
+        "w": 0.1 * jax.random.normal(key[1], (num_experts, 6, 5)),
+        "norm": {"scale": 0.1 * jax.random.normal(key[2], (num_experts, 2, 5))},
     }
-    router = {"linear": jax.random.normal(key[3], (7, E))}
+    router = {"linear": jax.random.normal(key[3], (7, num_experts))}
     return {"shared": shared, "bank": bank, "router": router}
 
 
-def make_grads(step):
+def make_grads(step, num_experts=E):
     key = jax.random.split(jax.random.key(100 + step), 4)
     merged = {
         "w": jax.random.normal(key[0], (M, 6, 5)),
@@ -41,9 +41,9 @@ def make_grads(step):
     }
     return soup.SoupGrads(
         shared=jax.tree.map(lambda g: g.sum(0), merged),
-        router={"linear": jax.random.normal(key[2], (7, E))},
+        router={"linear": jax.random.normal(key[2], (7, num_experts))},
         merged=merged,
-        alpha_ME=jax.random.normal(key[3], (M, E)),
+        alpha_ME=jax.random.normal(key[3], (M, num_experts)),
         factors={},
     )
 
@@ -178,6 +178,37 @@ def test_deferred_updates_equal_eager_ones(flush_every):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), flushed, eager)
     again, _ = optimizer.flush(cfg, flushed, state, jnp.asarray(100))
     jax.tree.map(np.testing.assert_array_equal, again, flushed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fields", [{"bank": "adamw"}, {"bank": "merged"}, {"flush_every": 4}])
+def test_updates_in_blocks_are_those_at_once(fields, dtype, monkeypatch):
+    """What accelerators run: blocks of 8 experts and a rest of 5; CPUs take all experts at once."""
+    num_experts = 21
+    fields = {f"optimizer.{name}": value for name, value in fields.items()}
+    cfg = make_config(num_experts=num_experts, **fields, **{"experts.dtype": dtype})
+    results = []
+    for fused_terms in (experts._FUSED_TERMS, 0):
+        monkeypatch.setattr(experts, "_FUSED_TERMS", fused_terms)
+        params = make_params(num_experts=num_experts)
+        params["bank"] = jax.tree.map(lambda x: x.astype(dtype), params["bank"])
+        state = optimizer.init_state(cfg, params)
+        update = compiled_update(cfg)
+        for i in range(6):
+            grads = make_grads(i, num_experts)
+            params, state, _ = update(params, state, grads, jnp.asarray(i))
+        flush = jax.jit(functools.partial(optimizer.flush, cfg))
+        results.append(flush(params, state, jnp.asarray(6))[0]["bank"])
+    moved = abs(results[0]["w"].astype(jnp.float32) - make_params(0, num_experts)["bank"]["w"])
+    assert (moved.max(axis=(1, 2)) > 1e-4).all()  # every expert
+    # Of sums that differ in their last bit, stochastic rounding may take either neighbour.
+    tolerance = {"float32": 1e-6, "bfloat16": 4e-3}[dtype]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance
+        ),
+        *results,
+    )
 
 
 def test_nothing_changes_with_a_bad_gradient_when_updates_are_deferred():

@@ -188,6 +188,22 @@ def test_plan_for_absent_gpus_says_that_it_estimates(approximate):
     assert {c["what"].split()[0] for c in values["collectives"]} == {"merged", "small:"}
 
 
+def test_bank_time_is_at_the_rate_of_float32():
+    cfg, step = small_step(num_mixtures=8)
+    slow = dataclasses.replace(H200, float32_tflops=1e-6, memory_gbs=1e9)
+    seconds = estimate.roofline(cfg, step, slow, 0.0)["bank"]
+    flops = estimate.step_flops(cfg, step)["merge, alpha's gradient and bank update"]
+    assert seconds == pytest.approx(flops / (8 * 1e6))
+    # TPUs multiply float32 in six passes, GPUs at less than a tenth of their bfloat16 rate.
+    assert all(c.peak_tflops / c.float32_tflops >= 6 for c in chips.CHIPS)
+
+
+def test_a_deferring_plan_that_does_not_fit_names_the_deferring():
+    cfg = tiny_config(num_mixtures=8, **{"optimizer.flush_every": 4})
+    fields = [change.fields for change in estimate.savings(cfg, jax.devices())]
+    assert {"optimizer.flush_every": 1} in fields
+
+
 def test_plan_names_the_traffic_of_low_rank_factors():
     fields = {"model.dim": 128, "model.hidden_dim": 1024}  # else too little to be named
     fields["experts.rules"] = ((r"layers/mlp/.*", "low_rank:16"), (".*", "none"))
@@ -216,7 +232,7 @@ def test_one_absent_gpu_needs_no_compiler(monkeypatch):
 
 
 def test_a_plan_that_does_not_fit_names_changes(approximate, monkeypatch):
-    tiny = chips.Chip("tiny", (), "gpu", approximate.total_bytes * 0.9e-9, 1, 1, 1)
+    tiny = chips.Chip("tiny", (), "gpu", approximate.total_bytes * 0.9e-9, 1, 1, 1, 1)
     monkeypatch.setattr(chips, "CHIPS", (tiny,))
     monkeypatch.setattr(estimate.AbstractStep, "compile", lambda step: NoCollectives())
     cfg = tiny_config(num_mixtures=8)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,25 @@ def test_the_shared_init_does_not_depend_on_the_number_of_experts():
     _, _, with_experts = init(make_config())
     _, _, without = init(make_config(num_experts=0))
     assert_close(with_experts["shared"], without["shared"], 0)
+
+
+def test_the_mean_is_weighted_however_small_the_weights(batch):
+    base_model, config, params = init(make_config())
+
+    def scaled(params, rows):
+        losses, weights = base_model.example_losses(params, rows)
+        return losses, 1e-4 * weights
+
+    small = dataclasses.replace(base_model, example_losses=scaled)
+    found, wanted = (
+        soup.value_and_grad(params, batch, model=m, config=config) for m in (small, base_model)
+    )
+    np.testing.assert_allclose(found[0][0], wanted[0][0], rtol=1e-5)
+    assert_close(found[1].shared, wanted[1].shared)
+    empty = {**batch, "num_targets": jnp.zeros_like(batch["num_targets"])}
+    (loss, _), grads, _ = soup.value_and_grad(params, empty, model=base_model, config=config)
+    assert loss == 0
+    assert not any(g.any() for g in jax.tree.leaves(grads.merged))
 
 
 def test_row_stats_are_those_of_their_rows(batch):
