@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import step as step_benchmark
 
-from soup_jax import bank_optimizer, merge, soup
+from soup_jax import bank_optimizer, low_rank, merge, soup
 from soup_jax.llama import llama_config
 
 READ_COLUMNS = 1 << 16
@@ -36,6 +36,8 @@ def parts(training):
     cfg = training.cfg
     params = jax.tree.map(jnp.copy, training.state.params)  # a step donates its own
     bank, shared = params["bank"], params["shared"]
+    if low_rank.split(bank, shared)[1] or cfg.optimizer.flush_every > 1:
+        raise SystemExit("parts.py is about dense experts whose updates are not deferred")
     alpha_ME = jax.random.normal(jax.random.key(0), (cfg.num_mixtures, cfg.num_experts))
     optimizer = bank_optimizer.from_config(cfg)
     merged = jax.jit(merge.merge_many)(shared, bank, alpha_ME)
@@ -78,17 +80,18 @@ def products(training):
 
     @jax.jit
     def one_read(alpha_ME, bank_EP, merged_MP):
-        def block(i, sums):
-            first = i * READ_COLUMNS
+        def block(first, sums, size=READ_COLUMNS):
             cut = functools.partial(
-                jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=READ_COLUMNS, axis=1
+                jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1
             )
             experts = cut(bank_EP)
             theta = jax.lax.dynamic_update_slice_in_dim(sums[0], dot(alpha_ME, experts), first, 1)
             return theta, sums[1] + dot(experts, cut(merged_MP).T)
 
-        zeros = jnp.zeros_like(merged_MP), jnp.zeros_like(alpha_ME.T)
-        return jax.lax.fori_loop(0, num_blocks, block, zeros)
+        sums = jnp.zeros_like(merged_MP), jnp.zeros_like(alpha_ME.T)
+        sums = jax.lax.fori_loop(0, num_blocks, lambda i, s: block(i * READ_COLUMNS, s), sums)
+        rest = bank_EP.shape[1] % READ_COLUMNS
+        return block(num_blocks * READ_COLUMNS, sums, rest) if rest else sums
 
     def rewrite():
         held[0] = scale(held[0])

@@ -22,7 +22,7 @@ import common
 import jax
 import jax.numpy as jnp
 
-from soup_jax import bank_optimizer, estimate, merge, metrics, sharding, soup
+from soup_jax import bank_optimizer, estimate, low_rank, merge, metrics, sharding, soup
 from soup_jax import mesh as mesh_lib
 
 TINY = {
@@ -79,18 +79,28 @@ def run_steps(training, num_steps, trace):
 
 
 def piece_seconds(training, repeats):
-    """Seconds of the bank's parts of a step; the state's bank is updated in place on the way."""
+    """Seconds of the parts of a step of its dense experts, which are updated in place on the way;
+    low-rank factors have no parts of their own."""
     cfg, mesh, params = training.cfg, training.abstract.mesh, training.state.params
-    if not params["bank"]:
+    experts, _ = low_rank.split(params["bank"], params["shared"])
+    if not experts:
         return {}
-    groups = mesh_lib.num_groups(cfg)
+    state = {k: v for k, v in training.state.opt_state["bank"].items() if k != "factors"}
+    groups, optimizer = mesh_lib.num_groups(cfg), bank_optimizer.from_config(cfg)
     alpha_ME = jax.device_put(
         jax.random.normal(jax.random.key(1), (groups, cfg.num_experts)), sharding.replicated(mesh)
     )
 
     @jax.jit
-    def merged(shared, bank, alpha_ME):
-        return merge.merge_many(shared, bank, alpha_ME, dtype=cfg.model.dtype, mesh=mesh)
+    def merged(shared, experts, state, alpha_ME):
+        return merge.merge_many(
+            shared,
+            experts,
+            alpha_ME,
+            dtype=cfg.model.dtype,
+            mesh=mesh,
+            pending=optimizer.pending(state),
+        )
 
     @jax.jit
     def gradients(shared):
@@ -100,24 +110,26 @@ def piece_seconds(training, repeats):
 
         return jax.tree.map(leaf, shared)
 
-    gradient = jax.jit(soup.coefficient_gradient)
-    bank = bank_optimizer.from_config(cfg)
+    @jax.jit
+    def gradient(grads, experts, state, alpha_ME):
+        late = optimizer.pending(state)
+        return soup.coefficient_gradient(grads, experts, alpha_ME, mesh=mesh, pending=late)
 
-    def updated(experts, state, merged_gradients, alpha_ME, step):
-        return bank.update(merged_gradients, alpha_ME, experts, state, step, jnp.float32(1e-4))
+    def updated(experts, state, grads, alpha_ME, step):
+        return optimizer.update(grads, alpha_ME, experts, state, step, jnp.float32(1e-4))
 
-    where = jax.tree.map(lambda x: x.sharding, (params["bank"], training.state.opt_state["bank"]))
+    where = jax.tree.map(lambda x: x.sharding, (experts, state))
     update = jax.jit(updated, donate_argnums=(0, 1), out_shardings=where)
     grads = gradients(params["shared"])
-    held = [params["bank"], training.state.opt_state["bank"]]
+    held = [experts, state]
 
     def run_update():
         held[:] = update(*held, grads, alpha_ME, training.state.step)
         return held
 
     return {
-        "merge": timed(lambda: merged(params["shared"], held[0], alpha_ME), repeats),
-        "gradient of alpha": timed(lambda: gradient(grads, held[0], alpha_ME), repeats),
+        "merge": timed(lambda: merged(params["shared"], *held, alpha_ME), repeats),
+        "gradient of alpha": timed(lambda: gradient(grads, *held, alpha_ME), repeats),
         "update of the bank": timed(run_update, repeats),
     }
 

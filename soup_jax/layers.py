@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from soup_jax.errors import UserError
 from soup_jax.shapes import Array
 
 
@@ -114,7 +115,15 @@ def attend(query: Array, key: Array, value: Array, *, kind: str = "auto") -> Arr
       kind: "xla", which keeps no scores for the backward pass; "cudnn", jax's flash attention on
         NVIDIA GPUs; "auto", cudnn where there is such a GPU and cuDNN takes the type and head.
     """
-    if kind == "cudnn" or (kind == "auto" and _cudnn_takes(query)):
+    takes = kind != "xla" and _cudnn_takes(query)
+    if kind == "cudnn" and not takes:
+        raise UserError(
+            "model.attention = 'cudnn' needs an NVIDIA GPU of compute capability 8.0 or more, "
+            "model.dtype = 'bfloat16' and heads of 8 to 128 in steps of 8; here are "
+            f"{query.dtype}, heads of {query.shape[-1]} and {jax.devices()[0].device_kind}. "
+            "Set model.attention=auto, which takes cuDNN where it can"
+        )
+    if takes:
         return jax.nn.dot_product_attention(
             query, key, value, is_causal=True, implementation="cudnn"
         )

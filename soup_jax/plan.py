@@ -3,7 +3,7 @@
     soup-jax plan --config=experiments/soup_110m.py --topology=v5e:4x4
 
 The train step is compiled for the devices of the run from shapes alone. For a TPU slice that is the
-real TPU compiler, ahead of time, on any Linux x86-64 machine (`pip install 'soup_jax[plan]'`).
+real TPU compiler, ahead of time, on any Linux x86-64 machine (`pip install -e '.[plan]'`).
 
 For chips that are not present and have no compiler here (GPUs) the plan is an estimate, and says
 so: the state is exact, temporaries are added up from shapes (`estimate.temporary_bytes`), and
@@ -83,8 +83,8 @@ def make_plan(cfg: ConfigDict, target: Target) -> Plan:
     """
     config_lib.check(cfg)
     fields = {"mesh.platform": ""}  # checked; CPUs may stand in
-    if cfg.model.attention == "auto" and target.devices[0].platform != "gpu":
-        fields["model.attention"] = "xla"  # "auto" asks this machine's devices, not the target's
+    if target.devices[0].platform != "gpu":
+        fields["model.attention"] = "xla"  # the others ask this machine's devices, not the target's
     on_target = estimate.changed(cfg, fields)
     mesh = mesh_lib.make_mesh(on_target, list(target.devices))
     step = estimate.abstract_step(on_target, mesh)

@@ -74,7 +74,7 @@ def _tpu_slice(topology: str) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "--topology needs the TPU compiler, libtpu (Linux x86-64): "
-            "pip install 'soup_jax[plan]', or plan with --chip and --num_devices"
+            "pip install -e '.[plan]' in a checkout, or plan with --chip and --num_devices"
         )
     os.environ.update(_quiet_libtpu(os.environ))
     from jax.experimental import topologies

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from soup_jax import layers
+from soup_jax.errors import UserError
 
 B, L, D, V = 3, 16, 8, 23
 
@@ -110,4 +111,9 @@ def test_where_cudnn_is_taken(kind, dtype, head_dim, takes, monkeypatch):
         client=types.SimpleNamespace(platform_version=kind if kind == "rocm" else "cuda 13000"),
     )
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert layers._cudnn_takes(jnp.zeros((1, 8, 2, head_dim), dtype)) == takes
+    query = jnp.zeros((1, 8, 2, head_dim), dtype)
+    assert layers._cudnn_takes(query) == takes
+    if not takes:
+        device.device_kind = "the one here"
+        with pytest.raises(UserError, match=f"{dtype}, heads of {head_dim} and the one here"):
+            layers.attend(query, query, query, kind="cudnn")
