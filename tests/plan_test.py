@@ -279,7 +279,7 @@ def test_refuses_a_chip_of_another_platform():
 
 def test_without_libtpu_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'soup_jax\[plan\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[plan\]'"):
         target.find_target(tiny_config(), topology="v5e:4x4")
 
 
