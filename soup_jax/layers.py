@@ -114,6 +114,9 @@ def attend(query: Array, key: Array, value: Array, *, kind: str = "auto") -> Arr
     Args:
       kind: "xla", which keeps no scores for the backward pass; "cudnn", jax's flash attention on
         NVIDIA GPUs; "auto", cudnn where there is such a GPU and cuDNN takes the type and head.
+
+    Raises:
+      UserError: "cudnn", and no such GPU, or a type or head that it does not take.
     """
     takes = kind != "xla" and _cudnn_takes(query)
     if kind == "cudnn" and not takes:

@@ -318,13 +318,14 @@ def squared_norms(grads: SoupGrads, bank_paths: Sequence[str]) -> dict[str, Arra
 
     alpha_gram_MM = jnp.dot(grads.alpha_ME, grads.alpha_ME.T, precision="highest")
     gradients = tree.flatten(grads.merged)
+    dense = sum(
+        (_weighted_norm(alpha_gram_MM, gradients[path]) for path in bank_paths), jnp.zeros(())
+    )
     return {
         "shared": total(grads.shared),
         "router": total(grads.router),
-        "bank": sum(
-            (_weighted_norm(alpha_gram_MM, gradients[path]) for path in bank_paths),
-            total(grads.factors),
-        ),
+        # Where mixtures cancel, rounding may leave less than nothing.
+        "bank": jnp.maximum(dense, 0.0) + total(grads.factors),
     }
 
 

@@ -76,7 +76,7 @@ def load_soup(
     with cfg.unlocked():
         cfg.mesh.replica, cfg.mesh.fsdp = 1, -1  # this machine's devices, not the training's
         cfg.mesh.platform, cfg.mesh.num_devices = "", 0
-        if cfg.model.attention == "cudnn":
+        if cfg.model.attention == "cudnn":  # of the training's GPUs; there may be none here
             cfg.model.attention = "auto"
         cfg.batch_size = cfg.num_mixtures * cfg.optimizer.grad_accumulation * jax.device_count()
     corpus = open_corpus(corpus_dir or cfg.corpus.dir)

@@ -142,6 +142,20 @@ def test_the_mean_is_weighted_however_small_the_weights(batch):
     assert not any(g.any() for g in jax.tree.leaves(grads.merged))
 
 
+def test_the_norm_of_gradients_that_cancel_is_not_below_zero():
+    for seed in range(30):
+        g = normal(2, 6, 5, seed=seed)
+        merged = {"w": jnp.concatenate([g, -(g[:1] + g[1:])])}
+        alpha_ME = jnp.repeat(normal(1, E, seed=seed), 3, 0)
+        shared = {"w": merged["w"].sum(0)}
+        norms = soup.squared_norms(soup.SoupGrads(shared, {}, merged, alpha_ME, {}), ["w"])
+        assert 0 <= norms["bank"] < 1e-9
+
+
+def normal(*shape, seed):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
 def test_row_stats_are_those_of_their_rows(batch):
     base_model, config, params = init(make_config())
     for num_micro in (1, 2):
