@@ -119,7 +119,7 @@ class Decoder(nn.Module):
 
 
 class Router(nn.Module):
-    """h [M, K] -> alpha [M, E], shrunk into the unit ball (`soup_jax.router`)."""
+    """h [M, K] -> alpha [M, E], shrunk into the unit ball (`soup_jax.soup.router`)."""
 
     def __init__(self, values):
         super().__init__()

@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 
-from soup_jax import host_memory
+from soup_jax.hardware import host_memory
 
 if "--give_back" not in sys.argv:
     host_memory.keep_freed()
@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soup_jax import model as model_lib
-from soup_jax.llama import LlamaConfig
+from soup_jax.models import base as model_lib
+from soup_jax.models.llama import LlamaConfig
 
 PEAK_SIDE = 2048
 SIZES = {  # fields of the decoder, tokens per window, windows

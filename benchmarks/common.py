@@ -5,15 +5,20 @@ import dataclasses
 import runpy
 from typing import Any
 
-from soup_jax import host_memory
+from soup_jax.hardware import host_memory
 
 host_memory.keep_freed()  # as `soup-jax` does, before the threads that importing jax starts
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from soup_jax import config as config_lib  # noqa: E402
-from soup_jax import estimate, loader, mesh, sharding, train_state, train_step  # noqa: E402
+from soup_jax.config import schema as config_lib  # noqa: E402
+from soup_jax.data import loader  # noqa: E402
+from soup_jax.hardware import mesh  # noqa: E402
+from soup_jax.planning import estimate  # noqa: E402
+from soup_jax.soup import layout as sharding  # noqa: E402
+from soup_jax.training import state as train_state  # noqa: E402
+from soup_jax.training import step as train_step  # noqa: E402
 
 
 def read_config(path, overrides=()):

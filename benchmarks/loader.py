@@ -27,8 +27,12 @@ import common
 import numpy as np
 from array_record.python import array_record_module
 
-from soup_jax import domain_weights, embed, files, loader, shards, windows
-from soup_jax.sampler import SamplingPlan
+from soup_jax import storage as files
+from soup_jax.data import corpus as windows
+from soup_jax.data import embed, loader
+from soup_jax.data import meta_distribution as domain_weights
+from soup_jax.data.prepare import shards
+from soup_jax.data.sampling import SamplingPlan
 
 VOCAB_SIZE = 32_000
 _SHARD_TOKENS = 1 << 26

@@ -22,9 +22,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from soup_jax import merge
-from soup_jax import model as model_lib
 from soup_jax.experiments import base
+from soup_jax.models import base as model_lib
+from soup_jax.soup import merge
 
 
 def copy_seconds(num_bytes):

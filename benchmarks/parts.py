@@ -25,8 +25,10 @@ import jax
 import jax.numpy as jnp
 import step as step_benchmark
 
-from soup_jax import bank_optimizer, low_rank, merge, soup
-from soup_jax.llama import llama_config
+from soup_jax.models.llama import llama_config
+from soup_jax.optim import bank as bank_optimizer
+from soup_jax.soup import gradients as soup
+from soup_jax.soup import low_rank, merge
 
 READ_COLUMNS = 1 << 16
 

@@ -22,8 +22,13 @@ import common
 import jax
 import jax.numpy as jnp
 
-from soup_jax import bank_optimizer, estimate, low_rank, merge, metrics, sharding, soup
-from soup_jax import mesh as mesh_lib
+from soup_jax.hardware import mesh as mesh_lib
+from soup_jax.optim import bank as bank_optimizer
+from soup_jax.planning import estimate
+from soup_jax.soup import gradients as soup
+from soup_jax.soup import layout as sharding
+from soup_jax.soup import low_rank, merge
+from soup_jax.training import metrics
 
 TINY = {
     "num_domains": 16,

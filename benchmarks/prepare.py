@@ -29,7 +29,10 @@ import time
 import common
 import numpy as np
 
-from soup_jax import embed, prepare, shards, windows
+from soup_jax.data import corpus as windows
+from soup_jax.data import embed
+from soup_jax.data.prepare import shards
+from soup_jax.data.prepare import stages as prepare
 
 PHASES = {
     "_read": "read",

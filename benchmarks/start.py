@@ -31,7 +31,7 @@ def start(config, overrides):
     import jax
     import numpy as np
 
-    from soup_jax import compile_cache
+    from soup_jax.hardware import compile_cache
 
     compile_cache.enable()
     jax.devices()

@@ -30,7 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from soup_jax import optimizer, soup, tree
+from soup_jax import tree
+from soup_jax.optim import apply as optimizer
+from soup_jax.soup import gradients as soup
 
 SIZES = {  # about 4M parameters
     "vocab_size": 4096,

@@ -1,8 +1,8 @@
 """Every field a soup_jax config can have, with its neutral default and its meaning.
 
 A config file is a program whose `get_config()` returns this dictionary with some values changed;
-no field exists that is not listed here, and `soup_jax.config` refuses one that does. The optional
-argument names a model preset: `--config=experiments/base.py:110m`.
+no field exists that is not listed here, and `soup_jax.config.schema` refuses one that does. The
+optional argument names a model preset: `--config=experiments/base.py:110m`.
 
 Any field is set from the command line as `--config.section.field=value`; a tuple of strings takes
 `--config.corpus.sources=a,b` as one string each in Python notation: `"('a','b')"`.
@@ -63,7 +63,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     tokenizer.train_bytes = 50_000_000  # about how much text the BPE is trained on
 
     cfg.embed = embed = ConfigDict()
-    embed.kind = "tfidf_svd"  # the document embedder; see soup_jax/embed.py
+    embed.kind = "tfidf_svd"  # the document embedder; see soup_jax/data/embed.py
     embed.dim = 128  # of the embedding after the SVD
     embed.max_features = 30_000  # words and word pairs kept by TF-IDF
     embed.fit_documents = 50_000  # documents TF-IDF, SVD and k-means are fitted on, at most
@@ -105,7 +105,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     cfg.experts = experts = ConfigDict()
     # Ordered (regex, rule) pairs over leaf paths such as "layers/mlp/up"; the first match wins and
     # every leaf must match. Rules: "dense" (one full copy per expert), "low_rank:8" (on matrices:
-    # two factors of that rank per expert; soup_jax/low_rank.py), "none" (shared only).
+    # two factors of that rank per expert; soup_jax/soup/low_rank.py), "none" (shared only).
     experts.rules = ((".*", "dense"),)
     experts.init_scale = 0.0  # std of dense experts' init, as a multiple of the shared leaf's RMS
     experts.dtype = "float32"  # storage of the bank: float32 or bfloat16
@@ -115,7 +115,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     router.hidden_dim = 64  # of the MLP h -> alpha; 0: linear only
     router.init = "centroids"  # of its linear part: random, or centroids (domain geometry)
     router.center = True  # the router sees h minus the natural frequencies
-    router.normalization = "ball"  # of alpha: none, softmax, tanh, l2, ball (soup_jax/router.py)
+    router.normalization = "ball"  # of alpha: none, softmax, tanh, l2, ball (soup_jax/soup/router)
     router.scale = 1.0  # alpha is multiplied by this after normalisation
 
     cfg.optimizer = optimizer = ConfigDict()

@@ -53,7 +53,7 @@ import time
 import tomllib
 from collections.abc import Iterable, Iterator
 
-from soup_jax import files
+from soup_jax import storage as files
 from soup_jax.errors import UserError
 
 MIN_CHARS, MAX_CHARS = 200, 20_000

@@ -4,5 +4,5 @@
 class UserError(ValueError):
     """Bad input: the message says what is wrong, where, and how to fix it.
 
-    `soup_jax.main` prints it in one line, without a traceback, and exits with status 2.
+    `soup_jax.cli.main` prints it in one line, without a traceback, and exits with status 2.
     """

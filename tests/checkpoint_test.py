@@ -8,9 +8,9 @@ import pytest
 from train_step_test import build, make_batch
 
 from soup_jax import tree
-from soup_jax.checkpoint import Checkpointer
 from soup_jax.errors import UserError
-from soup_jax.group import Solo
+from soup_jax.processes.group import Solo
+from soup_jax.training.checkpoint import Checkpointer
 
 
 def trained(num_devices=8, steps=2, **fields):

@@ -11,7 +11,7 @@ import logging
 import jax, jax.numpy as jnp
 logging.basicConfig(format="%(message)s")
 logging.getLogger("soup_jax").setLevel(logging.INFO)
-from soup_jax import compile_cache
+from soup_jax.hardware import compile_cache
 print(compile_cache.enable())
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 x = jnp.arange(16.0)

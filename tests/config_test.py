@@ -2,7 +2,7 @@ import pathlib
 
 import pytest
 
-from soup_jax import config
+from soup_jax.config import schema as config
 from soup_jax.errors import UserError
 from soup_jax.experiments import base, generic_110m, minipile, quickstart, soup_110m
 
@@ -103,8 +103,8 @@ def test_diff_names_what_changed_and_ignores_what_it_is_told_to():
 
 def test_every_field_has_a_reader():
     """No knob that does nothing: each field's name occurs in the package that reads it."""
-    root = pathlib.Path(config.__file__).parent
-    source = "".join(p.read_text() for p in root.glob("*.py") if p.name != "config.py")
+    root = pathlib.Path(config.__file__).parents[1]
+    source = "".join(p.read_text() for p in root.rglob("*.py") if p.name != "schema.py")
     for name, _ in config.flat_items(base.get_config()):
         section, _, field = name.rpartition(".")
         if section != "model":  # splatted into LlamaConfig

@@ -140,7 +140,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def tiny_corpus(tiny_text: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a prepared corpus that fits `tiny_config`."""
-    from soup_jax.prepare import prepare
+    from soup_jax.data.prepare.stages import prepare
 
     directory = str(tmp_path_factory.mktemp("corpus") / "prepared")
     prepare(
@@ -156,7 +156,7 @@ def tiny_run(
     tiny_text: pathlib.Path, tiny_corpus: str, tmp_path_factory: pytest.TempPathFactory
 ) -> pathlib.Path:
     """The folder of a trained soup, evaluated twice on the way; to be read, not written."""
-    from soup_jax import train
+    from soup_jax.training import loop as train
 
     fields = {
         "corpus.dir": tiny_corpus,
@@ -171,7 +171,7 @@ def tiny_run(
 @pytest.fixture(scope="session")
 def generic_run(tiny_corpus: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The folder of a trained generic model (no experts), never evaluated; to be read only."""
-    from soup_jax import train
+    from soup_jax.training import loop as train
 
     fields = {
         "name": "generic",

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import estimate, hlo, loader, mesh, sharding, target, train, train_step, tree
+from soup_jax import tree
+from soup_jax.data import loader
+from soup_jax.hardware import mesh
+from soup_jax.planning import estimate, hlo, target
+from soup_jax.soup import layout as sharding
+from soup_jax.training import loop as train
+from soup_jax.training import step as train_step
 
 FEW, MANY = 8, 64
 FEWER_MIXTURES_THAN_DEVICES, AS_MANY, MORE = 2, 8, 16

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from soup_jax import corpus
+from soup_jax.data import sources as corpus
 from soup_jax.errors import UserError
 
 

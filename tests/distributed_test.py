@@ -10,9 +10,10 @@ import pytest
 from conftest import tiny_config
 from processes import start, write_config
 
-from soup_jax import cluster, distributed
-from soup_jax.cluster import Place, Settings, find_place
 from soup_jax.errors import UserError
+from soup_jax.processes import place as cluster
+from soup_jax.processes import start as distributed
+from soup_jax.processes.place import Place, Settings, find_place
 
 EXPLICIT = Settings("host:1234", 4, 2)
 SLURM = {
@@ -192,8 +193,8 @@ def test_a_platform_that_is_not_there_is_an_error_and_never_the_cpu(cfg, monkeyp
 
 PROGRAM = """
 import pathlib, sys, time
-from soup_jax import watchdog
-from soup_jax.group import Solo
+from soup_jax.processes import watchdog
+from soup_jax.processes.group import Solo
 
 group = Solo()
 folder, allowance = pathlib.Path(sys.argv[1]), float(sys.argv[2])

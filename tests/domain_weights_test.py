@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from soup_jax import domain_weights
+from soup_jax.data import meta_distribution as domain_weights
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from soup_jax import domains
-from soup_jax.embed import unit_rows
+from soup_jax.data import domains
+from soup_jax.data.embed import unit_rows
 from soup_jax.errors import UserError
 
 

@@ -7,7 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from soup_jax import embed, files
+from soup_jax import storage as files
+from soup_jax.data import embed
 from soup_jax.errors import UserError
 
 TOPICS = [

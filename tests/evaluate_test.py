@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import corpus as corpus_lib
-from soup_jax import evaluate, merge, report, specialist
+from soup_jax.data import sources as corpus_lib
+from soup_jax.data.corpus import Corpus
 from soup_jax.errors import UserError
-from soup_jax.windows import Corpus
+from soup_jax.evaluation import evaluate
+from soup_jax.soup import merge
+from soup_jax.specialists import compare as report
+from soup_jax.specialists import instantiate as specialist
 
 COLUMNS = ("specialist", "generic_h", "shared")
 
@@ -233,7 +236,7 @@ def test_column_of_another_run_is_its_own_model(evaluated, generic_run, cooking)
 
 
 def test_training_scores_the_tuning_part(tiny_run, tmp_path):
-    from soup_jax import metrics
+    from soup_jax.training import metrics
 
     shutil.copytree(tiny_run, tmp_path / "soup")
     _, paths = report.evaluate_runs(tmp_path / "soup", part="tuning")

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soup_jax import experts, tree
+from soup_jax import tree
 from soup_jax.errors import UserError
+from soup_jax.soup import bank as experts
 
 SHARED = {
     "norm": {"scale": jnp.ones(16)},

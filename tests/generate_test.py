@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soup_jax import specialist
 from soup_jax.errors import UserError
-from soup_jax.generate import generate, generate_ids
-from soup_jax.llama import Llama, LlamaConfig
+from soup_jax.models.llama import Llama, LlamaConfig
+from soup_jax.specialists import instantiate as specialist
+from soup_jax.specialists.generate import generate, generate_ids
 
 CONFIG = LlamaConfig(
     vocab_size=300, num_layers=2, dim=32, num_heads=4, num_kv_heads=2, hidden_dim=48
@@ -105,7 +105,7 @@ def test_text_from_a_folder(folder, prompt):
 
 
 def test_text_is_that_of_the_ids_after_an_end_of_text_token(folder):
-    from soup_jax.tokenizer import load_tokenizer
+    from soup_jax.data.tokenizer import load_tokenizer
 
     params, recipe = specialist.load_specialist(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.json")

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from soup_jax.coordinator import Coordinator, listen
 from soup_jax.errors import UserError
-from soup_jax.group import Group, Line, Solo
+from soup_jax.processes.coordinator import Coordinator, listen
+from soup_jax.processes.group import Group, Line, Solo
 
 
 class Run:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import topic_text
 
+from soup_jax.data.corpus import Corpus, open_corpus
+from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.errors import UserError
-from soup_jax.histogram import DocumentHistogram, document_histogram
-from soup_jax.windows import Corpus, open_corpus
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from soup_jax import hlo
+from soup_jax.planning import hlo
 
 HEADER = "HloModule jit_step, is_scheduled=true, num_partitions=8\n\n"
 

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import glob, mmap, resource, sys
-from soup_jax import host_memory
+from soup_jax.hardware import host_memory
 if "accelerator" in sys.argv: glob.glob = lambda pattern: [pattern]
 print(host_memory.keep_freed())
 def faults():

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from absl import flags
 
-from soup_jax import main
+from soup_jax.cli import main
 from soup_jax.experiments import base
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -256,7 +256,7 @@ def test_launchers_set_variables_that_are_read(tmp_path):
     values = flags.FlagValues()
     main.SUBCOMMANDS["train"][0](values, ["soup-jax train"])
     if "distributed" in values:
-        sources = "".join(p.read_text("utf-8") for p in (ROOT / "soup_jax").glob("*.py"))
+        sources = "".join(p.read_text("utf-8") for p in (ROOT / "soup_jax").rglob("*.py"))
         assert not [n for n in names if n not in sources]
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soup_jax import layers
 from soup_jax.errors import UserError
+from soup_jax.models import ops as layers
 
 B, L, D, V = 3, 16, 8, 23
 

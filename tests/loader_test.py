@@ -3,9 +3,13 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import domain_weights, loader, mesh, sharding, windows
+from soup_jax.data import corpus as windows
+from soup_jax.data import loader
+from soup_jax.data import meta_distribution as domain_weights
+from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
-from soup_jax.sampler import SamplingPlan
+from soup_jax.hardware import mesh
+from soup_jax.soup import layout as sharding
 
 B = 16
 

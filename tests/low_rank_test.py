@@ -9,21 +9,18 @@ import optax
 import pytest
 from conftest import tiny_config
 
-from soup_jax import (
-    experts,
-    loader,
-    low_rank,
-    merge,
-    mesh,
-    model,
-    optimizer,
-    sharding,
-    soup,
-    train_state,
-    train_step,
-    tree,
-)
+from soup_jax import tree
+from soup_jax.data import loader
 from soup_jax.errors import UserError
+from soup_jax.hardware import mesh
+from soup_jax.models import base as model
+from soup_jax.optim import apply as optimizer
+from soup_jax.soup import bank as experts
+from soup_jax.soup import gradients as soup
+from soup_jax.soup import layout as sharding
+from soup_jax.soup import low_rank, merge
+from soup_jax.training import state as train_state
+from soup_jax.training import step as train_step
 
 E, M, K = 4, 2, 6
 FREQUENCIES = np.full(K, 1 / K)

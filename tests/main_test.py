@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import config as config_lib
-from soup_jax import main
+from soup_jax.cli import main
+from soup_jax.config import schema as config_lib
 
 CONFIG = "--config=experiments/quickstart.py"
 

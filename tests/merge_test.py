@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soup_jax import merge
+from soup_jax.soup import merge
 
 E, M = 5, 3
 

@@ -2,8 +2,8 @@ import jax
 import pytest
 from conftest import tiny_config
 
-from soup_jax import mesh
 from soup_jax.errors import UserError
+from soup_jax.hardware import mesh
 
 
 def shape(**fields):

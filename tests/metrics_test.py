@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from soup_jax import metrics, train_step
+from soup_jax.training import metrics
+from soup_jax.training import step as train_step
 
 
 def sums(**changes):

@@ -7,8 +7,11 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from soup_jax import llama, model, soup, tree
+from soup_jax import tree
 from soup_jax.experiments import base
+from soup_jax.models import base as model
+from soup_jax.models import llama
+from soup_jax.soup import gradients as soup
 
 CONFIG = llama.LlamaConfig(
     vocab_size=97, num_layers=2, dim=32, num_heads=4, num_kv_heads=2, hidden_dim=48

@@ -6,8 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from soup_jax import experts, merge, optimizer, soup, tree
+from soup_jax import tree
 from soup_jax.experiments import base
+from soup_jax.optim import apply as optimizer
+from soup_jax.soup import bank as experts
+from soup_jax.soup import gradients as soup
+from soup_jax.soup import merge
 
 E, M = 4, 3
 

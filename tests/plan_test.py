@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import chips, estimate, main, mesh, plan, target, train_state, tree
-from soup_jax import model as model_lib
+from soup_jax import tree
+from soup_jax.cli import main
 from soup_jax.errors import UserError
+from soup_jax.hardware import chips, mesh
+from soup_jax.models import base as model_lib
+from soup_jax.planning import estimate, plan, target
+from soup_jax.training import state as train_state
 
 H200 = chips.find("H200")
 NEEDS_LIBTPU = pytest.mark.skipif(

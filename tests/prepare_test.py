@@ -20,7 +20,11 @@ import tensorflow_datasets as tfds
 import zstandard
 from ml_collections import ConfigDict
 
-from soup_jax import corpus, domains, embed, prepare, shards, tokenizer, windows
+from soup_jax.data import corpus as windows
+from soup_jax.data import domains, embed, tokenizer
+from soup_jax.data import sources as corpus
+from soup_jax.data.prepare import shards
+from soup_jax.data.prepare import stages as prepare
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
 
@@ -232,7 +236,10 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
 # Runs `prepare`, and is killed by SIGKILL when stage `stage` has given its first result.
 KILLED_PROGRAM = """
 import os, signal, sys
-from soup_jax import embed, prepare, shards, windows
+from soup_jax.data import embed
+from soup_jax.data.prepare import stages as prepare
+from soup_jax.data.prepare import shards
+from soup_jax.data import corpus as windows
 sys.path.insert(0, {tests!r})
 import prepare_test
 shards.SHARD_DOCUMENTS, windows.FILE_BYTES = 25, 5000
@@ -441,7 +448,7 @@ def test_two_runs_in_one_folder_do_not_meet(sources, tmp_path):
 
 
 def test_preparing_needs_no_jax():
-    program = "import sys, soup_jax.prepare; sys.exit('jax' in sys.modules)"
+    program = "import sys, soup_jax.data.prepare.stages; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -15,7 +15,7 @@ NUM_DEVICES = 8
 # A config file of the test's own: fields as JSON, and what goes wrong at which process and step.
 CONFIG = """
 import json, os, signal, time
-from soup_jax import loader
+from soup_jax.data import loader
 from soup_jax.experiments import base
 
 TROUBLE = json.loads(os.environ.get("TEST_TROUBLE", "{{}}"))
@@ -48,7 +48,7 @@ def get_config():
 
 def flat_fields(cfg) -> dict:
     """The fields of a config as JSON can hold them; experts.rules stays at its default."""
-    from soup_jax import config
+    from soup_jax.config import schema as config
 
     return {name: value for name, value in config.flat_items(cfg) if name != "experts.rules"}
 
@@ -109,7 +109,7 @@ def start(
                 env["SOUP_JAX_COORDINATOR"] = f"127.0.0.1:{port}"
             else:
                 flags = (*flags, "--distributed=off")
-            command = [sys.executable, "-m", "soup_jax.main", "train"]
+            command = [sys.executable, "-m", "soup_jax.cli", "train"]
             command += [f"--config={config}", f"--workdir={workdir}", *flags]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             running.append(subprocess.Popen(command, env=env, **pipes))

@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from soup_jax import main
+from soup_jax.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from soup_jax import metrics, report
+from soup_jax.specialists import compare as report
+from soup_jax.training import metrics
 
 
 def _copy(run: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soup_jax import rounding
+from soup_jax.optim import rounding
 
 STEP = 2.0**-7  # distance of bfloat16 numbers in [1, 2)
 

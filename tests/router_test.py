@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soup_jax import router
+from soup_jax.soup import router
 
 K, E = 12, 5
 FREQUENCIES = np.random.default_rng(0).dirichlet(np.ones(K))

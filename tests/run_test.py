@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import run as run_lib
-from soup_jax.checkpoint import Checkpointer
 from soup_jax.errors import UserError
+from soup_jax.training import setup as run_lib
+from soup_jax.training.checkpoint import Checkpointer
 
 
 def start(workdir, corpus, **fields):

@@ -3,9 +3,9 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from soup_jax import sampler
-from soup_jax.domain_weights import MetaDistribution
-from soup_jax.sampler import SamplingPlan, shuffled_index
+from soup_jax.data import sampling as sampler
+from soup_jax.data.meta_distribution import MetaDistribution
+from soup_jax.data.sampling import SamplingPlan, shuffled_index
 
 NUM_WINDOWS = np.array([7, 1, 40, 0, 130])
 FREQUENCIES = NUM_WINDOWS / NUM_WINDOWS.sum()

@@ -10,8 +10,8 @@ from conftest import tiny_config
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from soup_jax import mesh as mesh_lib
-from soup_jax import sharding
+from soup_jax.hardware import mesh as mesh_lib
+from soup_jax.soup import layout as sharding
 
 
 def make(replica: int, fsdp: int) -> jax.sharding.Mesh:

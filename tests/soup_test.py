@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soup_jax import loader, merge, mesh, model, soup, tree
+from soup_jax import tree
+from soup_jax.data import loader
 from soup_jax.experiments import base
+from soup_jax.hardware import mesh
+from soup_jax.models import base as model
+from soup_jax.soup import gradients as soup
+from soup_jax.soup import merge
 
 K, E, M, B, L = 10, 6, 4, 16, 12
 FREQUENCIES = np.full(K, 1 / K)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from soup_jax import files, specialist, tree
+from soup_jax import storage as files
+from soup_jax import tree
+from soup_jax.data.corpus import open_corpus
 from soup_jax.errors import UserError
-from soup_jax.windows import open_corpus
+from soup_jax.specialists import instantiate as specialist
 
 FILES = {"params.safetensors", "recipe.json", "tokenizer.json"}
 

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from soup_jax import tokenizer as tokenizer_lib
+from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.errors import UserError
 
 TEXTS = [

@@ -21,9 +21,12 @@ from conftest import tiny_config
 from processes import start, write_config
 from train_test import assert_same_state, final_state
 
-from soup_jax import evaluate, loader, metrics, train
-from soup_jax import run as run_lib
-from soup_jax.checkpoint import Checkpointer
+from soup_jax.data import loader
+from soup_jax.evaluation import evaluate
+from soup_jax.training import loop as train
+from soup_jax.training import metrics
+from soup_jax.training import setup as run_lib
+from soup_jax.training.checkpoint import Checkpointer
 
 NUM_STEPS = 24
 TO_DEVICE = loader.to_device

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import loader, mesh, model, sharding, soup, train_state, train_step, tree
+from soup_jax import tree
+from soup_jax.data import loader
 from soup_jax.errors import UserError
+from soup_jax.hardware import mesh
+from soup_jax.models import base as model
+from soup_jax.soup import gradients as soup
+from soup_jax.soup import layout as sharding
+from soup_jax.training import state as train_state
+from soup_jax.training import step as train_step
 
 FREQUENCIES = np.full(6, 1 / 6)
 

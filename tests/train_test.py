@@ -16,9 +16,16 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import evaluate, loader, metrics, model, specialist, train, train_step, tree
-from soup_jax import run as run_lib
-from soup_jax.checkpoint import Checkpointer
+from soup_jax import tree
+from soup_jax.data import loader
+from soup_jax.evaluation import evaluate
+from soup_jax.models import base as model
+from soup_jax.specialists import instantiate as specialist
+from soup_jax.training import loop as train
+from soup_jax.training import metrics
+from soup_jax.training import setup as run_lib
+from soup_jax.training import step as train_step
+from soup_jax.training.checkpoint import Checkpointer
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ def terminate():
 
 CONFIG = """
 import json, os, time
-from soup_jax import loader
+from soup_jax.data import loader
 from soup_jax.experiments import base
 
 if os.environ.get("SLOW"):  # leaves time to be killed between two steps
@@ -96,7 +103,7 @@ def test_killed_and_terminated_runs_end_bit_identical(bank, make_cfg, tmp_path):
     flat.pop("experts.rules")  # JSON has no tuples; the default is the same
     path, workdir = tmp_path / "config.py", tmp_path / "killed"
     path.write_text(CONFIG.format(fields=json.dumps(flat)))
-    command = [sys.executable, "-m", "soup_jax.main", "train"]
+    command = [sys.executable, "-m", "soup_jax.cli", "train"]
     command += [f"--config={path}", f"--workdir={workdir}"]
 
     def start(**environment):

@@ -10,7 +10,8 @@ import pytest
 import safetensors.numpy
 import tensorflow_datasets as tfds
 
-from soup_jax import files, windows
+from soup_jax import storage as files
+from soup_jax.data import corpus as windows
 from soup_jax.errors import UserError
 
 EOS = 0

@@ -1,0 +1,5 @@
+"""`python -m soup_jax.cli SUBCOMMAND ...`: the console command."""
+
+from soup_jax.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""Configs: the fields that exist, loading, checking, comparing."""

@@ -1,0 +1,1 @@
+"""From documents to batches: corpus, domains, domain weights, the sampling plan, the loader."""

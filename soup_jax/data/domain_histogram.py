@@ -1,0 +1,69 @@
+"""From a few documents to domain weights (Algorithm 3 of the paper), and how far to trust them.
+
+Embed each document, count nearest centroids: the histogram is h. Documents that lie far from all
+centroids get a nearest one all the same; `DocumentHistogram.warnings` says so.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from soup_jax.data import domains
+from soup_jax.data.corpus import Corpus
+from soup_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentHistogram:
+    """Where documents lie among the domains of a corpus.
+
+    Attributes:
+      h_K: share of the documents nearest to each domain, float64, sums to 1. Domains without
+        training windows cannot be drawn and get none.
+      num_documents: how many were counted.
+      outside: share of the documents less similar to their centroid than 99% of the corpus's own.
+    """
+
+    h_K: np.ndarray
+    num_documents: int
+    outside: float
+
+    def nearest(self, corpus: Corpus, *, num: int = 5) -> list[tuple[str, float]]:
+        """(label, weight) of the heaviest domains, heaviest first."""
+        order = np.argsort(-self.h_K, kind="stable")[:num]
+        return [(corpus.label(int(k)), float(self.h_K[k])) for k in order if self.h_K[k] > 0]
+
+    def warnings(self) -> list[str]:
+        """Reasons to doubt h, in plain words; empty if there are none."""
+        found = []
+        if self.num_documents < 10:
+            found.append(
+                f"only {self.num_documents} documents: each moves the weights by "
+                f"{100 / self.num_documents:.0f}%; give 20 or more"
+            )
+        if self.outside > 0.5:
+            found.append(
+                f"{self.outside:.0%} of the documents resemble no domain of the corpus (less "
+                "similar to the nearest centroid than 99% of the training documents): expect "
+                "little from this specialist"
+            )
+        return found
+
+
+def document_histogram(corpus: Corpus, texts: Sequence[str]) -> DocumentHistogram:
+    """h of `texts` among the domains of `corpus`, with its embedder and centroids.
+
+    Raises:
+      UserError: no text.
+    """
+    if not texts:
+        raise UserError("no documents to take domain weights from")
+    embeddings = corpus.embedder().embed(texts)
+    centroids = corpus.centroids()
+    available = np.flatnonzero(np.diff(corpus.offsets["train"]))
+    nearest, similarity = domains.assign(embeddings, centroids[available])
+    h_K = np.zeros(corpus.num_domains)
+    h_K[available] = domains.histogram(nearest, len(available))
+    low = corpus.similarity_quantiles()[0.01]
+    return DocumentHistogram(h_K, len(texts), float(np.mean(similarity < low)))

@@ -1,0 +1,1 @@
+"""Text to a prepared corpus, in stages that survive a kill."""

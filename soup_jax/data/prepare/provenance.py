@@ -1,0 +1,84 @@
+"""What a corpus is made from: the settings and sources that determine it, and how two differ.
+
+`prepare` records this in the manifest, recognises a finished folder by it and explains a refusal
+with it. Not here: settings that change no byte, such as the number of workers.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from soup_jax import storage as files
+from soup_jax.data import corpus as windows
+from soup_jax.data import sources as corpus_lib
+from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.errors import UserError
+
+
+def make_request(cfg: Any, sources: Iterable[corpus_lib.SourceFile]) -> dict[str, Any]:
+    """What determines a corpus: every parameter that matters and the hash of every source."""
+    tokenizer = {"train_bytes": cfg.tokenizer.train_bytes}
+    if cfg.tokenizer.path:
+        tokenizer = {"hash": tokenizer_lib.load_tokenizer(cfg.tokenizer.path).hash}
+    names = ("text_field", "validation_fraction", "held_out_fraction", "min_chars", "max_chars")
+    parameters = {name: getattr(cfg, name) for name in ("num_domains", "vocab_size", "seq_len")}
+    parameters |= {f"corpus.{name}": getattr(cfg.corpus, name) for name in names}
+    parameters |= {f"tokenizer.{name}": value for name, value in tokenizer.items()}
+    parameters |= {f"embed.{name}": value for name, value in cfg.embed.items()}
+    hashed = []
+    for source in sources:
+        try:
+            digest = files.sha256_file(source.path)
+        except OSError:
+            digest = None  # reading will report it
+        hashed.append({"path": source.path, "sha256": digest})
+    return {"format": windows.FORMAT_VERSION, "parameters": parameters, "sources": hashed}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """In words, one each: what `new` asks for that `old` did not; empty for the same corpus."""
+    result = []
+    if old["format"] != new["format"]:
+        result.append(f"format: {old['format']}, now {new['format']}")
+    for name in sorted(old["parameters"] | new["parameters"]):
+        before, now = old["parameters"].get(name), new["parameters"].get(name)
+        if before != now:
+            result.append(f"{name}: {before}, now {now}")
+    before = {source["path"]: source["sha256"] for source in old["sources"]}
+    now = {source["path"]: source["sha256"] for source in new["sources"]}
+    # The same contents in the same order are the same corpus, wherever they lie.
+    if list(before.values()) != list(now.values()):
+        gone, added = sorted(before.keys() - now.keys()), sorted(now.keys() - before.keys())
+        changed = [path for path in before if path in now and before[path] != now[path]]
+        for what, paths in (("removed", gone), ("added", added), ("changed", changed)):
+            if paths:
+                more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+                result.append(f"sources {what}: {', '.join(paths[:3])}{more}")
+        if not (gone or added or changed):
+            result.append("sources: in another order")
+    return result
+
+
+def check(cfg: Any) -> None:
+    """Refuse settings that cannot work, before anything is read.
+
+    Raises:
+      UserError: the vocabulary does not fit the tokenizer, or the sample the domains.
+    """
+    if cfg.tokenizer.path:
+        size = tokenizer_lib.load_tokenizer(cfg.tokenizer.path).vocab_size
+        if size > cfg.vocab_size:
+            raise UserError(
+                f"the tokenizer {cfg.tokenizer.path} has {size} tokens, more than vocab_size = "
+                f"{cfg.vocab_size}: set --config.vocab_size={size} or more"
+            )
+    elif cfg.vocab_size < tokenizer_lib.MIN_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size is {cfg.vocab_size}; the byte-level tokenizer that is trained needs at "
+            f"least {tokenizer_lib.MIN_VOCAB_SIZE}"
+        )
+    if cfg.num_domains > cfg.embed.fit_documents:
+        raise UserError(
+            f"num_domains is {cfg.num_domains}, but k-means sees only embed.fit_documents = "
+            f"{cfg.embed.fit_documents} documents: raise --config.embed.fit_documents, best to "
+            "some 50 per domain"
+        )

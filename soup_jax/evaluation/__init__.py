@@ -1,0 +1,1 @@
+"""Losses of specialists and baselines on held-out text."""

@@ -1,0 +1,1 @@
+"""Devices: the mesh, chips by data sheet, compiled code on disk, host memory."""

@@ -1,0 +1,1 @@
+"""Base networks: what is asked of one, and the shipped decoder."""

@@ -1,0 +1,1 @@
+"""Updates: one for shared parameters and router, bank optimizers for experts."""

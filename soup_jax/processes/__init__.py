@@ -1,0 +1,1 @@
+"""Many processes: who is who, agreement, stops, hangs."""

@@ -1,0 +1,286 @@
+"""The line between the processes of a run: who is there, who is late, who died, when to stop.
+
+Process 0 runs a `Coordinator`, a thread behind one TCP port; every process, 0 too, keeps one
+connection to it, a `group.Group`. Messages are JSON lines of at most a few kilobytes, none of them
+on the path of a step. jax has a service of its own for its own needs; what it lacks is here:
+
+* Start-up that is not complete in time names the missing processes.
+* A process that dies closes its connection, one whose machine is gone falls silent: the others are
+  told at once, with its name and where it was last seen, and leave with a non-zero status although
+  their main thread hangs in a collective. An error in one process reaches the others the same way.
+* `meet` is a barrier with a time-out that names who is missing; it compares facts on the way.
+* A signal at one process stops all of them after the same step: all say which step they are in and
+  wait, the coordinator answers with the largest. Nothing is asked of the devices.
+
+Nobody is authenticated here, as in jax's own service: keep the port inside the cluster.
+"""
+
+import contextlib
+import logging
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from soup_jax.processes.group import BEAT_SECS, PROTOCOL, STATUS_FAILED, STATUS_USER, Line
+
+_log = logging.getLogger(__name__)
+
+# A death makes collectives fail elsewhere: what comes first over the line need not be the cause.
+_GRACE_SECS = {"death": 0.5, "error": 0.5, "hang": 2.0, "collective": 5.0}
+_CAUSES = ("death", "error", "hang", "collective")  # the first of these that occurred is told
+
+
+def listen(port: int, *, backlog: int = 1024) -> socket.socket:
+    """A listening socket on all addresses of this machine, IPv6 too where there is any."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
+            )
+    return socket.create_server(("", port), backlog=backlog)
+
+
+class _Peer:
+    """What the coordinator knows of one process."""
+
+    def __init__(self, line: Line, hello: Mapping[str, Any]):
+        self.line, self.id = line, int(hello["id"])
+        self.name = f"process {self.id} ({hello['host']}, pid {hello['pid']})"
+        self.place: dict[str, Any] = {"step": -1, "phase": "starting", "idle": 0.0}
+        self.beat = time.monotonic()
+        self.left = False
+
+    def seen(self) -> str:
+        """Where it was when it last reported."""
+        idle = self.place["idle"] + time.monotonic() - self.beat
+        step = f"step {self.place['step']}, " if self.place["step"] >= 0 else ""
+        return f"{self.name}: {step}{self.place['phase']}, for {idle:.1f} s"
+
+
+class Coordinator(threading.Thread):
+    """The server in process 0; runs until all processes have left or one has failed."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        *,
+        num_processes: int,
+        jax_port: int,
+        init_timeout: float,
+        silence_timeout: float,
+    ):
+        """`jax_port` is where process 0 starts jax's own service, told to all."""
+        super().__init__(name="soup_jax-coordinator", daemon=True)
+        self._listener, self._count, self._jax_port = listener, num_processes, jax_port
+        self._init_timeout, self._silence = init_timeout, silence_timeout
+        self._peers: dict[int, _Peer] = {}
+        self._meetings: dict[str, dict[str, Any]] = {}
+        self._troubles: dict[str, dict[int, dict[str, Any]]] = {cause: {} for cause in _CAUSES}
+        self._first_trouble = 0.0
+        self._stop: dict[str, Any] | None = None
+        self._over = False
+        self.drained = threading.Event()  # everybody has left
+
+    def run(self) -> None:
+        """Serve until the end."""
+        try:
+            self._serve()
+        except Exception as e:
+            self._end(f"the coordinator broke: {e!r}")
+            raise
+        finally:
+            self._listener.close()
+            self.drained.set()
+
+    def _serve(self) -> None:
+        start = next_tick = time.monotonic()
+        welcomed, told = False, start
+        with selectors.DefaultSelector() as selector:
+            self._selector = selector
+            selector.register(self._listener, selectors.EVENT_READ)
+            while not self._over or any(p.id for p in self._present()):
+                for key, _ in selector.select(timeout=0.1):
+                    self._read(key)
+                now = time.monotonic()
+                if not welcomed and len(self._peers) == self._count:
+                    welcomed = True
+                    self._broadcast("welcome", jax_port=self._jax_port)
+                if not welcomed and not self._over:
+                    told = self._wait_for_all(now, start, told)
+                if now >= next_tick:
+                    next_tick = now + BEAT_SECS
+                    self._broadcast("tick")
+                if self._over:
+                    if now > self._over_since + 3.0:
+                        break
+                    continue
+                self._check(now)
+                if welcomed and all(p.left for p in self._peers.values()):
+                    break
+
+    def _present(self) -> list[_Peer]:
+        return [p for p in self._peers.values() if not p.left]
+
+    def _broadcast(self, op: str, **values: Any) -> None:
+        # Process 0 last: what it hears may be the end of this thread.
+        for peer in sorted(self._present(), key=lambda p: -p.id):
+            peer.line.send(op, **values)
+
+    def _wait_for_all(self, now: float, start: float, told: float) -> float:
+        missing = [i for i in range(self._count) if i not in self._peers]
+        if now - start > self._init_timeout:
+            here = ", ".join(p.name for _, p in sorted(self._peers.items()))
+            self._end(
+                f"{_ids(missing)} of {self._count} did not connect within {self._init_timeout:g} s "
+                f"(distributed.init_timeout_secs); connected: {here}",
+                status=STATUS_USER,
+            )
+        elif now - told > 10:
+            _log.info("waiting for %s of %d", _ids(missing), self._count)
+            return now
+        return told
+
+    def _read(self, key: selectors.SelectorKey) -> None:
+        if key.fileobj is self._listener:
+            with contextlib.suppress(OSError):
+                line = Line(self._listener.accept()[0])
+                self._selector.register(line.sock, selectors.EVENT_READ, [line, None])
+            return
+        line, peer = key.data
+        messages = line.receive()
+        if messages is None:
+            self._selector.unregister(line.sock)
+            line.close()
+            if peer is not None and not peer.left:
+                peer.left = True
+                self._trouble(
+                    "death",
+                    peer,
+                    f"{peer.name} is gone: killed or crashed (last seen at {_place(peer)})",
+                )
+            return
+        for message in messages:
+            if key.data[1] is None:
+                self._hello(key.data, message)
+            elif not key.data[1].left:
+                self._handle(key.data[1], message)
+
+    def _hello(self, data: list[Any], message: Mapping[str, Any]) -> None:
+        line: Line = data[0]
+        refused = ""
+        if message.get("protocol") != PROTOCOL or "id" not in message:
+            refused = f"the coordinator speaks {PROTOCOL!r}: another version of soup_jax"
+        elif message["count"] != self._count:
+            refused = f"num_processes is {message['count']} here and {self._count} at process 0"
+        elif message["id"] in self._peers:
+            refused = f"process_id {message['id']} is taken by {self._peers[message['id']].name}"
+        if refused:
+            line.send("refused", text=refused)
+            return
+        data[1] = self._peers[message["id"]] = _Peer(line, message)
+
+    def _handle(self, peer: _Peer, message: Mapping[str, Any]) -> None:
+        peer.beat = time.monotonic()
+        op = message["op"]
+        if op == "beat":
+            peer.place = dict(message["place"])
+        elif op == "meet":
+            self._meet(peer, message)
+        elif op == "stop" and self._stop is None:
+            self._stop = {"who": peer.id, "reason": message["reason"], "at": {}}
+            self._broadcast("pause")
+        elif op == "at" and self._stop is not None:
+            self._stop["at"][peer.id] = message["step"]
+            self._settle_stop()
+        elif op == "fail":
+            self._trouble(
+                message["cause"],
+                peer,
+                f"{peer.name} failed: {message['text']}",
+                status=message["status"],
+            )
+        elif op == "bye":
+            peer.left = True
+            self._settle_stop()
+
+    def _settle_stop(self) -> None:
+        if self._stop and {p.id for p in self._present()} <= set(self._stop["at"]):
+            last = max(self._stop["at"].values(), default=-1)
+            reason = f"{self._stop['reason']} at process {self._stop['who']}"
+            self._broadcast("stop_after", step=last, reason=reason)
+
+    def _meet(self, peer: _Peer, message: Mapping[str, Any]) -> None:
+        timeout = message["timeout"]
+        meeting = self._meetings.setdefault(
+            message["name"],
+            {"facts": {}, "timeout": timeout, "deadline": time.monotonic() + timeout},
+        )
+        facts = meeting["facts"]
+        facts[peer.id] = message["facts"]
+        if len(facts) < self._count:
+            return
+        del self._meetings[message["name"]]
+        lead, lines = facts[0], []
+        for index in sorted(facts):
+            lines += [
+                f"{self._peers[index].name}: {name} = {facts[index].get(name)!r}, "
+                f"process 0: {lead.get(name)!r}"
+                for name in sorted(lead | facts[index])
+                if facts[index].get(name) != lead.get(name)
+            ]
+        self._broadcast("met", name=message["name"], lead=lead, differences=lines[:50])
+
+    def _trouble(self, cause: str, peer: _Peer, text: str, status: int = STATUS_FAILED) -> None:
+        if not any(self._troubles.values()):
+            self._first_trouble = time.monotonic()
+        self._troubles[cause].setdefault(peer.id, {"text": text, "status": status})
+
+    def _check(self, now: float) -> None:
+        for peer in self._present():
+            if now - peer.beat > self._silence:
+                self._trouble(
+                    "death",
+                    peer,
+                    f"{peer.name} is silent for {now - peer.beat:.0f} s "
+                    f"(distributed.heartbeat_timeout_secs; last seen at {_place(peer)})",
+                )
+        for name, meeting in self._meetings.items():
+            if now > meeting["deadline"]:
+                missing = [p for p in self._present() if p.id not in meeting["facts"]]
+                self._end(
+                    f"{_ids([p.id for p in missing])} did not come to the meeting {name!r} within "
+                    f"{meeting['timeout']:g} s. Where they were last seen:\n  "
+                    + "\n  ".join(p.seen() for p in missing),
+                    dump=True,
+                )
+                return
+        for cause in _CAUSES:
+            if self._troubles[cause] and now - self._first_trouble > _GRACE_SECS[cause]:
+                self._tell(cause)
+                return
+
+    def _tell(self, cause: str) -> None:
+        troubles = self._troubles[cause]
+        text = "; ".join(dict.fromkeys(t["text"] for _, t in sorted(troubles.items())))
+        if cause != "error":
+            text += ". Where the processes were last seen:\n  "
+            text += "\n  ".join(p.seen() for _, p in sorted(self._peers.items()) if not p.left)
+        status = min(t["status"] for t in troubles.values())
+        self._end(text, status=status, who=sorted(troubles), dump=cause == "hang")
+
+    def _end(self, text: str, **values: Any) -> None:
+        if not self._over:
+            self._over, self._over_since = True, time.monotonic()
+            self._broadcast("down", text=text, **{"status": 1, "who": [], "dump": False} | values)
+
+
+def _place(peer: _Peer) -> str:
+    step = f"step {peer.place['step']}, " if peer.place["step"] >= 0 else ""
+    return f"{step}{peer.place['phase']}"
+
+
+def _ids(ids: list[int]) -> str:
+    return f"process{'es' if len(ids) > 1 else ''} {', '.join(map(str, ids)) or '(none)'}"

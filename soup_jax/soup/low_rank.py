@@ -1,0 +1,190 @@
+"""Low-rank experts: E_e = U_e V_e on matrices.
+
+A leaf `w` [..., a, b] with the rule "low_rank:r" has two stacks in the bank: `w/left`
+[E, ..., a, r] and `w/right` [E, ..., r, b]; r (a + b) numbers an expert instead of a b. The merge
+
+    sum_e alpha_e U_e V_e = [alpha_1 U_1, ..., alpha_E U_E] [V_1; ...; V_E]
+
+is one product over experts and ranks jointly, with alpha folded into the smaller factor. No expert
+is ever multiplied out. Its price is arithmetic: 2 M E r a b operations, r times those of the dense
+merge; and twice that for the gradient. Gradients of the factors are as small as the factors, so
+they are explicit, and any optimizer can take them.
+
+Over devices the factors are stored in slices, like everything. The slice of the merged leaf that a
+device computes is cut along one dimension, say b: then V's slices are where they are needed, and U
+is gathered whole, E a r numbers; the gradient of U is summed over devices back into slices. So
+unlike that of dense experts this communication grows with E r. It is the smaller factor that
+moves, as the larger dimension is cut, one leaf at a time (tests/contract_test.py). Compiled for
+CPUs a step gathers each once and keeps it for the backward pass; for TPUs it gathers twice, and
+some of the sums are all-reduces, several leaves in one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from soup_jax import tree
+from soup_jax.errors import UserError
+from soup_jax.rules import is_matrix
+from soup_jax.shapes import Array, Params
+from soup_jax.soup import layout as sharding
+
+_Dims = dict[int, tuple[str, ...]]  # mesh axes by the dimension that they cut
+
+
+def init_factors(
+    key: Array, path: str, shape: tuple[int, ...], *, num_experts: int, rank: int, dtype: str
+) -> dict[str, Array]:
+    """{"left": [E, ..., a, r], "right": [E, ..., r, b]} of a leaf [..., a, b].
+
+    `left` is normal with variance 1 / r and `right` zero. So the merged model starts as S; experts
+    separate whatever the router, as their left factors differ; and a step of Adam on `right` moves
+    the elements of the product by about its rate.
+
+    Raises:
+      UserError: the leaf is no matrix, or its factors would be no smaller rank than itself.
+    """
+    rule = f"low_rank:{rank}"
+    if not is_matrix(path, len(shape)):
+        raise UserError(
+            f"the leaf {path!r} {tuple(shape)} is no matrix and cannot have the rule {rule!r}; "
+            "give it 'dense' or 'none'"
+        )
+    *leading, a, b = shape
+    if rank >= min(a, b):
+        raise UserError(
+            f"the rule {rule!r} for the leaf {path!r} {tuple(shape)}: the rank must be less than "
+            f"{min(a, b)}, the smaller of its last two dimensions; give it 'dense' or 'none'"
+        )
+    left = jax.random.normal(key, (num_experts, *leading, a, rank)) / rank**0.5
+    return {
+        "left": left.astype(dtype),
+        "right": jnp.zeros((num_experts, *leading, rank, b), dtype),
+    }
+
+
+def split(bank: Params, shared: Params) -> tuple[Params, Params]:
+    """(dense part, factors) of a bank, both nested like it; `join` undoes it."""
+    # The factors of a leaf lie below its path, where the shared parameters can have nothing.
+    dense = tree.flatten(shared).keys()
+    leaves = tree.flatten(bank)
+    return (
+        tree.unflatten({path: x for path, x in leaves.items() if path in dense}),
+        tree.unflatten({path: x for path, x in leaves.items() if path not in dense}),
+    )
+
+
+def join(dense: Params, factors: Params) -> Params:
+    """The bank of these parts."""
+    return tree.unflatten(tree.flatten(dense) | tree.flatten(factors))
+
+
+def combine(alpha_ME: Array, left: Array, right: Array, *, mesh: Mesh | None = None) -> Array:
+    """sum_e alpha_me left_e right_e, float32 [M, ..., a, b], one mixture after the other.
+
+    Args:
+      mesh: the result lies on slices of it; None leaves that to the compiler.
+    """
+
+    def local(alpha_ME: Array, left: Array, right: Array) -> Array:
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        return jax.lax.map(lambda alpha_E: _product(alpha_E, left, right), alpha_ME)
+
+    if mesh is None or mesh.size == 1:
+        return local(alpha_ME, left, right)
+    dims, left_dims, right_dims = _compute_dims(mesh, left, right)
+    specs = (P(), _spec(left_dims), _spec(right_dims))
+    return _shard_map(local, mesh, specs, _spec(dims))(alpha_ME, left, right)
+
+
+def gradient(
+    alpha_ME: Array, left: Array, right: Array, gradient_M: Array, *, mesh: Mesh | None = None
+) -> tuple[Array, Array, Array]:
+    """(dalpha_me, dleft, dright), float32, of `combine`, by the chain rule.
+
+    Args:
+      gradient_M: of the merged leaf, [M, ..., a, b], on slices.
+      mesh: as in `combine`.
+    """
+    if mesh is None or mesh.size == 1:
+        return _local_gradient(alpha_ME, left, right, gradient_M)
+    dims, left_dims, right_dims = _compute_dims(mesh, left, right)
+    a, b = (dims.get(right.ndim - i, ()) for i in (3, 2))  # the axes that cut either dimension
+    # What each device has is its part of a sum; the sum's slices go where they are stored.
+    left_stored = _slices(mesh, left, kept=left_dims, summed=b)
+    right_stored = _slices(mesh, right, kept=right_dims, summed=a)
+
+    def local(*arguments: Array) -> tuple[Array, Array, Array]:
+        dalpha_ME, dleft, dright = _local_gradient(*arguments)
+        return (
+            jax.lax.psum(dalpha_ME, tuple(axis for axes in dims.values() for axis in axes)),
+            _sum(dleft, b, left_stored),
+            _sum(dright, a, right_stored),
+        )
+
+    specs = (P(), _spec(left_dims), _spec(right_dims), _spec(dims))
+    out = (P(), _spec(left_dims | left_stored), _spec(right_dims | right_stored))
+    return _shard_map(local, mesh, specs, out)(alpha_ME, left, right, gradient_M)
+
+
+def _product(alpha_E: Array, left: Array, right: Array) -> Array:
+    alpha_E = alpha_E.reshape(-1, *[1] * (left.ndim - 1))
+    if left.size < right.size:
+        left = alpha_E * left
+    else:
+        right = alpha_E * right
+    return jnp.einsum("E...ar,E...rb->...ab", left, right, precision="highest")
+
+
+def _local_gradient(
+    alpha_ME: Array, left: Array, right: Array, gradient_M: Array
+) -> tuple[Array, Array, Array]:
+    factors = left.astype(jnp.float32), right.astype(jnp.float32)
+
+    def add(total: tuple[Array, ...], mixture: tuple[Array, Array]) -> tuple[Any, Array]:
+        alpha_E, g = mixture
+        dalpha_E, *dfactors = jax.vjp(_product, alpha_E, *factors)[1](g)
+        return tuple(x + dx for x, dx in zip(total, dfactors)), dalpha_E
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in factors)
+    (dleft, dright), dalpha_ME = jax.lax.scan(add, zeros, (alpha_ME, gradient_M))
+    return dalpha_ME, dleft, dright
+
+
+def _compute_dims(mesh: Mesh, left: Array, right: Array) -> tuple[_Dims, _Dims, _Dims]:
+    # How the merged leaf is cut, and the parts of the factors that a device needs for its slice.
+    shape = (*left.shape[1:-1], right.shape[-1])
+    dims, last = sharding.slice_dims(shape, mesh), len(shape) - 1
+    left_dims = {d: axes for d, axes in dims.items() if d != last}
+    right_dims = {d: axes for d, axes in dims.items() if d != last - 1}
+    return dims, left_dims, right_dims
+
+
+def _slices(mesh: Mesh, factor: Array, *, kept: _Dims, summed: tuple[str, ...]) -> _Dims:
+    stored = sharding.slice_dims(factor.shape[1:], mesh)
+    return {d: axes for d, axes in stored.items() if axes == summed and d not in kept}
+
+
+def _sum(x: Array, axes: tuple[str, ...], slices: _Dims) -> Array:
+    if not axes:
+        return x
+    for dim in slices:
+        return jax.lax.psum_scatter(x, axes, scatter_dimension=dim + 1, tiled=True)
+    return jax.lax.psum(x, axes)
+
+
+def _spec(dims: _Dims) -> P:
+    # Of arrays with E or M in front.
+    return P(None, *(dims.get(d) for d in range(max(dims, default=-1) + 1)))
+
+
+def _shard_map(
+    function: Callable[..., Any], mesh: Mesh, in_specs: tuple[P, ...], out_specs: Any
+) -> Callable[..., Any]:
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )

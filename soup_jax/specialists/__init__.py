@@ -1,0 +1,1 @@
+"""From a trained soup to specialists: instantiate, generate, compare."""

@@ -1,0 +1,272 @@
+"""Checkpoints of a run: orbax, asynchronous, parameters, optimizer and data state as three items.
+
+    checkpoints/<step>/params      the soup; all that instantiating a specialist reads
+    checkpoints/<step>/opt_state   optimizer state
+    checkpoints/<step>/data        JSON: step, plan cursors, fingerprint
+
+`step` counts the updates already applied. A restore builds its target from the config and the mesh
+at hand, so a checkpoint of one topology is read on any other; the structure is compared first and
+a difference is printed leaf by leaf. A newest checkpoint that cannot be read is skipped, with a
+message, for the one before; a run that goes on from there first renames it to unreadable_<step>,
+since it would be taken for a later save of its own.
+"""
+
+import contextlib
+import logging
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers
+
+from soup_jax import tree
+from soup_jax.errors import UserError
+from soup_jax.processes import start as distributed
+from soup_jax.training.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+_ARRAYS = ("params", "opt_state")
+
+
+class Checkpointer:
+    """Saves and restores the train state of one run; close it, or use it as a context."""
+
+    def __init__(self, directory: pathlib.Path, cfg: ConfigDict | None = None):
+        """`cfg` gives the keep policy and time-out; without it the checkpoints are only read."""
+        if cfg is None:
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, save_interval_steps=0, create=False
+            )
+        else:
+            keep = [checkpoint_managers.LatestN(cfg.checkpoint.keep_latest)]
+            if cfg.checkpoint.keep_every:
+                keep.append(checkpoint_managers.EveryNSteps(cfg.checkpoint.keep_every))
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
+                async_options=ocp.AsyncOptions(timeout_secs=cfg.checkpoint.async_timeout_secs),
+            )
+        self.directory = directory.absolute()
+        self._group = distributed.current()
+        self._timeout = 300.0 if cfg is None else cfg.checkpoint.async_timeout_secs
+        self._read_only = cfg is None
+        self._manager = self._open(options)
+
+    def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+        handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS}
+        return ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_handlers={**handlers, "data": ocp.JsonCheckpointHandler()},
+        )
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[ocp.CheckpointManager]:
+        # With many processes each reads on its own: inside orbax's barriers, one that finds its
+        # part damaged would leave the others waiting. What to take is agreed on by the group.
+        if self._group.num_processes == 1:
+            yield self._manager
+            return
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+        )
+        reader = self._open(
+            ocp.CheckpointManagerOptions(
+                read_only=True, save_interval_steps=0, create=False, multiprocessing_options=alone
+            )
+        )
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, data: Mapping[str, Any]) -> bool:
+        """Start a save of `state` at its step; False if that step is saved already.
+
+        Returns as soon as the arrays may be donated; an earlier save that failed raises here.
+        """
+        self._manager.check_for_errors()
+        step = int(data["step"])
+        if step in self._manager.all_steps():
+            return False
+        params, opt_state = state.params, state.opt_state
+        if jax.default_backend() == "cpu":
+            # On CPU the "device to host copy" is a view of the buffer that the next step donates.
+            params, opt_state = jax.tree.map(jnp.copy, (params, opt_state))
+            jax.block_until_ready((params, opt_state))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                opt_state=ocp.args.StandardSave(opt_state),
+                data=ocp.args.JsonSave(dict(data)),
+            ),
+        )
+        return True
+
+    def wait(self) -> None:
+        """Block until the save in flight is durable; raises if it failed."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Wait for the save in flight and release the manager."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """(state, data) of the newest readable checkpoint, or None if there is none.
+
+        Args:
+          abstract: ShapeDtypeStructs with the shardings that the arrays shall have.
+
+        Raises:
+          UserError: the newest checkpoint has another structure than `abstract`, or none of the
+            checkpoints can be read.
+        """
+        target = {"params": abstract.params, "opt_state": abstract.opt_state}
+        result = self._newest(target, step=None)
+        if result is None:
+            return None
+        step, items = result
+        if not self._read_only:
+            self._set_aside(step)
+        state = TrainState(
+            params=items["params"],
+            opt_state=items["opt_state"],
+            step=_scalar(step, abstract.step),
+            bad_step=_scalar(-1, abstract.bad_step),
+        )
+        return state, items["data"]
+
+    def restore_params(self, abstract: Any, *, step: int | None = None) -> tuple[Any, int]:
+        """(params, step) of the newest readable checkpoint, or of `step`; no optimizer is read.
+
+        Raises:
+          UserError: no checkpoint, none of that step, or another structure than `abstract`.
+        """
+        result = self._newest({"params": abstract}, step=step)
+        if result is None:
+            raise UserError(f"{self.directory} holds no checkpoint; train first")
+        return result[1]["params"], result[0]
+
+    def data(self, step: int) -> dict[str, Any]:
+        """The data item of a checkpoint."""
+        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))[
+            "data"
+        ]
+
+    def _set_aside(self, last: int) -> None:
+        # Left in place, orbax would refuse to save at or before these later steps.
+        steps = [s for s in self._agreed(self.steps()) if s > last]
+        if not steps:
+            return
+        self._group.meet("checkpoints read")
+        if self._group.process_id == 0:
+            for step in steps:
+                aside = self.directory / f"unreadable_{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+        self._group.meet("unreadable checkpoints set aside")
+        self._manager.reload()
+
+    def _newest(self, target: Mapping[str, Any], *, step: int | None) -> Any:
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise UserError(f"{self.directory} holds no checkpoint of step {step}, only {steps}")
+        candidates = [step] if step is not None else steps[::-1]
+        with self._reader() as reader:
+            return self._newest_of(self._agreed(candidates), target, reader)
+
+    def _agreed(self, steps: list[int]) -> list[int]:
+        # The folder may look older on another machine; process 0 has written it.
+        lead, _ = self._group.meet("checkpoints", {"steps": steps}, timeout=self._timeout)
+        return lead["steps"]
+
+    def _newest_of(
+        self, candidates: list[int], target: Mapping[str, Any], reader: ocp.CheckpointManager
+    ) -> Any:
+        failures = []
+        for candidate in candidates:
+            items, failure = _read(reader, candidate, target)
+            _, differences = self._group.meet(
+                f"checkpoint {candidate}", {"failure": failure}, timeout=self._timeout
+            )
+            problems = items if isinstance(items, list) else []
+            if problems:
+                raise UserError(
+                    f"checkpoint {self.directory}/{candidate} does not fit this config "
+                    "(checkpoint -> config):\n  " + "\n  ".join(problems)
+                )
+            if not failure and not differences:
+                return candidate, items
+            failures.append(f"step {candidate}: {failure or '; '.join(differences)}")
+            _log.warning("unreadable checkpoint, trying the one before: %s", failures[-1])
+        if failures:
+            raise UserError(
+                f"none of the checkpoints in {self.directory} can be read:\n  "
+                + "\n  ".join(failures)
+            )
+        return None
+
+
+def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> tuple[Any, str]:
+    # (items, "") or, for another structure, (its differences, ""), or (None, what is damaged). A
+    # damaged checkpoint fails in many ways; all of them are told.
+    try:
+        problems = _structure_diff(reader.item_metadata(step), target)
+        if problems:
+            return problems, ""
+        args = {k: ocp.args.StandardRestore(v) for k, v in target.items()}
+        args["data"] = ocp.args.JsonRestore()
+        return reader.restore(step, args=ocp.args.Composite(**args)), ""
+    except Exception as e:
+        return None, f"{type(e).__name__}: {str(e)[:500]}"
+
+
+def _scalar(value: int, like: Any) -> jax.Array:
+    return jax.make_array_from_callback((), like.sharding, lambda _: jnp.asarray(value, jnp.int32))
+
+
+def _structure_diff(metadata: Any, target: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for item, wanted in target.items():
+        saved = metadata[item]
+        if saved is None:
+            raise FileNotFoundError(f"item {item!r} is missing")
+        have = {p: (tuple(x.shape), str(x.dtype)) for p, x in tree.flatten(dict(saved)).items()}
+        # Optax states are tuples; saved, their positions are keys. Both flatten to one path.
+        want = {p: (tuple(x.shape), str(x.dtype)) for p, x in tree.flatten(wanted).items()}
+        for path in sorted(set(have) | set(want)):
+            if have.get(path) != want.get(path):
+                before, after = (_describe(t.get(path)) for t in (have, want))
+                lines.append(f"{item}/{path}: {before} -> {after}")
+    return lines
+
+
+def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
+    return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+
+
+def abstract_with_shardings(abstract: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs that carry their shardings: the target of a restore."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )

@@ -1,0 +1,366 @@
+"""The training loop: sampling plan -> sharded step -> metrics, checkpoints, evaluation.
+
+    soup-jax train --config=experiments/quickstart.py --workdir=runs/soup
+
+Where the state comes from: the newest checkpoint of the workdir, else the config's seed. A run that
+is killed and started again with the same command continues and ends bit-identical to one that was
+never killed (deferred updates are written before every save: after a signal between two periodic
+ones the end is equal to rounding). SIGTERM (and SIGINT) save at the current step and end with
+status 0; with many processes (see `distributed`) a signal at one stops all of them after the same
+step.
+"""
+
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from soup_jax import tree
+from soup_jax.data import loader
+from soup_jax.data.sampling import StepPlan
+from soup_jax.evaluation import evaluate
+from soup_jax.models.base import BaseModel
+from soup_jax.processes import watchdog
+from soup_jax.processes.stop import stop_requests
+from soup_jax.soup import layout as sharding
+from soup_jax.storage import write_json
+from soup_jax.training import checkpoint as checkpoint_lib
+from soup_jax.training import metrics
+from soup_jax.training import step as train_step
+from soup_jax.training.setup import Run, claim_workdir, compile_together, restore_or_init, setup
+from soup_jax.training.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the state was saved."""
+
+
+class _EvaluationCut(Exception):
+    """A signal arrived during an evaluation: saving comes first."""
+
+
+class _Meter:
+    """Sums on the device since the last log line, and the host's clock beside them."""
+
+    def __init__(self, run: Run):
+        self._zeros = jax.jit(
+            lambda: train_step.zero_metrics(run.cfg.num_domains),
+            out_shardings=sharding.replicated(run.mesh),
+        )
+        self._mark = time.perf_counter()
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums, self.wait = self._zeros(), 0.0
+        self._batches = metrics.BatchHash()
+
+    def feed(self, plan: StepPlan, wait: float) -> None:
+        """Note a batch and the seconds that the loop waited for it."""
+        self._batches.add(plan.domain_B, plan.window_B)
+        self.wait += wait
+
+    def close(self, step: int) -> dict[str, Any]:
+        """A finished interval, to be read after the next step is under way; starts a new one."""
+        done = {"step": step, "sums": self.sums, "wait": self.wait, "hash": self._batches.hex()}
+        self.reset()
+        return done
+
+    def lap(self) -> float:
+        """Seconds since the last lap. To be called when the device is done with an interval: the
+        host may have sent steps that are yet to run."""
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        return seconds
+
+    def skip(self, seconds: float) -> None:
+        """Leave out time that was not spent on steps."""
+        self._mark += seconds
+
+
+def train(
+    cfg: ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    model: BaseModel | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> TrainState:
+    """Train to `cfg.num_steps` and return the final state.
+
+    Args:
+      model: a base network of your own; by default the config's.
+      devices: to train on; default: all of all processes.
+
+    Raises:
+      UserError: before work starts, for anything the user can fix.
+      FloatingPointError: loss or gradient not finite; the report's path is in the message.
+      Interrupted: a signal arrived; the state was saved.
+    """
+    run = setup(cfg, pathlib.Path(workdir), model=model, devices=devices)
+    specialists, validation = _evaluation_sets(run)
+    claim_workdir(run)
+    checkpoints = run.workdir / "checkpoints"
+    saving = cfg.checkpoint.async_timeout_secs
+    compiling = watchdog.COMPILE_SECS
+    allowances = {"compiling": compiling, "saving": saving, "restoring": compiling + saving}
+    limit = cfg.distributed.step_timeout_secs
+    with (
+        stop_requests(run.group),
+        watchdog.watch(run.group, run.workdir, limit=limit, allowances=allowances),
+        checkpoint_lib.Checkpointer(checkpoints, cfg) as checkpointer,
+    ):
+        state = restore_or_init(run, checkpointer)
+        start = int(state.step)
+        _announce(run, start)
+        writer = metrics.MetricsWriter(
+            run.workdir,
+            tensorboard=cfg.log.tensorboard,
+            start_step=start,
+            active=run.group.process_id == 0,
+        )
+        try:
+            loop = _Loop(run, checkpointer, writer, specialists, validation)
+            state = loop.run(state, start)
+            run.group.at("saving")
+            return state
+        finally:
+            writer.close()
+
+
+def _evaluation_sets(run: Run) -> tuple[list[evaluate.SpecialistSet], Any]:
+    cfg = run.cfg
+    if not cfg.evaluate.every_steps:
+        return [], None
+    sets = [
+        evaluate.specialist_set(name, path, run.corpus, cfg, part="tuning")
+        for name, path in evaluate.document_sets(cfg.evaluate.specialists).items()
+    ]
+    validation = evaluate.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows)
+    return sets, validation
+
+
+def _announce(run: Run, start: int) -> None:
+    cfg, params = run.cfg, run.abstract.params
+    counts = {name: tree.num_params(part) for name, part in params.items()}
+    _log.info(
+        "%s: %.3gM shared parameters, %d experts (%.3gM), router %.3gM; mesh %s; "
+        "%d steps x %d windows x %d tokens = %.3gM tokens; starting at step %d",
+        cfg.name,
+        counts["shared"] / 1e6,
+        cfg.num_experts,
+        counts["bank"] / 1e6,
+        counts["router"] / 1e6,
+        dict(run.mesh.shape),
+        cfg.num_steps,
+        cfg.batch_size,
+        cfg.seq_len,
+        cfg.num_steps * cfg.batch_size * cfg.seq_len / 1e6,
+        start,
+    )
+    for part, leading in (("shared", 0), ("bank", 1)):
+        for line in sharding.unsliced(run.mesh, params[part], leading=leading):
+            _log.warning("not cut over all devices, for no dimension divides: %s/%s", part, line)
+
+
+class _Loop:
+    """The steps of one process, from a restored state to the last."""
+
+    def __init__(
+        self,
+        run: Run,
+        checkpointer: checkpoint_lib.Checkpointer,
+        writer: metrics.MetricsWriter,
+        specialists: list[evaluate.SpecialistSet],
+        validation: Any,
+    ):
+        self.run_, self.checkpointer, self.writer = run, checkpointer, writer
+        self.specialists, self.validation, self.group = specialists, validation, run.group
+        shardings = jax.tree.map(lambda a: a.sharding, run.abstract)
+        self.step_fn = train_step.compile_step(run.cfg, run.model, run.mesh, shardings)
+        self.flush = train_step.compile_flush(run.cfg, shardings)
+        self.evaluator = (
+            evaluate.Evaluator(run.cfg, run.model, run.mesh)
+            if run.cfg.evaluate.every_steps
+            else None
+        )
+        peak = run.cfg.log.peak_tflops or metrics.peak_tflops(jax.devices()[0].device_kind)
+        self.peak_flops = peak * 1e12 * run.mesh.size
+        self.bar: Any = None
+        self.meter = _Meter(run)
+
+    def run(self, state: TrainState, start: int) -> TrainState:
+        run, cfg = self.run_, self.run_.cfg
+        batches = loader.batches(
+            run.corpus,
+            run.plan,
+            rows=loader.process_rows(sharding.batch(run.mesh), cfg.batch_size),
+            start_step=start,
+            num_steps=cfg.num_steps,
+            num_threads=cfg.loader.num_threads,
+            prefetch=cfg.loader.prefetch,
+        )
+        meter, pending = self.meter, None
+        shown = sys.stderr.isatty() and self.group.process_id == 0
+        self.bar = tqdm(total=cfg.num_steps, initial=start, unit="step", disable=not shown)
+        with self.bar:
+            self._make_up_evaluation(state, start)
+            for step in range(start, cfg.num_steps):
+                if not self.group.enter(step):
+                    self._stop(state, step, pending)
+                self.group.at("reading data")
+                before = time.perf_counter()
+                batch = loader.to_device(next(batches), run.mesh)
+                meter.feed(run.plan[step], time.perf_counter() - before)
+                self.group.at("compiling" if step == start else "training")
+                if step == start:
+                    step_fn = compile_together(
+                        self.group, "step", self.step_fn, state, meter.sums, batch
+                    )
+                state, meter.sums = step_fn(state, meter.sums, batch)
+                done = step + 1
+                self.group.at("training")
+                self.bar.update()
+                if pending is not None:  # read only now, with the next step under way
+                    self._log(pending, state)
+                    pending = None
+                if done % cfg.log.every_steps == 0:
+                    # Waiting for the sums bounds how far the host runs ahead of the device.
+                    pending = meter.close(done)
+                if self._evaluates(done):
+                    jax.block_until_ready(state.step)
+                    before = time.perf_counter()
+                    state = self.flush(state)
+                    self._evaluate(state, done)
+                    meter.skip(time.perf_counter() - before)
+                if self._saves(done):
+                    state = self._save(state, done)
+            if run.evaluation_due:
+                self._stop(state, cfg.num_steps, pending)
+            if pending is not None:
+                self._log(pending, state)
+        if start == cfg.num_steps:
+            _log.info("all %d steps are done already", cfg.num_steps)
+        return state
+
+    def _saves(self, done: int) -> bool:
+        every = self.run_.cfg.checkpoint.every_steps
+        return done == self.run_.cfg.num_steps or bool(every and done % every == 0)
+
+    def _evaluates(self, done: int) -> bool:
+        every = self.run_.cfg.evaluate.every_steps
+        due = bool(every) and (done % every == 0 or done == self.run_.cfg.num_steps)
+        return due and self.evaluator is not None
+
+    def _check_finite(self, state: TrainState) -> None:
+        bad = int(state.bad_step)
+        if bad < 0:
+            return
+        plan = self.run_.plan[bad]
+        rows, counts = np.unique(plan.domain_B, return_counts=True)
+        report = {
+            "step": bad,
+            "domains": {
+                str(k): {"label": self.run_.corpus.label(int(k)), "windows": int(n)}
+                for k, n in zip(rows, counts)
+            },
+            "h": plan.h_MK.tolist(),
+            "domain": plan.domain_B.tolist(),
+            "window": plan.window_B.tolist(),
+        }
+        path = self.run_.workdir / f"nonfinite_{bad}.json"
+        if self.group.process_id == 0:
+            write_json(path, report)
+        # The step froze the state before this update, so what is saved here is sound.
+        self.checkpointer.save(self.flush(state), self.run_.data_state(bad))
+        self.checkpointer.wait()
+        labels = ", ".join(d["label"] for d in report["domains"].values())
+        raise FloatingPointError(
+            f"loss or gradient of step {bad} is not finite (domains: {labels}); its domain weights "
+            f"and windows are in {path}, the state before it is saved in "
+            f"{self.checkpointer.directory}. Lower optimizer.learning_rate or "
+            "optimizer.bank_lr_scale, or look at these windows"
+        )
+
+    def _save(self, state: TrainState, done: int) -> TrainState:
+        self._check_finite(state)
+        self.group.at("saving")
+        state = self.flush(state)
+        self.checkpointer.save(state, self.run_.data_state(done))
+        self.group.at("training")
+        return state
+
+    def _stop(self, state: TrainState, done: int, pending: Any) -> None:
+        if pending is not None:
+            self._log(pending, state)
+        self._save(state, done)
+        self.group.at("saving")
+        self.checkpointer.wait()
+        raise Interrupted(
+            f"{self.group.stop_reason}: saved step {done} of {self.run_.cfg.num_steps} in "
+            f"{self.checkpointer.directory}; the same command continues"
+        )
+
+    def _poll(self) -> None:
+        self.group.at("evaluating")
+        # With many processes the stop comes after it: they would have to agree on the batch.
+        if self.group.stop_reason and self.group.num_processes == 1:
+            raise _EvaluationCut
+
+    def _log(self, pending: dict[str, Any], state: TrainState) -> None:
+        cfg = self.run_.cfg
+        jax.block_until_ready(pending["sums"])
+        line = metrics.summarize(
+            pending["sums"], seconds=self.meter.lap(), wait_seconds=pending["wait"]
+        )
+        self._check_finite(state)
+        line["batch_hash"] = pending["hash"]
+        line["tokens"] = pending["step"] * cfg.batch_size * cfg.seq_len
+        line["epochs_max"] = int(self.run_.plan[pending["step"] - 1].epoch_B.max())
+        if self.peak_flops and self.run_.model.flops_per_row:
+            rows = line["tokens_per_second"] / cfg.seq_len
+            line["mfu"] = rows * self.run_.model.flops_per_row / self.peak_flops
+        self.writer.write(pending["step"], line)
+        text = f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tok/s"
+        if self.bar is None or self.bar.disable:
+            _log.info("step %d/%d  %s", pending["step"], cfg.num_steps, text)
+        else:
+            self.bar.set_postfix_str(text)
+
+    def _make_up_evaluation(self, state: TrainState, start: int) -> None:
+        # Process 0 has the metrics: a later start than the cut one may have evaluated already.
+        due, _ = self.group.meet("evaluation", {"made": self.writer.has(start, "evaluation")})
+        if self.run_.evaluation_due and self.evaluator is not None and not due["made"]:
+            self._evaluate(state, start)
+        else:
+            self.run_.evaluation_due = False
+
+    def _evaluate(self, state: TrainState, done: int) -> None:
+        self.group.at("compiling")
+        self.run_.evaluation_due = True
+        try:
+            result = evaluate.evaluate(
+                self.evaluator,
+                state.params,
+                self.run_.corpus,
+                specialists=self.specialists,
+                validation=self.validation,
+                between=self._poll,
+            )
+        except _EvaluationCut:
+            _log.warning("evaluation of step %d cut short by a signal", done)
+            return
+        self.run_.evaluation_due = False
+        self.group.at("training")
+        self.writer.write(done, result, kind="evaluation")
+        averages = {c: v["loss"] for c, v in result["average"].items()}
+        for column, value in result["generic_validation"].items():
+            averages[f"generic_validation_{column}"] = value["loss"]
+        _log.info("step %d evaluation: %s", done, {k: round(v, 4) for k, v in averages.items()})

@@ -1,0 +1,140 @@
+"""Where the numbers of a run go: metrics.jsonl always, TensorBoard and a progress bar beside it.
+
+Only process 0 writes. A tracker other than the JSON lines never stops a run.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from soup_jax.hardware import chips
+
+_log = logging.getLogger(__name__)
+
+
+def peak_tflops(device_kind: str) -> float:
+    """Dense bfloat16 peak of a known device in TFLOP/s; 0 if it is not known (CPUs)."""
+    chip = chips.from_kind(device_kind)
+    return chip.peak_tflops if chip else 0.0
+
+
+class BatchHash:
+    """Hash of the records of the steps since the last line: equal for any number of processes."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, domain_B: np.ndarray, window_B: np.ndarray) -> None:
+        """Add one step's records, as the sampling plan names them."""
+        self._digest.update(np.stack([domain_B, window_B]).astype("<i8").tobytes())
+
+    def hex(self) -> str:
+        """Sixteen hex digits."""
+        return self._digest.hexdigest()[:16]
+
+
+def summarize(sums: Mapping[str, Any], *, seconds: float, wait_seconds: float) -> dict[str, Any]:
+    """One log line from the sums of `train_step` over the steps since the last one.
+
+    Losses are nats per target, weighted by targets; `domains` maps a domain's number to
+    [windows, mean loss].
+    """
+    sums = {name: np.asarray(value) for name, value in sums.items()}
+    steps = max(float(sums["steps"]), 1.0)
+    means = ("learning_rate", "grad_norm", "shared_norm", "bank_norm", "router_norm")
+    means += ("effective_rate", "alpha_l1", "alpha_l2", "alpha_spread")
+    line: dict[str, Any] = {name: float(sums[name]) / steps for name in means}
+    line["steps"] = int(steps)  # averaged here; fewer than usual after a stop between two lines
+    line["loss"] = float(sums["domain_loss"].sum() / max(sums["domain_targets"].sum(), 1.0))
+    line["grad_norm_max"] = float(sums["grad_norm_max"])
+    line["step_ms"] = 1e3 * seconds / steps
+    line["data_wait_ms"] = 1e3 * wait_seconds / steps
+    line["tokens_per_second"] = float(sums["targets"]) / seconds
+    rows, loss, targets = (sums[f"domain_{n}"] for n in ("rows", "loss", "targets"))
+    line["domains"] = {
+        str(k): [int(rows[k]), round(float(loss[k] / max(targets[k], 1.0)), 4)]
+        for k in np.flatnonzero(rows)
+    }
+    return line
+
+
+class MetricsWriter:
+    """Appends to `<workdir>/metrics.jsonl`, and to TensorBoard if asked and installed."""
+
+    def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, start_step: int, active: bool):
+        """On resume, lines after `start_step` (of steps that a kill undid) are dropped first."""
+        self._file = None
+        self._board = None
+        self._kept: set[tuple[int, str]] = set()
+        if not active:
+            return
+        path = workdir / "metrics.jsonl"
+        kept = [v for v in _read_lines(path) if v["step"] <= start_step]
+        self._kept = {(v["step"], v["kind"]) for v in kept}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(v) + "\n" for v in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+
+                self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+            except Exception as e:
+                _log.warning("no TensorBoard events: %s", e)
+
+    def write(self, step: int, values: Mapping[str, Any], *, kind: str = "train") -> None:
+        """One JSON line {"step", "kind", ...}; scalars also go to TensorBoard."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._file.flush()
+        if self._board is None:
+            return
+        try:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        except Exception as e:
+            _log.warning("TensorBoard is switched off: %s", e)
+            self._board = None
+
+    def has(self, step: int, kind: str) -> bool:
+        """Whether a line of that kind and step was kept from before."""
+        return (step, kind) in self._kept
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            try:
+                self._board.close()
+            except Exception as e:
+                _log.warning("TensorBoard events may be incomplete: %s", e)
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    text = path.read_text(encoding="utf-8", errors="replace")  # a crash may leave any bytes
+    for line in text.splitlines(keepends=True):
+        try:
+            value = json.loads(line) if line.endswith("\n") else {}
+            lines.append({"step": value["step"], "kind": value["kind"], **value})
+        except (ValueError, KeyError, TypeError):
+            print(f"{path}: dropped a damaged line", file=sys.stderr)
+    return lines
+
+
+def read_metrics(path: pathlib.Path, *, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of one kind, in order; a damaged one is left out with a message."""
+    return [v for v in _read_lines(path) if v["kind"] == kind]

@@ -1,0 +1,111 @@
+"""One optimizer step, a module-level pure function; `compile_step` jits it in one place.
+
+    coefficients -> merge -> per-mixture loss and gradients -> factored update -> metrics
+
+Metrics are summed on the device, so that the host reads them only every few steps.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from soup_jax.models.base import BaseModel
+from soup_jax.optim import apply as optimizer
+from soup_jax.shapes import Array
+from soup_jax.soup import gradients as soup
+from soup_jax.soup import layout as sharding
+from soup_jax.training.state import TrainState
+
+Metrics = dict[str, Array]
+
+
+def zero_metrics(num_domains: int) -> Metrics:
+    """The accumulator before its first step: sums over steps, or over rows of a domain."""
+    scalars = ("steps", "loss", "learning_rate", "grad_norm", "shared_norm", "bank_norm")
+    scalars += ("router_norm", "effective_rate", "alpha_l1", "alpha_l2", "alpha_spread", "targets")
+    metrics = {name: jnp.zeros(()) for name in scalars}
+    metrics["grad_norm_max"] = jnp.zeros(())
+    for name in ("domain_rows", "domain_loss", "domain_targets"):
+        metrics[name] = jnp.zeros((num_domains,))
+    return metrics
+
+
+def train_step(
+    state: TrainState,
+    metrics: Metrics,
+    batch: Mapping[str, Array],
+    *,
+    cfg: ConfigDict,
+    model: BaseModel,
+    mesh: Mesh | None,
+) -> tuple[TrainState, Metrics]:
+    """Apply one update; nothing changes if this or an earlier step was not finite."""
+    inputs = {name: value for name, value in batch.items() if name != "domain"}
+    (loss, (row_loss_B, row_weight_B)), grads, alpha_ME = soup.value_and_grad(
+        state.params,
+        inputs,
+        model=model,
+        config=soup.soup_config(cfg),
+        mesh=mesh,
+        num_micro=cfg.optimizer.grad_accumulation,
+        gather=cfg.mesh.gather,
+        pending=optimizer.pending(cfg, state.opt_state),
+    )
+    params, opt_state, info = optimizer.apply_update(
+        cfg,
+        state.params,
+        state.opt_state,
+        grads,
+        state.step,
+        good=(state.bad_step < 0) & jnp.isfinite(loss),
+    )
+    bad_step = jnp.where((state.bad_step < 0) & ~info.good, state.step, state.bad_step)
+    new = TrainState(params, opt_state, state.step + info.good.astype(jnp.int32), bad_step)
+    spread = alpha_ME.std(axis=0).mean() if alpha_ME.size else jnp.zeros(())
+    sums = {
+        **{name: value for name, value in info._asdict().items() if name != "good"},
+        "steps": 1.0,
+        "loss": loss,
+        "alpha_l1": jnp.abs(alpha_ME).sum(-1).mean(),
+        "alpha_l2": jnp.sqrt(jnp.square(alpha_ME).sum(-1)).mean(),
+        "alpha_spread": spread,
+        "targets": row_weight_B.sum(),
+    }
+    totals = {name: metrics[name] + value for name, value in sums.items()}
+    totals["grad_norm_max"] = jnp.maximum(metrics["grad_norm_max"], info.grad_norm)
+    by_domain = {"rows": jnp.ones_like(row_loss_B), "loss": row_loss_B, "targets": row_weight_B}
+    for name, value_B in by_domain.items():
+        key = f"domain_{name}"
+        totals[key] = metrics[key].at[batch["domain"]].add(value_B)
+    return new, totals
+
+
+def compile_step(cfg: ConfigDict, model: BaseModel, mesh: Mesh, shardings: TrainState) -> Any:
+    """The jitted step: state and metrics are donated, batches come in as `loader.to_device` laid
+    them out, and the state keeps its storage layout."""
+    replicated = sharding.replicated(mesh)
+
+    def step(state: TrainState, metrics: Metrics, batch: Mapping[str, Array]) -> Any:
+        return train_step(state, metrics, batch, cfg=cfg, model=model, mesh=mesh)
+
+    metric_shardings = jax.tree.map(lambda _: replicated, zero_metrics(cfg.num_domains))
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, metric_shardings))
+
+
+def compile_flush(cfg: ConfigDict, shardings: TrainState) -> Any:
+    """state -> state whose bank lacks nothing: what is saved, evaluated and returned.
+
+    The identity unless `optimizer.flush_every` defers updates; else jitted, with the state donated.
+    """
+    if cfg.optimizer.flush_every == 1 or not cfg.num_experts:
+        return lambda state: state
+
+    def flush(state: TrainState) -> TrainState:
+        params, opt_state = optimizer.flush(cfg, state.params, state.opt_state, state.step)
+        return state._replace(params=params, opt_state=opt_state)
+
+    return jax.jit(flush, donate_argnums=0, out_shardings=shardings)
