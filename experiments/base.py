@@ -120,6 +120,10 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
     cfg.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 3e-3  # peak, of the shared parameters
+    # Of the shared parameters and the router: adamw, muon, one of optax's as in "optax.lion", or a
+    # dotted path; see soup_jax/optim/shared.py.
+    optimizer.shared = "adamw"
+    optimizer.shared_args = ()  # (name, value) pairs that it gets, as in (("b1", 0.95),)
     optimizer.schedule = "cosine"  # cosine, wsd (flat, then linear decay) or constant
     optimizer.warmup_steps = 100  # linear, up to learning_rate
     optimizer.decay_steps = 200  # length of the decay of "wsd", ending at num_steps
@@ -131,9 +135,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     optimizer.clip_norm = 1.0  # of the global gradient norm, experts included; 0: off
     optimizer.grad_accumulation = 1  # micro-batches per step; divides the rows of a mixture
     # Of dense experts: merged (preconditioned in the merged space) or adamw. Low-rank factors have
-    # AdamW with float32 moments always, and are never deferred.
+    # AdamW with float32 moments always. A dotted path names one of your own.
     optimizer.bank = "merged"
-    optimizer.flush_every = 1  # T: updates of the bank deferred for T steps; only "merged" can
     optimizer.moment_dtype = "float32"  # storage of the bank's moments: float32 or bfloat16
     optimizer.bank_lr_scale = 0.3  # of learning_rate, for the experts
     optimizer.router_lr_scale = 1.0  # of learning_rate, for the router

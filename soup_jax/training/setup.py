@@ -31,6 +31,7 @@ from soup_jax.models.base import BaseModel
 from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
+from soup_jax.training import build
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import TrainState, make_init, state_shardings
 
@@ -113,14 +114,17 @@ def setup(
             "mesh.gather = 'layer', but this network cannot gather its own layers: set "
             "--config.mesh.gather=step, or give its BaseModel a `with_gather`"
         )
+    optimizer = build.optimizer_config(cfg)
     make = make_init(
-        cfg,
+        build.soup_config(cfg),
+        optimizer,
         model,
+        seed=cfg.seed,
         frequencies_K=corpus.domain_frequencies,
         centroids_KC=corpus.centroids() if cfg.router.init == "centroids" else None,
     )
     abstract = jax.eval_shape(make)
-    shardings = state_shardings(mesh, abstract)
+    shardings = state_shardings(mesh, abstract, optimizer)
     return Run(
         cfg=cfg,
         workdir=workdir,
