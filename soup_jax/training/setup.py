@@ -34,10 +34,6 @@ from soup_jax.processes.group import Solo
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import TrainState, make_init, state_shardings
 
-# Fields that may differ between the starts of one run: they change no number of it, but for the
-# order of sums with another mesh.
-RESUMABLE = ("log.", "evaluate.", "checkpoint.", "loader.", "mesh.", "distributed.", "corpus.dir")
-
 # A network file system may remember for so long that a file was not there.
 _SEE_FILE_SECS = 60
 
@@ -144,7 +140,8 @@ def claim_workdir(run: Run) -> None:
     timeout = run.cfg.distributed.init_timeout_secs
     path = run.workdir / "config.json"
     if path.exists():
-        changes = config_lib.diff(config_lib.load(path), run.cfg, ignore=RESUMABLE)
+        free = {name for name, field in config_lib.FIELDS.items() if field.change == "free"}
+        changes = config_lib.diff(config_lib.load(path), run.cfg, ignore=free)
         if changes:
             raise UserError(
                 f"{run.workdir} holds a run with another config (old -> new):\n  "
