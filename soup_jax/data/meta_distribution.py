@@ -72,7 +72,9 @@ class MetaDistribution:
         if not (np.isfinite(total) and total > 0 and (h_K >= 0).all()):
             raise UserError(f"{where}: domain weights must be finite, not negative, not all zero")
         if not unfinished and abs(total - 1) > 1e-6:
-            raise UserError(f"{where}: domain weights add up to {total:g}; divide them, or return True")
+            raise UserError(
+                f"{where}: domain weights add up to {total:g}; divide them, or return True"
+            )
         empty = np.flatnonzero((h_K > 0) & (self.frequencies_K == 0))
         if empty.size:
             raise UserError(f"{where}: weighs domains without windows: {empty.tolist()}")
