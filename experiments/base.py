@@ -81,7 +81,7 @@ FIELDS = (
     fixed("domain_weights.path", "",
           ".json: a list of K numbers, a list of such lists, or a recipe.json"),
     fixed("domain_weights.components", (),
-          'more: (name or "package.module:make", probability), a third being ((argument, value), )'),
+          '(name or "package.module:make", probability[, ((argument, value), ...)]) of more'),
 
     free("loader.num_threads", 2, "grain threads that read batches", at_least=1),
     free("loader.prefetch", 8, "batches read ahead, per process", at_least=1),
@@ -176,7 +176,7 @@ FIELDS = (
     free("checkpoint.async_timeout_secs", 1200, "a save that takes longer fails the run",
          at_least=1),
 
-    free("log.every_steps", 20, "metrics.jsonl, TensorBoard and the progress bar", at_least=1),
+    free("log.every_steps", 20, "metrics.jsonl, trackers and the progress bar", at_least=1),
     free("log.trackers", ("tensorboard",),
          'beside metrics.jsonl: tensorboard, wandb, trackio or "package.module:make"'),
     free("log.peak_tflops", 0.0, "of one device, for MFU; 0: as known of the chip, else no MFU",
