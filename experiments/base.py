@@ -54,15 +54,14 @@ FIELDS = (
     fixed("tokenizer.train_bytes", 50_000_000, "about how much text the BPE is trained on",
           at_least=1),
 
-    fixed("embed.kind", "tfidf_svd", "the document embedder; see soup_jax/data/embed.py",
-          choices=("tfidf_svd",)),
+    fixed("embed.kind", "tfidf_svd", 'the document embedder, or "package.module:Class"'),
     fixed("embed.dim", 128, "of the embedding after the SVD", at_least=1),
     fixed("embed.max_features", 30_000, "words and word pairs kept by TF-IDF", at_least=1),
     fixed("embed.fit_documents", 50_000, "documents TF-IDF, SVD and k-means are fitted on, at most",
           at_least=1),
     fixed("embed.max_chars", 20_000, "of a document that are looked at", at_least=1),
 
-    # The meta-distribution pi over h: four components; their probabilities add up to 1. Shares,
+    # The meta-distribution pi over h: components whose probabilities add up to 1. Shares,
     # sizes and exponent were chosen on the runs of experiments/minipile.py; its docstring has the
     # measurements, those of the router and of the bank's learning rate below too.
     fixed("domain_weights.sparse", 0.8,
@@ -81,6 +80,8 @@ FIELDS = (
     fixed("domain_weights.concentration", 8.0, "of the Dirichlet component", above=0),
     fixed("domain_weights.path", "",
           ".json: a list of K numbers, a list of such lists, or a recipe.json"),
+    fixed("domain_weights.components", (),
+          '(name or "package.module:make", probability[, ((argument, value), ...)]) of more'),
 
     free("loader.num_threads", 2, "grain threads that read batches", at_least=1),
     free("loader.prefetch", 8, "batches read ahead, per process", at_least=1),
@@ -177,8 +178,9 @@ FIELDS = (
     free("checkpoint.async_timeout_secs", 1200, "a save that takes longer fails the run",
          at_least=1),
 
-    free("log.every_steps", 20, "metrics.jsonl, TensorBoard and the progress bar", at_least=1),
-    free("log.tensorboard", True, "write TensorBoard events"),
+    free("log.every_steps", 20, "metrics.jsonl, trackers and the progress bar", at_least=1),
+    free("log.trackers", ("tensorboard",),
+         'beside metrics.jsonl: tensorboard, wandb, trackio or "package.module:make"'),
     free("log.peak_tflops", 0.0, "of one device, for MFU; 0: as known of the chip, else no MFU",
          at_least=0),
 
@@ -218,6 +220,7 @@ def set_generic(cfg: ConfigDict) -> None:
     cfg.num_experts = 0
     cfg.num_mixtures = 1
     cfg.domain_weights.update({"sparse": 0.0, "generic": 1.0, "dirichlet": 0.0, "file": 0.0})
+    cfg.domain_weights.components = ()
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

@@ -62,8 +62,12 @@ def load(path: pathlib.Path) -> ConfigDict:
 def _restore_type(value: Any, reference: Any) -> Any:
     # JSON has no tuples; nested ones (experts.rules) come back as lists of lists.
     if isinstance(reference, tuple):
-        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        return _tuples(value)
     return type(reference)(value) if isinstance(reference, float) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def check(cfg: ConfigDict) -> ConfigDict:
@@ -113,11 +117,17 @@ def _check_combinations(cfg: ConfigDict) -> None:
     _divides(cfg, "model.num_kv_heads", "model.num_heads")
     need(cfg.model.dim // cfg.model.num_heads % 2 == 0, "model.dim / model.num_heads must be even")
     weights = cfg.domain_weights
+    need(
+        all(_is_component(c) for c in weights.components),
+        "domain_weights.components must be a tuple of (name, probability) or (name, probability, "
+        f"((argument, value), ...)), not {weights.components!r}",
+    )
     total = weights.sparse + weights.generic + weights.dirichlet + weights.file
+    total += sum(probability for _, probability, *_ in weights.components)
     need(
         abs(total - 1) < 1e-6,
-        "domain_weights.sparse + generic + dirichlet + file are probabilities and must add up to "
-        f"1, not {total:g}",
+        "domain_weights.sparse + generic + dirichlet + file and those of domain_weights.components "
+        f"are probabilities and must add up to 1, not {total:g}",
     )
     need(
         weights.min_support_size <= weights.support_size <= cfg.num_domains,
@@ -142,6 +152,17 @@ def _check_combinations(cfg: ConfigDict) -> None:
         all(isinstance(r, tuple) and [type(x) for x in r] == [str, str] for r in cfg.experts.rules),
         f"experts.rules must be a tuple of (regex, rule) pairs, not {cfg.experts.rules!r}",
     )
+
+
+def _is_component(value: Any) -> bool:
+    match value:
+        case (str(), float() | int() as probability):
+            return probability >= 0
+        case (str(), float() | int() as probability, tuple() as arguments):
+            return probability >= 0 and all(
+                isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], str) for a in arguments
+            )
+    return False
 
 
 def _divides(cfg: ConfigDict, small: str, large: str) -> None:

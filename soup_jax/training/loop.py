@@ -120,10 +120,7 @@ def train(
         start = int(state.step)
         _announce(run, start)
         writer = metrics.MetricsWriter(
-            run.workdir,
-            tensorboard=cfg.log.tensorboard,
-            start_step=start,
-            active=run.group.process_id == 0,
+            cfg, workdir=run.workdir, start_step=start, active=run.group.process_id == 0
         )
         try:
             loop = _Loop(run, checkpointer, writer, specialists, validation)

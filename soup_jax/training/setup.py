@@ -33,6 +33,7 @@ from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
 from soup_jax.training import build
 from soup_jax.training import checkpoint as checkpoint_lib
+from soup_jax.training import trackers
 from soup_jax.training.state import TrainState, make_init, state_shardings
 
 # A network file system may remember for so long that a file was not there.
@@ -91,6 +92,7 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
+    trackers.find(cfg.log.trackers)
     corpus = open_corpus(cfg.corpus.dir)
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
