@@ -31,9 +31,8 @@ from soup_jax.models.base import BaseModel
 from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
-from soup_jax.training import build
+from soup_jax.training import build, trackers
 from soup_jax.training import checkpoint as checkpoint_lib
-from soup_jax.training import trackers
 from soup_jax.training.state import TrainState, make_init, state_shardings
 
 # A network file system may remember for so long that a file was not there.
