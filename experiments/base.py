@@ -88,7 +88,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     loader.prefetch = 8  # batches read ahead, per process
 
     cfg.model = model = ConfigDict()
-    model.kind = "llama"  # the shipped decoder; other Flax modules: see README, "Your own model"
+    model.kind = "llama"  # the shipped decoder, or my_package.nets:make; see docs/python.md
     model.num_layers = 2  # N
     model.dim = 64  # D
     model.num_heads = 4  # H
@@ -101,6 +101,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     model.remat = "none"  # recompute in the backward pass: none, full, or dots (keep matmuls)
     model.loss_chunk = 0  # positions whose logits exist at once; divides seq_len. 0: all
     model.attention = "auto"  # xla, or cudnn: on NVIDIA GPUs, bfloat16; auto: cudnn where it works
+    model.args = ()  # (name, value) pairs for a network of your own, such as (("window", 64),)
 
     cfg.experts = experts = ConfigDict()
     # Ordered (regex, rule) pairs over leaf paths such as "layers/mlp/up"; the first match wins and

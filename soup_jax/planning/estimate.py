@@ -20,11 +20,11 @@ from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh as mesh_lib
 from soup_jax.hardware.chips import Chip
-from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.soup import bank as experts
 from soup_jax.soup import layout as sharding
 from soup_jax.soup import low_rank
+from soup_jax.training import build
 from soup_jax.training import state as train_state
 from soup_jax.training import step as train_step
 
@@ -66,7 +66,7 @@ def abstract_step(cfg: ConfigDict, mesh: Mesh, *, model: BaseModel | None = None
     Args:
       model: a base network of token windows, if it is not the config's.
     """
-    model = model or model_lib.from_config(cfg)
+    model = model or build.base_model(cfg)
     frequencies_K = np.full(cfg.num_domains, 1 / cfg.num_domains)
     state = jax.eval_shape(train_state.make_init(cfg, model, frequencies_K=frequencies_K))
     shardings = train_state.state_shardings(mesh, state)
