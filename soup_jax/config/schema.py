@@ -5,8 +5,9 @@
 """
 
 import json
+import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,9 +16,24 @@ from soup_jax import rules
 from soup_jax.config.fields import nearest
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
-from soup_jax.storage import read_json, write_json
+from soup_jax.storage import read_format, read_json, write_json
 
+# Today's fields that an old value stands for; None if it means nothing today.
+Meaning = Callable[[Any], dict[str, Any] | None]
+
+FORMAT = 2  # of config.json; the first had no number
 FIELDS = {field.name: field for field in base.FIELDS}
+
+
+def was(neutral: Any) -> Meaning:
+    """The meaning of a field that is gone without a successor: none, at its neutral value."""
+    return lambda value: {} if value == neutral else None
+
+
+# Fields of earlier versions -> what a value of theirs means in today's fields, such as
+#   "optimizer.old": was(1),
+#   "log.old": lambda value: {"log.new": ("old",) if value else ()},
+GONE: dict[str, Meaning] = {}
 
 
 def flat_items(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -36,35 +52,70 @@ def to_text(cfg: ConfigDict) -> str:
 
 
 def save(cfg: ConfigDict, path: pathlib.Path) -> None:
-    """Write the resolved config as JSON."""
-    write_json(path, json.loads(cfg.to_json()))
+    """Write the resolved config as JSON, with its format number beside the fields."""
+    write_json(path, {"format": FORMAT, **json.loads(cfg.to_json())})
 
 
 def load(path: pathlib.Path) -> ConfigDict:
-    """Read a config written by `save`, checked against today's schema."""
+    """Read a config written by `save`, of this version or an earlier one.
+
+    Raises:
+      UserError: another file, of a later version, or with fields that mean nothing today.
+    """
+    found = read_json(path)
+    read_format(found, path, newest=FORMAT)
+    fields = {name: value for name, value in found.items() if name != "format"}
+    values = restore(dict(flat_items(fields)), FIELDS, where=path)
     cfg = base.get_config()
-    problems = []
-    reference = dict(flat_items(cfg))
-    found = dict(flat_items(read_json(path)))
-    for name, value in found.items():
-        if name not in reference:
-            problems.append(f"unknown field {name}{nearest(name, reference)}")
+    with cfg.unlocked():
+        cfg.update_from_flattened_dict(values)
+    try:
+        return check(cfg)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+
+
+def restore(
+    found: Mapping[str, Any], names: Collection[str], *, where: str | os.PathLike
+) -> dict[str, Any]:
+    """Values of the fields `names` from those in a file, which an earlier version may have written.
+
+    A field that did not exist yet has the value that held then; one that is gone counts as what it
+    means today.
+
+    Raises:
+      UserError: names every field that means nothing today, or has another type.
+    """
+    values, problems = {name: FIELDS[name].old for name in names}, []
+    for name, value in translated(found).items():
+        if name not in values:
+            reason = "is gone" if name in GONE else f"is unknown{nearest(name, names)}"
+            problems.append(f"the field {name} = {value!r} {reason}")
             continue
-        with cfg.unlocked():
-            cfg.update_from_flattened_dict({name: _restore_type(value, reference[name])})
-    missing = sorted(set(reference) - set(found))
-    if missing:
-        problems.append(f"missing fields {missing} (add them, with the values that hold for it)")
-    if problems:
-        raise UserError(f"{path} was written by another version: " + "; ".join(problems))
-    return check(cfg)
+        values[name] = FIELDS[name].from_json(value)
+        problems.append(FIELDS[name].type_problem(values[name]))
+    if problems := [problem for problem in problems if problem]:
+        raise UserError(f"{where} was written by another version: {'; '.join(problems)}")
+    return values
 
 
-def _restore_type(value: Any, reference: Any) -> Any:
-    # JSON has no tuples; nested ones (experts.rules) come back as lists of lists.
-    if isinstance(reference, tuple):
-        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
-    return type(reference)(value) if isinstance(reference, float) else value
+def restore_section(
+    section: str, found: Mapping[str, Any], *, where: str | os.PathLike
+) -> dict[str, Any]:
+    """`restore` of one section, whose fields are named without it."""
+    names = [name for name in FIELDS if name.startswith(f"{section}.")]
+    values = restore(dict(flat_items(found, f"{section}.")), names, where=where)
+    return {name.removeprefix(f"{section}."): value for name, value in values.items()}
+
+
+def translated(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`found` with today's fields in place of those that are gone, where their value has a meaning
+    today; the others stay."""
+    values: dict[str, Any] = {}
+    for name, value in found.items():
+        meaning = GONE[name](value) if name in GONE else None
+        values |= {name: value} if meaning is None else meaning
+    return values
 
 
 def check(cfg: ConfigDict) -> ConfigDict:

@@ -2,7 +2,7 @@
 
     checkpoints/<step>/params      the soup; all that instantiating a specialist reads
     checkpoints/<step>/opt_state   optimizer state
-    checkpoints/<step>/data        JSON: step, plan cursors, fingerprint
+    checkpoints/<step>/data        JSON: format, step, plan cursors, fingerprint
 
 `step` counts the updates already applied. A restore builds its target from the config and the mesh
 at hand, so a checkpoint of one topology is read on any other; the structure is compared first and
@@ -27,10 +27,12 @@ from orbax.checkpoint import checkpoint_managers
 from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.processes import start as distributed
+from soup_jax.storage import read_format
 from soup_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
 
+FORMAT = 2  # of the three items; the first had no number
 _ARRAYS = ("params", "opt_state")
 
 
@@ -116,7 +118,7 @@ class Checkpointer:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 opt_state=ocp.args.StandardSave(opt_state),
-                data=ocp.args.JsonSave(dict(data)),
+                data=ocp.args.JsonSave({"format": FORMAT, **data}),
             ),
         )
         return True
@@ -231,12 +233,15 @@ def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -
     # (items, "") or, for another structure, (its differences, ""), or (None, what is damaged). A
     # damaged checkpoint fails in many ways; all of them are told.
     try:
+        data = reader.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        read_format(data, f"checkpoint {reader.directory}/{step}", newest=FORMAT)
         problems = _structure_diff(reader.item_metadata(step), target)
         if problems:
             return problems, ""
         args = {k: ocp.args.StandardRestore(v) for k, v in target.items()}
-        args["data"] = ocp.args.JsonRestore()
-        return reader.restore(step, args=ocp.args.Composite(**args)), ""
+        return {**reader.restore(step, args=ocp.args.Composite(**args)), "data": data}, ""
+    except UserError:
+        raise  # sound, but of a later version: one before it would be no continuation
     except Exception as e:
         return None, f"{type(e).__name__}: {str(e)[:500]}"
 
