@@ -200,6 +200,16 @@ def _check_combinations(cfg: ConfigDict) -> None:
         f"experts.rules must be a tuple of (regex, rule) pairs, not {cfg.experts.rules!r}",
     )
     _check_rules(cfg.experts.rules)
+    ends = [-1]
+    for pair in cfg.skip_batches:
+        need(
+            isinstance(pair, tuple)
+            and [type(x) for x in pair] == [int, int]
+            and ends[-1] < pair[0] <= pair[1],
+            "skip_batches must be pairs (first, last) of steps, each after the one before, such as "
+            f"((4100, 4105),), not {cfg.skip_batches!r}",
+        )
+        ends.append(pair[1])
 
 
 def _check_rules(pairs: Sequence[tuple[str, str]]) -> None:
@@ -214,6 +224,18 @@ def _divides(cfg: ConfigDict, small: str, large: str) -> None:
     values = dict(flat_items(cfg))
     if values[large] % values[small]:
         raise UserError(f"config: {small} = {values[small]} must divide {large} = {values[large]}")
+
+
+def changed(
+    old: ConfigDict, new: ConfigDict, *, change: str | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """{name: (old value, new value)} of the fields that differ, of one kind of `Field.change`."""
+    before, after = dict(flat_items(old)), dict(flat_items(new))
+    return {
+        name: (before[name], after[name])
+        for name in before
+        if before[name] != after[name] and change in (None, FIELDS[name].change)
+    }
 
 
 def diff(old: ConfigDict, new: ConfigDict, *, ignore: Collection[str] = ()) -> list[str]:
