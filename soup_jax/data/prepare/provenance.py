@@ -11,6 +11,7 @@ from soup_jax import storage as files
 from soup_jax.data import corpus as windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data.embed.base import EMBEDDERS
 from soup_jax.errors import UserError
 
 
@@ -62,8 +63,10 @@ def check(cfg: Any) -> None:
     """Refuse settings that cannot work, before anything is read.
 
     Raises:
-      UserError: the vocabulary does not fit the tokenizer, or the sample the domains.
+      UserError: there is no such embedder, or the vocabulary does not fit the tokenizer, or the
+        sample the domains.
     """
+    EMBEDDERS.get(cfg.embed.kind)
     if cfg.tokenizer.path:
         size = tokenizer_lib.load_tokenizer(cfg.tokenizer.path).vocab_size
         if size > cfg.vocab_size:
