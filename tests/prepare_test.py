@@ -212,9 +212,7 @@ class FirstLetter:
 
 def test_an_embedder_from_outside_cuts_the_corpus(sources, tmp_path):
     kind = f"{__name__}:FirstLetter"
-    made = prepare.prepare(
-        config(sources, tmp_path / "corpus", embed__kind=kind, corpus__num_workers=2)
-    )
+    made = prepare.prepare(config(sources, tmp_path / "corpus", embed__kind=kind))
     assert isinstance(made.embedder(), FirstLetter)
     assert made.manifest["embedder"] == "first-letter"
     for texts in documents_of(made, "train"):

@@ -12,8 +12,8 @@ import numpy as np
 import threadpoolctl
 
 from soup_jax import storage as files
+from soup_jax.data.embed import parallel
 from soup_jax.data.embed.base import unit_rows
-from soup_jax.data.embed.parallel import parallel_map
 from soup_jax.errors import UserError
 
 # Scripts that do not put spaces between words (Thai, kana, Han) count by the character: their
@@ -191,7 +191,7 @@ def _count(texts: Sequence[str], terms: Sequence[str], num_workers: int) -> Any:
     for start in range(0, len(texts), size):
         jobs.append((texts[start : start + size], vocabulary))
     return scipy.sparse.vstack(
-        list(parallel_map(_count_batch, jobs, num_workers=num_workers)), format="csr"
+        list(parallel.parallel_map(_count_batch, jobs, num_workers=num_workers)), format="csr"
     )
 
 
