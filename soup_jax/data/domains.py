@@ -44,8 +44,8 @@ def fit_centroids(embeddings: np.ndarray, num_domains: int) -> np.ndarray:
             f"num_domains is {num_domains}, but only {len(rows)} train documents with known words "
             "were found: lower --config.num_domains or add sources"
         )
-    # Sums of threads are not reproducible, and a limit holds for what is loaded when it is set: this
-    # import, below it, would bring an OpenMP with as many threads as there are cores.
+    # Sums of threads are not reproducible, and a limit holds for what is loaded when it is set:
+    # imported below it, scikit-learn would bring an OpenMP of as many threads as there are cores.
     import sklearn.cluster  # noqa: F401
 
     with threadpoolctl.threadpool_limits(1):
