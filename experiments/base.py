@@ -87,8 +87,7 @@ FIELDS = (
     free("loader.prefetch", 8, "batches read ahead, per process", at_least=1),
 
     fixed("model.kind", "llama",
-          'the shipped decoder; other Flax modules: see README, "Your own model"',
-          choices=("llama",)),
+          "the shipped decoder, or a dotted path to one of your own: my_package.nets:make"),
     fixed("model.num_layers", 2, "N", at_least=1),
     fixed("model.dim", 64, "D", at_least=1),
     fixed("model.num_heads", 4, "H", at_least=1),
@@ -102,6 +101,7 @@ FIELDS = (
           choices=("none", "full", "dots")),
     fixed("model.loss_chunk", 0, "positions whose logits exist at once; divides seq_len. 0: all",
           at_least=0),
+    fixed("model.args", (), 'pairs for a network of your own, such as (("window", 64),)'),
     fixed("model.attention", "auto",
           "cudnn: on NVIDIA GPUs, bfloat16; auto: cudnn where it works, else xla",
           choices=("auto", "xla", "cudnn")),
@@ -141,12 +141,14 @@ FIELDS = (
             at_least=0),
     fixed("optimizer.grad_accumulation", 1, "micro-batches per step; divides the rows of a mixture",
           at_least=1),
-    # Low-rank factors have AdamW with float32 moments always, and are never deferred.
+    fixed("optimizer.shared", "adamw",
+          "of the shared parameters and the router: adamw, muon, one of optax's as in optax.lion, "
+          "or a dotted path (soup_jax/optim/shared.py)"),
+    fixed("optimizer.shared_args", (), 'pairs that it gets, as in (("b1", 0.95),)'),
+    # Low-rank factors have AdamW with float32 moments always.
     fixed("optimizer.bank", "merged",
-          "of dense experts; merged: preconditioned in the merged space",
-          choices=("merged", "adamw")),
-    fixed("optimizer.flush_every", 1,
-          "T: updates of the bank deferred for T steps; only `merged` can", at_least=1),
+          "of dense experts: merged (preconditioned in the merged space), adamw, or a dotted path "
+          "(soup_jax/optim/bank.py)"),
     fixed("optimizer.moment_dtype", "float32", "storage of the bank's moments", choices=DTYPES),
     tunable("optimizer.bank_lr_scale", 0.3, "of learning_rate, for the experts", at_least=0),
     tunable("optimizer.router_lr_scale", 1.0, "of learning_rate, for the router", at_least=0),

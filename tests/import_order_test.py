@@ -41,7 +41,7 @@ PACKAGES = (
 )
 METHOD = ("models", "soup", "optim")
 ABOVE_THE_METHOD = ("config", "processes", "data")
-READS_EXPERIMENTS = ("config.schema", "cli.main")  # the fields, and the folder of shipped files
+READS_EXPERIMENTS = ("config.schema", "cli.config_flag")  # the fields; the shipped files
 EXPERIMENTS_MAY_IMPORT = ("ml_collections", "soup_jax.experiments", "soup_jax.config.fields")
 FORBIDDEN = ("tensorflow", "torch", "pickle", "cloudpickle", "dill", "marshal", "shelve")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 410, 80
