@@ -34,9 +34,9 @@ import safetensors.numpy
 
 from soup_jax import storage as files
 from soup_jax.data import domains
-from soup_jax.data import embed as embed_lib
 from soup_jax.data import sources as corpus
 from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data.embed.base import Embedder, load_embedder
 from soup_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -268,9 +268,9 @@ class Corpus:
         """The tokenizer of the windows."""
         return tokenizer_lib.load_tokenizer(self.path / "tokenizer.json")
 
-    def embedder(self) -> embed_lib.Embedder:
+    def embedder(self) -> Embedder:
         """The embedder that the centroids were made with."""
-        return embed_lib.load_embedder(self.path)
+        return load_embedder(self.path)
 
     def centroids(self) -> np.ndarray:
         """float32 [K, dim], unit rows."""

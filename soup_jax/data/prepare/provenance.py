@@ -12,6 +12,7 @@ from soup_jax.config import schema as config_lib
 from soup_jax.data import corpus as windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data.embed.base import EMBEDDERS
 from soup_jax.errors import UserError
 
 
@@ -66,8 +67,10 @@ def check(cfg: Any) -> None:
     """Refuse settings that cannot work, before anything is read.
 
     Raises:
-      UserError: the vocabulary does not fit the tokenizer, or the sample the domains.
+      UserError: there is no such embedder, or the vocabulary does not fit the tokenizer, or the
+        sample the domains.
     """
+    EMBEDDERS.get(cfg.embed.kind)
     if cfg.tokenizer.path:
         size = tokenizer_lib.load_tokenizer(cfg.tokenizer.path).vocab_size
         if size > cfg.vocab_size:
