@@ -26,14 +26,12 @@ from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
 from soup_jax.hardware import compile_cache
 from soup_jax.hardware.mesh import make_mesh
-from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
-from soup_jax.training import build
+from soup_jax.training import build, trackers
 from soup_jax.training import checkpoint as checkpoint_lib
-from soup_jax.training import trackers
 from soup_jax.training.state import TrainState, make_init, state_shardings
 
 # A network file system may remember for so long that a file was not there.
@@ -106,7 +104,7 @@ def setup(
         num_mixtures=cfg.num_mixtures,
         seed=cfg.seed,
     )
-    model = model or model_lib.from_config(cfg)
+    model = model or build.base_model(cfg)
     if cfg.mesh.gather == "layer" and model.with_gather is None:
         raise UserError(
             "mesh.gather = 'layer', but this network cannot gather its own layers: set "
