@@ -109,7 +109,9 @@ def _evaluate_one(
         for warning in sets[-1].histogram.warnings():
             _log.warning("specialist %s: %s", name, warning)
     return evaluate.evaluate(
-        evaluate.Evaluator(cfg, trained.model, trained.mesh),
+        evaluate.Evaluator(
+            trained.config(), trained.model, trained.mesh, batch_size=cfg.evaluate.batch_size
+        ),
         trained.params,
         corpus,
         specialists=sets,

@@ -16,8 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
+from soup_jax import soup, tree
 from soup_jax import storage as files
-from soup_jax import tree
 from soup_jax.config import schema as config_lib
 from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
@@ -27,7 +27,7 @@ from soup_jax.hardware.mesh import make_mesh
 from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Params
-from soup_jax.soup import gradients as soup
+from soup_jax.training import build
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import make_init, state_shardings
 
@@ -50,7 +50,7 @@ class TrainedSoup:
 
     def config(self) -> soup.SoupConfig:
         """The soup's static settings."""
-        return soup.soup_config(self.cfg)
+        return build.soup_config(self.cfg)
 
 
 def load_soup(
@@ -85,15 +85,18 @@ def load_soup(
     corpus = open_corpus(corpus_dir or cfg.corpus.dir)
     mesh = make_mesh(cfg)
     model = model or model_lib.from_config(cfg)
+    optimizer = build.optimizer_config(cfg)
     abstract = jax.eval_shape(
         make_init(
-            cfg,
+            build.soup_config(cfg),
+            optimizer,
             model,
+            seed=cfg.seed,
             frequencies_K=corpus.domain_frequencies,
             centroids_KC=corpus.centroids() if cfg.router.init == "centroids" else None,
         )
     )
-    shardings = state_shardings(mesh, abstract)
+    shardings = state_shardings(mesh, abstract, optimizer)
     target = checkpoint_lib.abstract_with_shardings(abstract.params, shardings.params)
     with checkpoint_lib.Checkpointer(workdir / "checkpoints") as checkpointer:
         params, step = checkpointer.restore_params(target, step=step)
