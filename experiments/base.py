@@ -87,8 +87,7 @@ FIELDS = (
     free("loader.prefetch", 8, "batches read ahead, per process", at_least=1),
 
     fixed("model.kind", "llama",
-          'the shipped decoder; other Flax modules: see README, "Your own model"',
-          choices=("llama",)),
+          "the shipped decoder, or a dotted path to one of your own: my_package.nets:make"),
     fixed("model.num_layers", 2, "N", at_least=1),
     fixed("model.dim", 64, "D", at_least=1),
     fixed("model.num_heads", 4, "H", at_least=1),
@@ -102,6 +101,7 @@ FIELDS = (
           choices=("none", "full", "dots")),
     fixed("model.loss_chunk", 0, "positions whose logits exist at once; divides seq_len. 0: all",
           at_least=0),
+    fixed("model.args", (), 'pairs for a network of your own, such as (("window", 64),)'),
     fixed("model.attention", "auto",
           "cudnn: on NVIDIA GPUs, bfloat16; auto: cudnn where it works, else xla",
           choices=("auto", "xla", "cudnn")),

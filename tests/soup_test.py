@@ -9,9 +9,9 @@ from soup_jax import tree
 from soup_jax.data import loader
 from soup_jax.experiments import base
 from soup_jax.hardware import mesh
-from soup_jax.models import base as model
 from soup_jax.soup import gradients as soup
 from soup_jax.soup import merge
+from soup_jax.training import build
 
 K, E, M, B, L = 10, 6, 4, 16, 12
 FREQUENCIES = np.full(K, 1 / K)
@@ -47,7 +47,7 @@ def batch():
 
 
 def init(cfg):
-    base_model = model.from_config(cfg)
+    base_model = build.base_model(cfg)
     config = soup.soup_config(cfg)
     params = soup.init(jax.random.key(0), base_model.init, config, frequencies_K=FREQUENCIES)
     return base_model, config, params

@@ -12,9 +12,9 @@ from soup_jax import tree
 from soup_jax.data import loader
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh
-from soup_jax.models import base as model
 from soup_jax.soup import gradients as soup
 from soup_jax.soup import layout as sharding
+from soup_jax.training import build as build_lib
 from soup_jax.training import state as train_state
 from soup_jax.training import step as train_step
 
@@ -23,7 +23,7 @@ FREQUENCIES = np.full(6, 1 / 6)
 
 def build(num_devices=8, **fields):
     cfg = tiny_config(**fields)
-    base_model = model.from_config(cfg)
+    base_model = build_lib.base_model(cfg)
     m = mesh.make_mesh(cfg, jax.devices()[:num_devices])
     init = train_state.make_init(cfg, base_model, frequencies_K=FREQUENCIES)
     shardings = train_state.state_shardings(m, jax.eval_shape(init))
@@ -105,7 +105,7 @@ def test_gathering_layer_by_layer_holds_one_layer_at_a_time():
 
 def test_a_network_that_cannot_gather_its_layers_is_refused():
     cfg = tiny_config()
-    network = dataclasses.replace(model.from_config(cfg), with_gather=None)
+    network = dataclasses.replace(build_lib.base_model(cfg), with_gather=None)
     batch = {"h": jnp.ones((2, 6)) / 6}
     with pytest.raises(UserError, match="cannot gather its own layers"):
         soup.value_and_grad(

@@ -111,11 +111,10 @@ def _check_combinations(cfg: ConfigDict) -> None:
         f"optimizer.grad_accumulation = {cfg.optimizer.grad_accumulation} must divide the {rows} "
         "rows of a mixture (batch_size / num_mixtures)",
     )
-    if cfg.model.loss_chunk:
-        _divides(cfg, "model.loss_chunk", "seq_len")
-    _divides(cfg, "model.num_heads", "model.dim")
-    _divides(cfg, "model.num_kv_heads", "model.num_heads")
-    need(cfg.model.dim // cfg.model.num_heads % 2 == 0, "model.dim / model.num_heads must be even")
+    need(
+        all(isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], str) for a in cfg.model.args),
+        f"model.args must be a tuple of (name, value) pairs, not {cfg.model.args!r}",
+    )
     weights = cfg.domain_weights
     need(
         all(_is_component(c) for c in weights.components),

@@ -20,7 +20,6 @@ from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh as mesh_lib
 from soup_jax.hardware.chips import Chip
-from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.optim.bank import bank_optimizer
 from soup_jax.soup import Batch, kernels
@@ -68,7 +67,7 @@ def abstract_step(cfg: ConfigDict, mesh: Mesh, *, model: BaseModel | None = None
     Args:
       model: a base network of token windows, if it is not the config's.
     """
-    model = model or model_lib.from_config(cfg)
+    model = model or build.base_model(cfg)
     optimizer = build.optimizer_config(cfg)
     make = train_state.make_init(
         build.soup_config(cfg),

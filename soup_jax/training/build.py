@@ -6,6 +6,8 @@ The packages below know nothing of a run's config; this is the one place that re
 from ml_collections import ConfigDict
 
 from soup_jax.errors import UserError
+from soup_jax.models import base as models
+from soup_jax.models.base import BaseModel, ModelSettings
 from soup_jax.optim.bank import bank_optimizer
 from soup_jax.optim.config import OptimizerConfig
 from soup_jax.optim.shared import shared_optimizer
@@ -69,3 +71,17 @@ def optimizer_config(cfg: ConfigDict) -> OptimizerConfig:
     shared_optimizer(config)
     bank_optimizer(config)
     return config
+
+
+def model_settings(cfg: ConfigDict) -> ModelSettings:
+    """What a config says to its base network."""
+    return ModelSettings.from_mapping(cfg.model, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len)
+
+
+def base_model(cfg: ConfigDict) -> BaseModel:
+    """The base network of a config.
+
+    Raises:
+      UserError: no such network, or settings that it refuses.
+    """
+    return models.make(cfg.model.kind, model_settings(cfg))

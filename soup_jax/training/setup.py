@@ -26,7 +26,6 @@ from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
 from soup_jax.hardware import compile_cache
 from soup_jax.hardware.mesh import make_mesh
-from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
@@ -105,7 +104,7 @@ def setup(
         num_mixtures=cfg.num_mixtures,
         seed=cfg.seed,
     )
-    model = model or model_lib.from_config(cfg)
+    model = model or build.base_model(cfg)
     if cfg.mesh.gather == "layer" and model.with_gather is None:
         raise UserError(
             "mesh.gather = 'layer', but this network cannot gather its own layers: set "
