@@ -84,7 +84,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
     name = collection_path.name
-    return config.getoption("--fast") and name.endswith("_test.py") and name not in FAST or None
+    if config.getoption("--fast") and name.endswith("_test.py") and name not in FAST:
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
