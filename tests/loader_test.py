@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax.data import corpus as windows
 from soup_jax.data import loader
 from soup_jax.data import meta_distribution as domain_weights
+from soup_jax.data.corpus import open_corpus
 from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh
@@ -16,7 +16,7 @@ B = 16
 
 @pytest.fixture(scope="module")
 def corpus(tiny_corpus):
-    return windows.open_corpus(tiny_corpus)
+    return open_corpus(tiny_corpus)
 
 
 def make_plan(corpus):
