@@ -194,11 +194,7 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
         state = "is not finished" if (path / ".work").exists() else "is not a prepared corpus"
         raise UserError(f"{path} {state} (it has no manifest.json): {advice}")
     manifest = files.read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: "
-            "prepare the corpus again in another folder"
-        )
+    files.read_format(manifest, path / "manifest.json", newest=FORMAT_VERSION)
     for name, artefact in manifest["artefacts"].items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != artefact["bytes"]:

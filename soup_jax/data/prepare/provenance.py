@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from soup_jax import storage as files
+from soup_jax.config import schema as config_lib
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.data.corpus import FORMAT_VERSION
@@ -38,10 +39,13 @@ def make_request(cfg: Any, sources: Iterable[corpus_lib.SourceFile]) -> dict[str
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """In words, one each: what `new` asks for that `old` did not; empty for the same corpus."""
     result = []
-    if old["format"] != new["format"]:
-        result.append(f"format: {old['format']}, now {new['format']}")
-    for name in sorted(old["parameters"] | new["parameters"]):
-        before, now = old["parameters"].get(name), new["parameters"].get(name)
+    # What an earlier version did not record is what held then.
+    parameters = config_lib.translated(old["parameters"])
+    earlier = {
+        name: config_lib.FIELDS[name].old for name in new["parameters"] if name in config_lib.FIELDS
+    }
+    for name in sorted(parameters | new["parameters"]):
+        before, now = parameters.get(name, earlier.get(name)), new["parameters"].get(name)
         if before != now:
             result.append(f"{name}: {before}, now {now}")
     before = {source["path"]: source["sha256"] for source in old["sources"]}

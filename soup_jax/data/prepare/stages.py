@@ -126,7 +126,10 @@ def _start(
         )
     record = directory / ".work" / "request.json"
     if record.exists():
-        differences = request_lib.differences(files.read_json(record), request)
+        old = files.read_json(record)
+        differences = request_lib.differences(old, request)
+        if old["format"] != request["format"]:
+            differences.append(f"format: {old['format']}, now {request['format']}")
         if differences:
             say(f"unfinished work is dropped, it was for other settings: {'; '.join(differences)}")
             record.unlink()  # first, so that half-deleted work is never continued
