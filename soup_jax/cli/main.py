@@ -142,6 +142,12 @@ def _define_train(values: flags.FlagValues, argv: Sequence[str]) -> None:
     _config_flag(values, argv)
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
     string("workdir", "", "the run's folder; continued if it holds one", flag_values=values)
+    flags.DEFINE_boolean(
+        "accept_changes",
+        False,
+        "continue the run with the config's values of tunable fields, where they differ",
+        flag_values=values,
+    )
     flags.DEFINE_enum(
         "distributed",
         "auto",
@@ -179,10 +185,15 @@ def _train(values: flags.FlagValues) -> int:
     from soup_jax.processes import start as distributed
 
     with distributed.processes(cfg, place) as group:
-        return _train_here(cfg, pathlib.Path(values.workdir), show=group.process_id == 0)
+        return _train_here(
+            cfg,
+            pathlib.Path(values.workdir),
+            accept_changes=values.accept_changes,
+            show=group.process_id == 0,
+        )
 
 
-def _train_here(cfg: Any, workdir: pathlib.Path, *, show: bool) -> int:
+def _train_here(cfg: Any, workdir: pathlib.Path, *, accept_changes: bool, show: bool) -> int:
     from soup_jax.specialists import compare as report
     from soup_jax.training import loop as train
 
@@ -191,7 +202,7 @@ def _train_here(cfg: Any, workdir: pathlib.Path, *, show: bool) -> int:
             print(text, **where)
 
     try:
-        train.train(cfg, workdir)
+        train.train(cfg, workdir, accept_changes=accept_changes)
     except train.Interrupted as e:
         tell(f"soup-jax: {e}")
         return 0

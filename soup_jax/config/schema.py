@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from soup_jax import rules
-from soup_jax.config.fields import nearest
+from soup_jax.config.fields import Change, nearest
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
 from soup_jax.storage import read_format, read_json, write_json
@@ -200,6 +200,21 @@ def _check_combinations(cfg: ConfigDict) -> None:
         f"experts.rules must be a tuple of (regex, rule) pairs, not {cfg.experts.rules!r}",
     )
     _check_rules(cfg.experts.rules)
+    need(
+        bool(cfg.checkpoint.init_from) or not cfg.checkpoint.init_step,
+        f"checkpoint.init_step = {cfg.checkpoint.init_step} is a step of the run "
+        "checkpoint.init_from, which is empty",
+    )
+    ends = [-1]
+    for pair in cfg.skip_batches:
+        need(
+            isinstance(pair, tuple)
+            and [type(x) for x in pair] == [int, int]
+            and ends[-1] < pair[0] <= pair[1],
+            "skip_batches must be pairs (first, last) of steps, each after the one before, such as "
+            f"((4100, 4105),), not {cfg.skip_batches!r}",
+        )
+        ends.append(pair[1])
 
 
 def _check_rules(pairs: Sequence[tuple[str, str]]) -> None:
@@ -216,11 +231,11 @@ def _divides(cfg: ConfigDict, small: str, large: str) -> None:
         raise UserError(f"config: {small} = {values[small]} must divide {large} = {values[large]}")
 
 
-def diff(old: ConfigDict, new: ConfigDict, *, ignore: Collection[str] = ()) -> list[str]:
-    """One line per field whose value differs, but for the names in `ignore`."""
+def diff(old: ConfigDict, new: ConfigDict, *kinds: Change) -> dict[str, tuple[Any, Any]]:
+    """{name: (old value, new value)} of the fields that differ, of these kinds; none given: all."""
     before, after = dict(flat_items(old)), dict(flat_items(new))
-    return [
-        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
-        for name in sorted(before | after)
-        if before.get(name) != after.get(name) and name not in ignore
-    ]
+    return {
+        name: (before[name], after[name])
+        for name, field in FIELDS.items()
+        if before[name] != after[name] and (not kinds or field.change in kinds)
+    }
