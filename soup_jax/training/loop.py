@@ -2,11 +2,9 @@
 
     soup-jax train --config=experiments/quickstart.py --workdir=runs/soup
 
-Where the state comes from: the newest checkpoint of the workdir, else the config's seed. A run that
-is killed and started again with the same command continues and ends bit-identical to one that was
-never killed. SIGTERM (and SIGINT) save at the current step and end with
-status 0; with many processes (see `distributed`) a signal at one stops all of them after the same
-step.
+A run that is killed and started again with the same command continues and ends bit-identical to one
+that was never killed. SIGTERM (and SIGINT) save at the current step and end with status 0; with
+many processes (see `processes`) a signal at one stops all of them after the same step.
 """
 
 import logging
@@ -17,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -30,10 +27,18 @@ from soup_jax.processes import watchdog
 from soup_jax.processes.stop import stop_requests
 from soup_jax.soup import layout as sharding
 from soup_jax.storage import write_json
-from soup_jax.training import build, metrics
+from soup_jax.training import build, divergence, metrics
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training import step as train_step
-from soup_jax.training.setup import Run, claim_workdir, compile_together, restore_or_init, setup
+from soup_jax.training.setup import (
+    Run,
+    claim_workdir,
+    compile_together,
+    read_initial,
+    restore_or_init,
+    settle,
+    setup,
+)
 from soup_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -91,12 +96,14 @@ def train(
     *,
     model: BaseModel | None = None,
     devices: Sequence[jax.Device] | None = None,
+    accept_changes: bool = False,
 ) -> TrainState:
     """Train to `cfg.num_steps` and return the final state.
 
     Args:
       model: a base network of your own; by default the config's.
       devices: to train on; default: all of all processes.
+      accept_changes: whether tunable fields may differ from those of the run in `workdir`.
 
     Raises:
       UserError: before work starts, for anything the user can fix.
@@ -105,7 +112,8 @@ def train(
     """
     run = setup(cfg, pathlib.Path(workdir), model=model, devices=devices)
     specialists, validation = _evaluation_sets(run)
-    claim_workdir(run)
+    read_initial(run)
+    claim_workdir(run, accept_changes=accept_changes)
     checkpoints = run.workdir / "checkpoints"
     saving = cfg.checkpoint.async_timeout_secs
     compiling = watchdog.COMPILE_SECS
@@ -118,6 +126,7 @@ def train(
     ):
         state = restore_or_init(run, checkpointer)
         start = int(state.step)
+        settle(run, start)
         _announce(run, start)
         writer = metrics.MetricsWriter(
             cfg, workdir=run.workdir, start_step=start, active=run.group.process_id == 0
@@ -262,18 +271,7 @@ class _Loop:
         bad = int(state.bad_step)
         if bad < 0:
             return
-        plan = self.run_.plan[bad]
-        rows, counts = np.unique(plan.domain_B, return_counts=True)
-        report = {
-            "step": bad,
-            "domains": {
-                str(k): {"label": self.run_.corpus.label(int(k)), "windows": int(n)}
-                for k, n in zip(rows, counts)
-            },
-            "h": plan.h_MK.tolist(),
-            "domain": plan.domain_B.tolist(),
-            "window": plan.window_B.tolist(),
-        }
+        report = divergence.report(self.run_, bad)
         path = self.run_.workdir / f"nonfinite_{bad}.json"
         if self.group.process_id == 0:
             write_json(path, report)
@@ -284,8 +282,8 @@ class _Loop:
         raise FloatingPointError(
             f"loss or gradient of step {bad} is not finite (domains: {labels}); its domain weights "
             f"and windows are in {path}, the state before it is saved in "
-            f"{self.checkpointer.directory}. Lower optimizer.learning_rate or "
-            "optimizer.bank_lr_scale, or look at these windows"
+            f"{self.checkpointer.directory}.\n"
+            + divergence.advice(self.run_, bad, saved=self.checkpointer.steps())
         )
 
     def _save(self, state: TrainState, done: int) -> None:
