@@ -1,7 +1,10 @@
-"""Names in a config that stand for code: one of ours, or a dotted path to yours.
+"""Things that a config names: one of ours by a short name, anybody else's by a dotted path.
 
-A dotted path is `package.module:attribute`. The module is one that Python finds, or lies in the
-folder that the command runs in; installed modules come first.
+    EMBEDDERS = Registry("embedder", {"tfidf_svd": "soup_jax.data.embed.tfidf_svd:TfidfSvd"})
+    EMBEDDERS.get("tfidf_svd")
+    EMBEDDERS.get("my_package.embedders:Sentences")
+
+Nothing is imported before it is asked for.
 """
 
 import difflib
@@ -9,41 +12,88 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Generic, TypeVar
 
 from soup_jax.errors import UserError
 
+T = TypeVar("T")
 
-def find(name: str, known: Mapping[str, str], *, field: str) -> Callable[..., Any]:
-    """The function that `name` stands for.
 
-    Args:
-      name: a key of `known`, or a dotted path.
-      known: dotted paths of ours by name; a module is imported when its name is asked for.
-      field: what holds the name, for messages.
+def is_path(name: str) -> bool:
+    """Whether the name is a dotted path `package.module:attribute`."""
+    return ":" in name
+
+
+def from_path(path: str) -> object:
+    """What `package.module:attribute` names; the current folder counts, as for `python -m`.
+
+    Errors that the module itself raises pass through.
 
     Raises:
-      UserError: neither a known name nor a dotted path; no such module or attribute; not callable.
+      UserError: not such a path, or there is no such module, or the module lacks the attribute.
     """
-    module, colon, attribute = known.get(name, name).partition(":")
-    if not (module and colon and attribute):
-        close = difflib.get_close_matches(name, known, n=1)
-        raise UserError(
-            f"{field} = {name!r} is none of {sorted(known)}"
-            + (f" (did you mean {close[0]}?)" if close else "")
-            + " and no dotted path such as 'my_package.my_module:make'"
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a console script does not look here by itself
+    module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in f"{module_name}.{attribute}".split(".")):
+        raise UserError(f"{path!r} is no dotted path; write package.module:attribute")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module)
-    except ImportError as e:
+        found: object = importlib.import_module(module_name)
+    except ModuleNotFoundError as e:
+        if e.name is None or not f"{module_name}.".startswith(f"{e.name}."):
+            raise
         raise UserError(
-            f"{field} = {name!r}: {module} cannot be imported: {e}. It must be installed, or lie "
-            f"in the current folder, {os.getcwd()}"
+            f"{path}: there is no module {e.name} (install it, or start in its folder)"
         ) from e
-    function = getattr(found, attribute, None)
-    if not callable(function):
-        what = "is no function" if hasattr(found, attribute) else "does not exist"
-        raise UserError(f"{field} = {name!r}: {attribute} {what} in {found.__file__}")
-    return function
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise UserError(f"{path}: the module {module_name} has no attribute {attribute}")
+        found = getattr(found, name)
+    return found
+
+
+class Registry(Generic[T]):
+    """One kind of thing, by name."""
+
+    def __init__(self, kind: str, known: Mapping[str, "T | str"] | None = None):
+        """`kind` is its noun in messages; `known` gives things, or dotted paths to them."""
+        self.kind = kind
+        self._known: dict[str, T | str] = dict(known or {})
+
+    def names(self) -> tuple[str, ...]:
+        """The known names, sorted."""
+        return tuple(sorted(self._known))
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """A decorator that makes a thing known by a name.
+
+        Raises:
+          ValueError: the name is taken, or looks like a dotted path.
+        """
+        if name in self._known or is_path(name):
+            raise ValueError(f"{name!r} cannot be the name of another {self.kind}")
+
+        def known(thing: T) -> T:
+            self._known[name] = thing
+            return thing
+
+        return known
+
+    def get(self, name: str) -> T:
+        """What a name or a dotted path stands for.
+
+        Raises:
+          UserError: an unknown name (with the known ones and the nearest), or as `from_path`.
+        """
+        if is_path(name):
+            return from_path(name)  # type: ignore[return-value]
+        if name not in self._known:
+            close = difflib.get_close_matches(name, self._known, n=1, cutoff=0.5)
+            raise UserError(
+                f"unknown {self.kind} {name!r}"
+                + (f" (did you mean {close[0]}?)" if close else "")
+                + f"; known are {', '.join(self.names())}, and anything of your own as "
+                "package.module:attribute"
+            )
+        thing = self._known[name]
+        return from_path(thing) if isinstance(thing, str) else thing  # type: ignore[return-value]

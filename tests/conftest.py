@@ -114,7 +114,7 @@ def tiny_config(**fields):
             "optimizer.warmup_steps": 2,
             "checkpoint.every_steps": 5,
             "log.every_steps": 4,
-            "log.tensorboard": False,
+            "log.trackers": (),
             "evaluate.max_windows": 8,
             "evaluate.batch_size": 8,
         }

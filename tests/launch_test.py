@@ -215,7 +215,7 @@ def test_every_launcher_takes_the_same_arguments_and_quotes_them(tmp_path):
 
 def test_launchers_use_flags_and_fields_that_exist(tmp_path):
     values = flags.FlagValues()
-    main.SUBCOMMANDS["train"][0](values, ["soup-jax train"])
+    main.SUBCOMMANDS["train"].define(values, ["soup-jax train"])
     known = set(values) if "distributed" in values else set(values) | CLUSTER_FLAGS
     cfg = base.get_config()
     commands = [c[1:] for found in cluster_commands(tmp_path).values() for c in found]
@@ -254,7 +254,7 @@ def test_launchers_set_variables_that_are_read(tmp_path):
     names = {n for n in names if n.startswith("SOUP_JAX_")}
     assert names == {f"SOUP_JAX_{n.upper()}" for n in CLUSTER_FLAGS - {"distributed"}}
     values = flags.FlagValues()
-    main.SUBCOMMANDS["train"][0](values, ["soup-jax train"])
+    main.SUBCOMMANDS["train"].define(values, ["soup-jax train"])
     if "distributed" in values:
         sources = "".join(p.read_text("utf-8") for p in (ROOT / "soup_jax").rglob("*.py"))
         assert not [n for n in names if n not in sources]

@@ -1,6 +1,6 @@
 """The base network as the rest of the project sees it, and how any Flax module becomes one.
 
-`BaseModel` is all that is asked of a network. A config names one by `model.kind`: a key of KINDS,
+`BaseModel` is all that is asked of a network. A config names one by `model.kind`: one of NETWORKS,
 or the dotted path of a function of yours, `ModelSettings -> BaseModel`, which `make` calls.
 `from_linen` and `from_nnx` make a BaseModel of a module; for a language model that is one line.
 """
@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from soup_jax import registry
 from soup_jax.errors import UserError
+from soup_jax.registry import Registry
 from soup_jax.shapes import Array, Params
 
 Rows = Mapping[str, Array]
@@ -97,7 +97,9 @@ class ModelSettings:
         return cls(**fields)
 
 
-KINDS = {"llama": "soup_jax.models.llama:make"}
+NETWORKS: Registry[Callable[[ModelSettings], Any]] = Registry(
+    "network", {"llama": "soup_jax.models.llama:make"}
+)
 
 
 def make(kind: str, settings: ModelSettings) -> BaseModel:
@@ -106,7 +108,10 @@ def make(kind: str, settings: ModelSettings) -> BaseModel:
     Raises:
       UserError: no such network, settings that it refuses, or what was made is no BaseModel.
     """
-    model = registry.find(kind, KINDS, field="model.kind")(settings)
+    function = NETWORKS.get(kind)
+    if not callable(function):
+        raise UserError(f"model.kind = {kind!r} is no function, of ModelSettings to a BaseModel")
+    model = function(settings)
     if not isinstance(model, BaseModel):
         raise UserError(
             f"model.kind = {kind!r} returned a {type(model).__name__}, and must return a BaseModel "

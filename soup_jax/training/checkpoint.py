@@ -27,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.processes import start as distributed
+from soup_jax.training import formats
 from soup_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Checkpointer:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 opt_state=ocp.args.StandardSave(opt_state),
-                data=ocp.args.JsonSave(dict(data)),
+                data=ocp.args.JsonSave({"format": formats.CHECKPOINT, **data}),
             ),
         )
         return True
@@ -231,12 +232,19 @@ def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -
     # (items, "") or, for another structure, (its differences, ""), or (None, what is damaged). A
     # damaged checkpoint fails in many ways; all of them are told.
     try:
-        problems = _structure_diff(reader.item_metadata(step), target)
+        data = reader.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        version = data.get("format", 1)
+        if version > formats.CHECKPOINT:
+            return [f"format: {version} -> at most {formats.CHECKPOINT}: update soup_jax"], ""
+        stored = formats.to_v1(target) if version == 1 else target
+        problems = _structure_diff(reader.item_metadata(step), stored)
         if problems:
             return problems, ""
-        args = {k: ocp.args.StandardRestore(v) for k, v in target.items()}
-        args["data"] = ocp.args.JsonRestore()
-        return reader.restore(step, args=ocp.args.Composite(**args)), ""
+        args = {name: ocp.args.StandardRestore(value) for name, value in stored.items()}
+        items = dict(reader.restore(step, args=ocp.args.Composite(**args)).items())
+        if version == 1:
+            items = formats.from_v1(items, target)
+        return {**items, "data": data}, ""
     except Exception as e:
         return None, f"{type(e).__name__}: {str(e)[:500]}"
 
