@@ -36,6 +36,8 @@ FIELDS = (
     fixed("batch_size", 64, "B, windows per step over all devices", at_least=1),
     tunable("num_steps", 1000, "optimizer updates; tokens = num_steps * batch_size * seq_len",
             at_least=1),
+    tunable("skip_batches", (), "(first, last) pairs, ascending and both included, of steps of the"
+            " sampling plan whose batches are left out: ((4100, 4105),)"),
 
     free("corpus.dir", "corpus", "the prepared corpus: written by `prepare`, read by the rest"),
     free("corpus.sources", (),
@@ -86,7 +88,8 @@ FIELDS = (
     free("loader.num_threads", 2, "grain threads that read batches", at_least=1),
     free("loader.prefetch", 8, "batches read ahead, per process", at_least=1),
 
-    fixed("model.kind", "llama", 'the shipped decoder, or yours: "package.module:make"'),
+    fixed("model.kind", "llama",
+          "the shipped decoder, or a dotted path to one of your own: my_package.nets:make"),
     fixed("model.num_layers", 2, "N", at_least=1),
     fixed("model.dim", 64, "D", at_least=1),
     fixed("model.num_heads", 4, "H", at_least=1),
@@ -100,10 +103,10 @@ FIELDS = (
           choices=("none", "full", "dots")),
     fixed("model.loss_chunk", 0, "positions whose logits exist at once; divides seq_len. 0: all",
           at_least=0),
+    fixed("model.args", (), 'pairs for a network of your own, such as (("window", 64),)'),
     fixed("model.attention", "auto",
           "cudnn: on NVIDIA GPUs, bfloat16; auto: cudnn where it works, else xla",
           choices=("auto", "xla", "cudnn")),
-    fixed("model.args", (), 'pairs that a network of yours gets, as in (("window", 64),)'),
 
     # Ordered (regex, rule) pairs over leaf paths such as "layers/mlp/up"; the first match wins and
     # every leaf must match. Rules: "dense" (one full copy per expert), "low_rank:8" (on matrices:
@@ -176,6 +179,10 @@ FIELDS = (
          at_least=0),
     free("checkpoint.async_timeout_secs", 1200, "a save that takes longer fails the run",
          at_least=1),
+    # State comes from the newest checkpoint of the workdir; if it has none, from init_from; if that
+    # is empty, from the seed.
+    fixed("checkpoint.init_from", "", "a run whose parameters a new run starts from, at step 0"),
+    fixed("checkpoint.init_step", 0, "of its checkpoints; 0: the newest", at_least=0),
 
     free("log.every_steps", 20, "metrics.jsonl, trackers and the progress bar", at_least=1),
     free("log.trackers", ("tensorboard",),

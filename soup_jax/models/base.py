@@ -1,6 +1,6 @@
 """The base network as the rest of the project sees it, and how any Flax module becomes one.
 
-`BaseModel` is all that is asked of a network. A config names one by `model.kind`: one of NETWORKS,
+`BaseModel` is all that is asked of a network. A config names one by `model.kind`: a key of KINDS,
 or the dotted path of a function of yours, `ModelSettings -> BaseModel`, which `make` calls.
 `from_linen` and `from_nnx` make a BaseModel of a module; for a language model that is one line.
 """
@@ -97,8 +97,8 @@ class ModelSettings:
         return cls(**fields)
 
 
-NETWORKS: Registry[Callable[[ModelSettings], Any]] = Registry(
-    "network", {"llama": "soup_jax.models.llama:make"}
+KINDS: Registry[Callable[[ModelSettings], BaseModel]] = Registry(
+    "base network", {"llama": "soup_jax.models.llama:make"}
 )
 
 
@@ -108,10 +108,7 @@ def make(kind: str, settings: ModelSettings) -> BaseModel:
     Raises:
       UserError: no such network, settings that it refuses, or what was made is no BaseModel.
     """
-    function = NETWORKS.get(kind)
-    if not callable(function):
-        raise UserError(f"model.kind = {kind!r} is no function, of ModelSettings to a BaseModel")
-    model = function(settings)
+    model = KINDS.get(kind)(settings)
     if not isinstance(model, BaseModel):
         raise UserError(
             f"model.kind = {kind!r} returned a {type(model).__name__}, and must return a BaseModel "

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from soup_jax import storage as files
+from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.models.base import ModelSettings
 
@@ -15,6 +16,8 @@ _FIELDS = ("alpha", "eos_id", "h", "hashes", "model", "seq_len", "vocab_size")
 def read(folder: pathlib.Path) -> dict[str, Any]:
     """The recipe of a specialist's folder; the files that it describes are compared by hash.
 
+    Its `model` has today's fields, whichever version wrote it.
+
     Raises:
       UserError: not such a folder, of a newer format, incomplete, or changed since it was written.
     """
@@ -24,11 +27,10 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
             f"{folder} is not a specialist: {path} does not exist (see `soup-jax instantiate`)"
         )
     recipe = files.read_json(path)
-    lacking = [f for f in _FIELDS if not isinstance(recipe, dict) or f not in recipe]
-    if lacking:
-        raise UserError(f"{path} is no recipe: it lacks {', '.join(lacking)}")
-    if recipe.get("format", 1) > FORMAT:
-        raise UserError(f"{path} has format {recipe['format']}, newer than {FORMAT}: update")
+    files.read_format(recipe, path, newest=FORMAT)
+    missing = [name for name in _FIELDS if name not in recipe]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: make the specialist again")
     for file in ("params.safetensors", "tokenizer.json"):
         written = folder / file
         expected = recipe["hashes"].get(file.split(".")[0])
@@ -36,7 +38,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
             raise UserError(
                 f"{written} is missing or not what its recipe.json describes; make it again"
             )
-    return recipe
+    return {**recipe, "model": config_lib.restore_section("model", recipe["model"], where=path)}
 
 
 def settings(recipe: Mapping[str, Any]) -> ModelSettings:

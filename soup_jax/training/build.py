@@ -15,20 +15,6 @@ from soup_jax.soup import SoupConfig
 from soup_jax.soup.bank import parse_rule
 
 
-def model_settings(cfg: ConfigDict) -> ModelSettings:
-    """What a config says to its base network."""
-    return ModelSettings.from_mapping(cfg.model, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len)
-
-
-def base_model(cfg: ConfigDict) -> BaseModel:
-    """The base network of a config.
-
-    Raises:
-      UserError: no such network, or settings that it refuses.
-    """
-    return models.make(cfg.model.kind, model_settings(cfg))
-
-
 def soup_config(cfg: ConfigDict) -> SoupConfig:
     """The soup of a config.
 
@@ -85,3 +71,17 @@ def optimizer_config(cfg: ConfigDict) -> OptimizerConfig:
     shared_optimizer(config)
     bank_optimizer(config)
     return config
+
+
+def model_settings(cfg: ConfigDict) -> ModelSettings:
+    """What a config says to its base network."""
+    return ModelSettings.from_mapping(cfg.model, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len)
+
+
+def base_model(cfg: ConfigDict) -> BaseModel:
+    """The base network of a config.
+
+    Raises:
+      UserError: no such network, or settings that it refuses.
+    """
+    return models.make(cfg.model.kind, model_settings(cfg))
