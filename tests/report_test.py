@@ -97,7 +97,7 @@ def test_a_run_without_experts_has_one_line_where_its_columns_are_one_model(tmp_
     run = tmp_path / "generic"
     run.mkdir()
     (run / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
-    report.learning_curve(run)
+    learning_curve.draw(run)
     assert labels["lines"] == [("generic", [2.0], [5.0]), ("generic", [2.0], [4.5])]
 
 
