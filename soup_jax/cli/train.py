@@ -75,8 +75,7 @@ def run(values: flags.FlagValues) -> int:
 
 
 def _train_here(cfg: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool, show: bool) -> int:
-    from soup_jax.specialists import compare
-    from soup_jax.training import loop
+    from soup_jax.training import learning_curve, loop
 
     def tell(text: str, **where: Any) -> None:
         if show:
@@ -91,5 +90,5 @@ def _train_here(cfg: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool,
         tell(f"soup-jax: error: {e}", file=sys.stderr)
         return 1
     if show:
-        tell(f"trained: {workdir} (learning curve: {compare.learning_curve(workdir)})")
+        tell(f"trained: {workdir} (learning curve: {learning_curve.draw(workdir)})")
     return 0

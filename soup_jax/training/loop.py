@@ -21,7 +21,8 @@ from tqdm import tqdm
 from soup_jax import tree
 from soup_jax.data import loader
 from soup_jax.data.sampling import StepPlan
-from soup_jax.evaluation import evaluate
+from soup_jax.evaluation import evaluator as evaluator_lib
+from soup_jax.evaluation import sets as sets_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import watchdog
 from soup_jax.processes.stop import stop_requests
@@ -140,15 +141,15 @@ def train(
             writer.close()
 
 
-def _evaluation_sets(run: Run) -> tuple[list[evaluate.SpecialistSet], Any]:
+def _evaluation_sets(run: Run) -> tuple[list[sets_lib.SpecialistSet], Any]:
     cfg = run.cfg
     if not cfg.evaluate.every_steps:
         return [], None
     sets = [
-        evaluate.specialist_set(name, path, run.corpus, cfg, part="tuning")
-        for name, path in evaluate.document_sets(cfg.evaluate.specialists).items()
+        sets_lib.specialist_set(name, path, run.corpus, cfg, part="tuning")
+        for name, path in sets_lib.document_sets(cfg.evaluate.specialists).items()
     ]
-    validation = evaluate.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows)
+    validation = sets_lib.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows)
     return sets, validation
 
 
@@ -183,7 +184,7 @@ class _Loop:
         run: Run,
         checkpointer: checkpoint_lib.Checkpointer,
         writer: metrics.MetricsWriter,
-        specialists: list[evaluate.SpecialistSet],
+        specialists: list[sets_lib.SpecialistSet],
         validation: Any,
     ):
         self.run_, self.checkpointer, self.writer = run, checkpointer, writer
@@ -191,7 +192,7 @@ class _Loop:
         shardings = jax.tree.map(lambda a: a.sharding, run.abstract)
         self.step_fn = train_step.compile_step(run.cfg, run.model, run.mesh, shardings)
         self.evaluator = (
-            evaluate.Evaluator(
+            evaluator_lib.Evaluator(
                 build.soup_config(run.cfg),
                 run.model,
                 run.mesh,
@@ -341,10 +342,10 @@ class _Loop:
         self.group.at("compiling")
         self.run_.evaluation_due = True
         try:
-            result = evaluate.evaluate(
+            result = evaluator_lib.evaluate(
                 self.evaluator,
                 state.params,
-                self.run_.corpus,
+                self.run_.corpus.domain_frequencies,
                 specialists=self.specialists,
                 validation=self.validation,
                 between=self._poll,
