@@ -23,8 +23,8 @@ from train_test import assert_same_state, final_state
 
 from soup_jax.data import loader
 from soup_jax.evaluation import evaluate
+from soup_jax.training import build, metrics
 from soup_jax.training import loop as train
-from soup_jax.training import metrics
 from soup_jax.training import setup as run_lib
 from soup_jax.training.checkpoint import Checkpointer
 
@@ -178,7 +178,9 @@ def assert_evaluates_to(line, cfg, workdir, state, path):
     """Two processes evaluated as one does: float32 sums of a few hundred rows, in another order."""
     run = run_lib.setup(cfg, workdir)
     again = evaluate.evaluate(
-        evaluate.Evaluator(cfg, run.model, run.mesh),
+        evaluate.Evaluator(
+            build.soup_config(cfg), run.model, run.mesh, batch_size=cfg.evaluate.batch_size
+        ),
         state.params,
         run.corpus,
         specialists=[evaluate.specialist_set("cooking", path, run.corpus, cfg, part="tuning")],
