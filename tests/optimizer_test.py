@@ -17,9 +17,7 @@ E, M = 4, 3
 
 
 def make_config(**fields):
-    return OptimizerConfig(
-        **{"learning_rate": 3e-3, "num_steps": 100, "warmup_steps": 10} | fields
-    )
+    return OptimizerConfig(**{"learning_rate": 3e-3, "num_steps": 100, "warmup_steps": 10} | fields)
 
 
 def compiled_update(config):

@@ -76,9 +76,7 @@ def test_an_optimizer_of_the_shared_parameters_by_a_dotted_path(outside):
     for path, move in moves(before.params["shared"], after.params["shared"]).items():
         assert abs(move).max() > 0, path
     # Its momentum is stored in slices, like the parameters.
-    traces = [
-        x for x in jax.tree.leaves(after.opt_state["base"]) if x.shape == (2, 32, 48)
-    ]
+    traces = [x for x in jax.tree.leaves(after.opt_state["base"]) if x.shape == (2, 32, 48)]
     assert len(traces) == 2  # gate and up
     assert {x.addressable_shards[0].data.size for x in traces} == {2 * 32 * 48 // 8}
 
