@@ -1,6 +1,7 @@
 """The compiled step on eight devices: what it computes. What it moves: see contract_test.py."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,24 @@ from soup_jax.training import step as train_step
 FREQUENCIES = np.full(6, 1 / 6)
 
 
-def build(num_devices=8, **fields):
+@functools.cache
+def compiled(num_devices, **fields):
+    """(config, mesh, init, step): once for all tests of a process."""
     cfg = tiny_config(**fields)
-    base_model = build_lib.base_model(cfg)
+    base_model, optimizer = build_lib.base_model(cfg), build_lib.optimizer_config(cfg)
     m = mesh.make_mesh(cfg, jax.devices()[:num_devices])
-    init = train_state.make_init(cfg, base_model, frequencies_K=FREQUENCIES)
-    shardings = train_state.state_shardings(m, jax.eval_shape(init))
-    state = jax.jit(init, out_shardings=shardings)()
+    init = train_state.make_init(
+        build_lib.soup_config(cfg), optimizer, base_model, seed=0, frequencies_K=FREQUENCIES
+    )
+    shardings = train_state.state_shardings(m, jax.eval_shape(init), optimizer)
     step = train_step.compile_step(cfg, base_model, m, shardings)
+    return cfg, m, jax.jit(init, out_shardings=shardings), step
+
+
+def build(num_devices=8, **fields):
+    cfg, m, init, step = compiled(num_devices, **fields)
     sums = jax.device_put(train_step.zero_metrics(6), sharding.replicated(m))
-    return cfg, m, state, step, sums
+    return cfg, m, init(), step, sums
 
 
 def make_batch(cfg, m, seed=0):

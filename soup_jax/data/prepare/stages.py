@@ -309,8 +309,8 @@ def _describe_domains(work: _Work, layout: windows.Layout) -> None:
     nearest = shards.chosen_rows(work.shards("grouped"), rows, "nearest")
     described = []
     for k, terms in enumerate(domains.top_terms(texts, nearest, cfg.num_domains)):
-        entry = {"domain": k, "label": " ".join(terms[:3]) or f"domain {k}", "terms": terms}
-        entry |= {name: {} for name in ("documents", "windows", "tokens")}
+        entry: dict[str, Any] = {"domain": k, "label": " ".join(terms[:3]) or f"domain {k}"}
+        entry |= {"terms": terms, **{name: {} for name in ("documents", "windows", "tokens")}}
         for i, split in enumerate(work.splits):
             num_windows = int(np.diff(layout.offsets[split])[k])
             entry["documents"][split] = int(documents[i, k])
