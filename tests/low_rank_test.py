@@ -8,16 +8,19 @@ import numpy as np
 import optax
 import pytest
 from conftest import tiny_config
-from train_step_test import build as build_step
 
 from soup_jax import tree
 from soup_jax.data import loader
 from soup_jax.errors import UserError
+from soup_jax.hardware import mesh
 from soup_jax.optim import apply as optimizer
 from soup_jax.soup import bank as experts
 from soup_jax.soup import gradients as soup
+from soup_jax.soup import layout as sharding
 from soup_jax.soup import low_rank, merge
 from soup_jax.training import build
+from soup_jax.training import state as train_state
+from soup_jax.training import step as train_step
 
 E, M, K = 4, 2, 6
 FREQUENCIES = np.full(K, 1 / K)
@@ -287,7 +290,14 @@ def test_adam_moves_the_product_by_about_its_rate():
 
 
 def run(num_devices, steps=3, **fields):
-    cfg, m, state, step, sums = build_step(num_devices, **fields)
+    cfg = tiny_config(**fields)
+    base_model = build.base_model(cfg)
+    m = mesh.make_mesh(cfg, jax.devices()[:num_devices])
+    init = train_state.make_init(cfg, base_model, frequencies_K=FREQUENCIES)
+    shardings = train_state.state_shardings(m, jax.eval_shape(init))
+    state = jax.jit(init, out_shardings=shardings)()
+    step = train_step.compile_step(cfg, base_model, m, shardings)
+    sums = jax.device_put(train_step.zero_metrics(K), sharding.replicated(m))
     for i in range(steps):
         batch = make_batch(i, cfg.num_mixtures) | {"domain": np.zeros(16, np.int32)}
         state, sums = step(state, sums, loader.to_device(batch, m))
