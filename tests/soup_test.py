@@ -8,10 +8,10 @@ import pytest
 from soup_jax import tree
 from soup_jax.data import loader
 from soup_jax.experiments import base
-from soup_jax.hardware import mesh
 from soup_jax.models import base as model
 from soup_jax.soup import gradients as soup
 from soup_jax.soup import merge
+from soup_jax.training import build
 
 K, E, M, B, L = 10, 6, 4, 16, 12
 FREQUENCIES = np.full(K, 1 / K)
@@ -97,7 +97,7 @@ def test_gradients_on_a_mesh_equal_those_on_one_device(batch):
     (loss, _), expected, _ = soup.value_and_grad(params, batch, model=base_model, config=config)
     for replica in (1, 2, 4):
         cfg.mesh.replica = replica
-        m = mesh.make_mesh(cfg, jax.devices()[:4])
+        m = build.make_mesh(cfg, jax.devices()[:4])
         f = jax.jit(
             lambda p, b, m=m: soup.value_and_grad(p, b, model=base_model, config=config, mesh=m)
         )

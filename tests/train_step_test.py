@@ -11,12 +11,12 @@ from conftest import tiny_config
 from soup_jax import tree
 from soup_jax.data import loader
 from soup_jax.errors import UserError
-from soup_jax.hardware import mesh
 from soup_jax.models import base as model
 from soup_jax.soup import gradients as soup
 from soup_jax.soup import layout as sharding
 from soup_jax.training import state as train_state
 from soup_jax.training import step as train_step
+from soup_jax.training.build import make_mesh
 
 FREQUENCIES = np.full(6, 1 / 6)
 
@@ -24,7 +24,7 @@ FREQUENCIES = np.full(6, 1 / 6)
 def build(num_devices=8, **fields):
     cfg = tiny_config(**fields)
     base_model = model.from_config(cfg)
-    m = mesh.make_mesh(cfg, jax.devices()[:num_devices])
+    m = make_mesh(cfg, jax.devices()[:num_devices])
     init = train_state.make_init(cfg, base_model, frequencies_K=FREQUENCIES)
     shardings = train_state.state_shardings(m, jax.eval_shape(init))
     state = jax.jit(init, out_shardings=shardings)()

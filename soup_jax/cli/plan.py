@@ -35,14 +35,15 @@ def run(values: flags.FlagValues) -> int:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-    from soup_jax.planning import plan as plan_lib
+    from soup_jax.planning import text
+    from soup_jax.planning.plan import make_plan
     from soup_jax.planning.target import find_target
 
     target = find_target(
         cfg, topology=values.topology, chip=values.chip, num_devices=values.num_devices
     )
-    plan = plan_lib.make_plan(cfg, target)
-    print(plan_lib.to_text(plan))
+    plan = make_plan(cfg, target)
+    print(text.to_text(plan))
     if values.json:
-        write_json(pathlib.Path(values.json), plan_lib.to_json(plan))
+        write_json(pathlib.Path(values.json), text.to_json(plan))
     return 0 if plan.fits else 1

@@ -23,11 +23,11 @@ from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.errors import UserError
 from soup_jax.evaluation import evaluate
-from soup_jax.hardware.mesh import make_mesh
 from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Params
 from soup_jax.soup import gradients as soup
+from soup_jax.training import build
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import make_init, state_shardings
 
@@ -83,7 +83,7 @@ def load_soup(
             cfg.model.attention = "auto"
         cfg.batch_size = cfg.num_mixtures * cfg.optimizer.grad_accumulation * jax.device_count()
     corpus = open_corpus(corpus_dir or cfg.corpus.dir)
-    mesh = make_mesh(cfg)
+    mesh = build.make_mesh(cfg)
     model = model or model_lib.from_config(cfg)
     abstract = jax.eval_shape(
         make_init(
