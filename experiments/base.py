@@ -8,7 +8,7 @@ Any field is set from the command line as `--config.section.field=value`; a tupl
 `--config.corpus.sources=a,b` as one string each in Python notation: `"('a','b')"`.
 """
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 # The paper's model sizes, with the usual Llama proportions. Parameter counts (without experts)
 # are printed by `soup-jax train` and held by tests/model_test.py.
@@ -171,8 +171,3 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     evaluate.batch_size = 32  # windows per forward pass
     set_model(cfg, preset)
     return cfg.lock()
-
-
-def frozen(cfg: ConfigDict) -> FrozenConfigDict:
-    """The hashable, read-only form that jitted functions may close over."""
-    return FrozenConfigDict(cfg)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from soup_jax.cli import config_flag, start
+from soup_jax.cli import config_flag
 from soup_jax.storage import write_json
 
 
@@ -29,7 +29,9 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def run(values: flags.FlagValues) -> int:
     """Print the plan; returns the exit status, 1 if the run does not fit."""
     cfg = config_flag.checked(values)
-    start.start_jax()
+    from soup_jax.hardware import compile_cache
+
+    compile_cache.enable()
     if values.topology:
         # The slice is not this machine: no accelerator here is taken, none that fails disturbs.
         import jax
