@@ -19,10 +19,9 @@ from conftest import tiny_config
 from soup_jax import tree
 from soup_jax.data import loader
 from soup_jax.evaluation import evaluate
-from soup_jax.models import base as model
 from soup_jax.specialists import instantiate as specialist
+from soup_jax.training import build, metrics
 from soup_jax.training import loop as train
-from soup_jax.training import metrics
 from soup_jax.training import setup as run_lib
 from soup_jax.training import step as train_step
 from soup_jax.training.checkpoint import Checkpointer
@@ -255,7 +254,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_cfg, tmp_path):
     poison = next(row for row in windows[bad] if row.tobytes() not in known)
 
     def poisoned(row):
-        good = model.from_config(cfg)
+        good = build.base_model(cfg)
 
         def example_losses(params, batch):
             value, weight = good.example_losses(params, batch)

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from soup_jax import soup
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data.corpus import Corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
@@ -30,9 +31,8 @@ from soup_jax.data.loader import num_targets
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Params
-from soup_jax.soup import gradients as soup
+from soup_jax.soup import SoupConfig, merge
 from soup_jax.soup import layout as sharding
-from soup_jax.soup import merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,19 +176,21 @@ class Evaluator:
     With many processes, all call the same methods with the same sets and get the same numbers.
     """
 
-    def __init__(self, cfg: ConfigDict, model: BaseModel, mesh: Mesh):
-        """The model and mesh are those of the run that is evaluated."""
-        self._cfg, self._mesh = cfg, mesh
-        count = mesh.size
-        self._rows = -(-cfg.evaluate.batch_size // count) * count
-        config = soup.soup_config(cfg)
+    def __init__(self, config: SoupConfig, model: BaseModel, mesh: Mesh, *, batch_size: int):
+        """Settings, model and mesh are those of the run that is evaluated.
+
+        Args:
+          batch_size: windows per forward pass, rounded up to the devices.
+        """
+        self._mesh = mesh
+        self._rows = -(-batch_size // mesh.size) * mesh.size
         everywhere = sharding.replicated(mesh)
 
         def merged(params: Params, h_K: jax.Array) -> Params:
-            return _cast(soup.specialist(params, h_K, config)[0], cfg.model.dtype)
+            return _cast(soup.specialist(params, h_K, config)[0], config.compute_dtype)
 
         def shared(params: Params) -> Params:
-            return _cast(merge.merge(params["shared"], {}, jnp.zeros((0,))), cfg.model.dtype)
+            return _cast(merge.merge(params["shared"], {}, jnp.zeros((0,))), config.compute_dtype)
 
         def score(theta: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
             losses, weights = model.example_losses(theta, batch)

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from soup_jax import tree
-from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
+from soup_jax.soup import Batch
 from soup_jax.soup import layout as sharding
 from soup_jax.training import build
 from soup_jax.training import state as train_state
@@ -29,7 +29,7 @@ class AbstractStep:
     function: Any
     state: train_state.TrainState
     metrics: dict[str, Any]
-    batch: dict[str, Any]
+    batch: Batch
     model: BaseModel
     mesh: Mesh
 
@@ -59,21 +59,30 @@ def abstract_step(cfg: ConfigDict, mesh: Mesh, *, model: BaseModel | None = None
     Args:
       model: a base network of token windows, if it is not the config's.
     """
-    model = model or model_lib.from_config(cfg)
-    frequencies_K = np.full(cfg.num_domains, 1 / cfg.num_domains)
-    state = jax.eval_shape(train_state.make_init(cfg, model, frequencies_K=frequencies_K))
-    shardings = train_state.state_shardings(mesh, state)
+    model = model or build.base_model(cfg)
+    optimizer = build.optimizer_config(cfg)
+    make = train_state.make_init(
+        build.soup_config(cfg),
+        optimizer,
+        model,
+        seed=cfg.seed,
+        frequencies_K=np.full(cfg.num_domains, 1 / cfg.num_domains),
+    )
+    state = jax.eval_shape(make)
+    shardings = train_state.state_shardings(mesh, state, optimizer)
     everywhere, rows = sharding.replicated(mesh), sharding.batch(mesh)
     metrics = jax.eval_shape(lambda: train_step.zero_metrics(cfg.num_domains))
     num_rows, int32 = cfg.batch_size, jnp.int32
-    batch = {
-        "tokens": jax.ShapeDtypeStruct((num_rows, cfg.seq_len + 1), int32, sharding=rows),
-        "num_targets": jax.ShapeDtypeStruct((num_rows,), int32, sharding=rows),
-        "domain": jax.ShapeDtypeStruct((num_rows,), int32, sharding=rows),
-        "h": jax.ShapeDtypeStruct(
+    batch = Batch(
+        rows={
+            "tokens": jax.ShapeDtypeStruct((num_rows, cfg.seq_len + 1), int32, sharding=rows),
+            "num_targets": jax.ShapeDtypeStruct((num_rows,), int32, sharding=rows),
+        },
+        h_MK=jax.ShapeDtypeStruct(
             (cfg.num_mixtures, cfg.num_domains), jnp.float32, sharding=everywhere
         ),
-    }
+        domain_B=jax.ShapeDtypeStruct((num_rows,), int32, sharding=rows),
+    )
     return AbstractStep(
         function=train_step.compile_step(cfg, model, mesh, shardings),
         state=jax.tree.map(_laid_out, state, shardings),

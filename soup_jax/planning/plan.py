@@ -31,13 +31,13 @@ from soup_jax.planning.abstract import (
     state_bytes,
 )
 from soup_jax.planning.target import Target
-from soup_jax.soup import low_rank
+from soup_jax.shapes import Params
+from soup_jax.soup.bank import kind_of
 from soup_jax.training import build
 
 # Fields that make the state smaller, and what they are tried with.
 SMALLER_STATE = {
     "optimizer.bank": "merged",
-    "optimizer.flush_every": 1,
     "optimizer.moment_dtype": "bfloat16",
     "experts.dtype": "bfloat16",
 }
@@ -179,10 +179,14 @@ def _factors(step: AbstractStep) -> dict[int, str]:
     # Low-rank factors travel whole, or in slices along either axis or both.
     params, shape = step.state.params, step.mesh.shape
     names: dict[int, dict[str, None]] = collections.defaultdict(dict)
-    for path, leaf in tree.flatten(low_rank.split(params["bank"], params["shared"])[1]).items():
+    for path, leaf in tree.flatten(_explicit(params["bank"])).items():
         for parts in (1, shape["fsdp"], shape["replica"], step.mesh.size):
             names[leaf.size // parts][path] = None
     return {size: ", ".join(paths) for size, paths in names.items()}
+
+
+def _explicit(bank: Params) -> Params:
+    return {name: part for name, part in bank.items() if not kind_of(name).factored}
 
 
 def compile_report(step: AbstractStep) -> tuple[dict[str, int | None], str]:

@@ -4,48 +4,40 @@ import math
 
 from ml_collections import ConfigDict
 
-from soup_jax import tree
 from soup_jax.hardware.chips import Chip
+from soup_jax.optim.bank import bank_optimizer
 from soup_jax.planning.abstract import AbstractStep, merged_bytes, state_bytes
 from soup_jax.soup import bank as experts
-from soup_jax.soup import low_rank
+from soup_jax.soup import kernels
 from soup_jax.training import build
 
 
 def step_flops(cfg: ConfigDict, step: AbstractStep) -> dict[str, float]:
     """FLOPs of one step over all devices: base network (without recomputation), and the bank.
 
-    The network's are 0 if it does not say them (`BaseModel.flops_per_row`).
-
-    The bank's: merge, gradient of alpha, and update, 2 M operations a parameter of dense experts
-    each; low-rank ones are merged, and their two factors' gradients formed, by 2 M operations for
-    each of their ranks and parameters of the merged leaf.
+    The network's are 0 if it does not say them (`BaseModel.flops_per_row`). The bank's: merge,
+    gradient of alpha, and update, each 2 M operations for every multiply-add that a kind of experts
+    needs to merge one mixture.
     """
     params = step.state.params
-    dense, factors = low_rank.split(params["bank"], params["shared"])
-    bank = tree.num_params(dense)
-    leaves = tree.flatten(factors)
-    for path in leaves:
-        if path.endswith("/left"):
-            bank += tree.num_params(leaves[path]) * leaves[path[:-4] + "right"].shape[-1]
+    operations = sum(
+        experts.kind_of(name).operations(stacks)
+        for name, part in params["bank"].items()
+        for stacks in experts.by_leaf(part, params["shared"]).values()
+    )
     return {
         "base network": step.model.flops_per_row * cfg.batch_size,
-        "merge, alpha's gradient and bank update": 6.0 * build.num_groups(cfg) * bank,
+        "merge, alpha's gradient and bank update": 6.0 * build.num_groups(cfg) * operations,
     }
 
 
 def bank_passes(cfg: ConfigDict) -> dict[str, float]:
     """How often a step reads or writes all of the bank, and of each of its moments.
 
-    The bank is read by the merge, by alpha's gradient and by the update, which also writes it. The
-    moments of `adamw` are of its size: read and written by their own update, and read again by the
-    experts', which is another pass of the program (tests/plan_test.py counts it). That makes 10
-    passes of the bank's size, and 4 for `merged`. Deferred updates read the bank twice and write
-    and read 1 / T of it; the directions that are kept are read three times.
+    The bank is read by the merge and by alpha's gradient; the rest its optimizer says.
     """
-    if cfg.optimizer.flush_every > 1:
-        return {"bank": 2 + 2 / cfg.optimizer.flush_every, "moments": 3}
-    return {"bank": 4, "moments": {"adamw": 3, "merged": 2}[cfg.optimizer.bank]}
+    optimizer = bank_optimizer(build.optimizer_config(cfg))
+    return {"bank": 2 + optimizer.bank_passes, "moments": optimizer.state_passes}
 
 
 def bank_traffic(cfg: ConfigDict, step: AbstractStep) -> float:
@@ -58,7 +50,7 @@ def bank_traffic(cfg: ConfigDict, step: AbstractStep) -> float:
     state = passes["bank"] * parts["bank"] + passes["moments"] * parts["moments of the bank"]
     state += 3 * parts["shared parameters"] + 2 * parts["moments of shared and router"]
     merged = merged_bytes(cfg, step)
-    blocks = math.ceil(cfg.num_experts / experts.block_size(groups, cfg.num_experts))
+    blocks = math.ceil(cfg.num_experts / kernels.block_size(groups, cfg.num_experts))
     return (
         state + merged["merged models"] + (3 + blocks) * merged["their gradients in float32 slices"]
     )

@@ -16,17 +16,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
+from soup_jax import soup, tree
 from soup_jax import storage as files
-from soup_jax import tree
 from soup_jax.config import schema as config_lib
 from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.errors import UserError
 from soup_jax.evaluation import evaluate
-from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Params
-from soup_jax.soup import gradients as soup
 from soup_jax.training import build
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import make_init, state_shardings
@@ -50,7 +48,7 @@ class TrainedSoup:
 
     def config(self) -> soup.SoupConfig:
         """The soup's static settings."""
-        return soup.soup_config(self.cfg)
+        return build.soup_config(self.cfg)
 
 
 def load_soup(
@@ -84,16 +82,19 @@ def load_soup(
         cfg.batch_size = cfg.num_mixtures * cfg.optimizer.grad_accumulation * jax.device_count()
     corpus = open_corpus(corpus_dir or cfg.corpus.dir)
     mesh = build.make_mesh(cfg)
-    model = model or model_lib.from_config(cfg)
+    model = model or build.base_model(cfg)
+    optimizer = build.optimizer_config(cfg)
     abstract = jax.eval_shape(
         make_init(
-            cfg,
+            build.soup_config(cfg),
+            optimizer,
             model,
+            seed=cfg.seed,
             frequencies_K=corpus.domain_frequencies,
             centroids_KC=corpus.centroids() if cfg.router.init == "centroids" else None,
         )
     )
-    shardings = state_shardings(mesh, abstract)
+    shardings = state_shardings(mesh, abstract, optimizer)
     target = checkpoint_lib.abstract_with_shardings(abstract.params, shardings.params)
     with checkpoint_lib.Checkpointer(workdir / "checkpoints") as checkpointer:
         params, step = checkpointer.restore_params(target, step=step)
@@ -176,11 +177,14 @@ def recipe(trained: TrainedSoup, specialist: Specialist, out: pathlib.Path) -> d
 def load_specialist(folder: str | pathlib.Path) -> tuple[Params, dict[str, Any]]:
     """(parameters, recipe) of a folder written by `save`; the parameters' hash is checked.
 
+    The recipe's `model` has today's fields, whichever version wrote it.
+
     Raises:
-      UserError: not a specialist's folder, incomplete, or changed since it was written.
+      UserError: not a specialist's folder, incomplete, of a later version, or changed since it was
+        written.
     """
     folder = pathlib.Path(folder)
-    made = files.read_json(folder / "recipe.json")
+    made = _read_recipe(folder / "recipe.json")
     path = folder / "params.safetensors"
     if not path.exists() or files.sha256_file(path) != made["hashes"]["params"]:
         raise UserError(f"{path} is missing or not what its recipe.json describes; make it again")
@@ -188,6 +192,17 @@ def load_specialist(folder: str | pathlib.Path) -> tuple[Params, dict[str, Any]]
     if not text.exists() or files.sha256_file(text) != made["hashes"]["tokenizer"]:
         raise UserError(f"{text} is missing or not what its recipe.json describes; make it again")
     return tree.unflatten(load_file(path)), made
+
+
+def _read_recipe(path: pathlib.Path) -> dict[str, Any]:
+    made = files.read_json(path)
+    files.read_format(made, path, newest=FORMAT)
+    missing = [
+        name for name in ("h", "vocab_size", "eos_id", "model", "hashes") if name not in made
+    ]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: make the specialist again")
+    return {**made, "model": config_lib.restore_section("model", made["model"], where=path)}
 
 
 def instantiate_to(

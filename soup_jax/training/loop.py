@@ -4,8 +4,7 @@
 
 Where the state comes from: the newest checkpoint of the workdir, else the config's seed. A run that
 is killed and started again with the same command continues and ends bit-identical to one that was
-never killed (deferred updates are written before every save: after a signal between two periodic
-ones the end is equal to rounding). SIGTERM (and SIGINT) save at the current step and end with
+never killed. SIGTERM (and SIGINT) save at the current step and end with
 status 0; with many processes (see `distributed`) a signal at one stops all of them after the same
 step.
 """
@@ -31,8 +30,8 @@ from soup_jax.processes import watchdog
 from soup_jax.processes.stop import stop_requests
 from soup_jax.soup import layout as sharding
 from soup_jax.storage import write_json
+from soup_jax.training import build, metrics
 from soup_jax.training import checkpoint as checkpoint_lib
-from soup_jax.training import metrics
 from soup_jax.training import step as train_step
 from soup_jax.training.setup import Run, claim_workdir, compile_together, restore_or_init, setup
 from soup_jax.training.state import TrainState
@@ -121,10 +120,7 @@ def train(
         start = int(state.step)
         _announce(run, start)
         writer = metrics.MetricsWriter(
-            run.workdir,
-            tensorboard=cfg.log.tensorboard,
-            start_step=start,
-            active=run.group.process_id == 0,
+            cfg, workdir=run.workdir, start_step=start, active=run.group.process_id == 0
         )
         try:
             loop = _Loop(run, checkpointer, writer, specialists, validation)
@@ -185,9 +181,13 @@ class _Loop:
         self.specialists, self.validation, self.group = specialists, validation, run.group
         shardings = jax.tree.map(lambda a: a.sharding, run.abstract)
         self.step_fn = train_step.compile_step(run.cfg, run.model, run.mesh, shardings)
-        self.flush = train_step.compile_flush(run.cfg, shardings)
         self.evaluator = (
-            evaluate.Evaluator(run.cfg, run.model, run.mesh)
+            evaluate.Evaluator(
+                build.soup_config(run.cfg),
+                run.model,
+                run.mesh,
+                batch_size=run.cfg.evaluate.batch_size,
+            )
             if run.cfg.evaluate.every_steps
             else None
         )
@@ -237,11 +237,10 @@ class _Loop:
                 if self._evaluates(done):
                     jax.block_until_ready(state.step)
                     before = time.perf_counter()
-                    state = self.flush(state)
                     self._evaluate(state, done)
                     meter.skip(time.perf_counter() - before)
                 if self._saves(done):
-                    state = self._save(state, done)
+                    self._save(state, done)
             if run.evaluation_due:
                 self._stop(state, cfg.num_steps, pending)
             if pending is not None:
@@ -279,7 +278,7 @@ class _Loop:
         if self.group.process_id == 0:
             write_json(path, report)
         # The step froze the state before this update, so what is saved here is sound.
-        self.checkpointer.save(self.flush(state), self.run_.data_state(bad))
+        self.checkpointer.save(state, self.run_.data_state(bad))
         self.checkpointer.wait()
         labels = ", ".join(d["label"] for d in report["domains"].values())
         raise FloatingPointError(
@@ -289,13 +288,11 @@ class _Loop:
             "optimizer.bank_lr_scale, or look at these windows"
         )
 
-    def _save(self, state: TrainState, done: int) -> TrainState:
+    def _save(self, state: TrainState, done: int) -> None:
         self._check_finite(state)
         self.group.at("saving")
-        state = self.flush(state)
         self.checkpointer.save(state, self.run_.data_state(done))
         self.group.at("training")
-        return state
 
     def _stop(self, state: TrainState, done: int, pending: Any) -> None:
         if pending is not None:

@@ -25,18 +25,13 @@ from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
 from soup_jax.hardware import compile_cache
-from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
-from soup_jax.training import build
+from soup_jax.training import build, trackers
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import TrainState, make_init, state_shardings
-
-# Fields that may differ between the starts of one run: they change no number of it, but for the
-# order of sums with another mesh.
-RESUMABLE = ("log.", "evaluate.", "checkpoint.", "loader.", "mesh.", "distributed.", "corpus.dir")
 
 # A network file system may remember for so long that a file was not there.
 _SEE_FILE_SECS = 60
@@ -94,6 +89,7 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
+    trackers.find(cfg.log.trackers)
     corpus = open_corpus(cfg.corpus.dir)
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
@@ -107,20 +103,23 @@ def setup(
         num_mixtures=cfg.num_mixtures,
         seed=cfg.seed,
     )
-    model = model or model_lib.from_config(cfg)
+    model = model or build.base_model(cfg)
     if cfg.mesh.gather == "layer" and model.with_gather is None:
         raise UserError(
             "mesh.gather = 'layer', but this network cannot gather its own layers: set "
             "--config.mesh.gather=step, or give its BaseModel a `with_gather`"
         )
+    optimizer = build.optimizer_config(cfg)
     make = make_init(
-        cfg,
+        build.soup_config(cfg),
+        optimizer,
         model,
+        seed=cfg.seed,
         frequencies_K=corpus.domain_frequencies,
         centroids_KC=corpus.centroids() if cfg.router.init == "centroids" else None,
     )
     abstract = jax.eval_shape(make)
-    shardings = state_shardings(mesh, abstract)
+    shardings = state_shardings(mesh, abstract, optimizer)
     return Run(
         cfg=cfg,
         workdir=workdir,
@@ -144,7 +143,8 @@ def claim_workdir(run: Run) -> None:
     timeout = run.cfg.distributed.init_timeout_secs
     path = run.workdir / "config.json"
     if path.exists():
-        changes = config_lib.diff(config_lib.load(path), run.cfg, ignore=RESUMABLE)
+        free = {name for name, field in config_lib.FIELDS.items() if field.change == "free"}
+        changes = config_lib.diff(config_lib.load(path), run.cfg, ignore=free)
         if changes:
             raise UserError(
                 f"{run.workdir} holds a run with another config (old -> new):\n  "
