@@ -12,7 +12,6 @@ from conftest import tiny_config
 from soup_jax import soup, tree
 from soup_jax.data import loader
 from soup_jax.errors import UserError
-from soup_jax.hardware import mesh
 from soup_jax.optim import apply as optimizer
 from soup_jax.optim.config import schedule
 from soup_jax.soup import bank as experts
@@ -279,7 +278,7 @@ def test_adam_moves_the_product_by_about_its_rate():
 def run(num_devices, steps=3, **fields):
     cfg = tiny_config(**fields)
     base_model = build.base_model(cfg)
-    m = mesh.make_mesh(cfg, jax.devices()[:num_devices])
+    m = build.make_mesh(cfg, jax.devices()[:num_devices])
     config, optimizer_config = build.soup_config(cfg), build.optimizer_config(cfg)
     init = train_state.make_init(
         config, optimizer_config, base_model, seed=cfg.seed, frequencies_K=FREQUENCIES
