@@ -28,8 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soup_jax.models import base as model_lib
-from soup_jax.models.llama import LlamaConfig
+from soup_jax.models.llama import LlamaConfig, base_model
 
 PEAK_SIDE = 2048
 SIZES = {  # fields of the decoder, tokens per window, windows
@@ -45,7 +44,7 @@ def normal(*shape):
 
 def network(config, length, rows, mixtures, loop):
     """(function of no arguments, FLOPs, bytes of temporary arrays, seconds to compile)."""
-    base = model_lib.llama(config, seq_len=length)
+    base = base_model(config, seq_len=length)
     theta_M = jax.jit(jax.vmap(base.init))(jax.random.split(jax.random.key(0), mixtures))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1))
     batch = {

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from soup_jax.experiments import base
-from soup_jax.models import base as model_lib
 from soup_jax.soup import merge
+from soup_jax.training import build
 
 
 def copy_seconds(num_bytes):
@@ -120,7 +120,7 @@ def main():
     args = parser.parse_args()
     cfg = base.get_config()
     cfg.model.update({"dim": args.dim, "num_layers": args.layers, "hidden_dim": 11 * args.dim // 4})
-    shared = jax.jit(model_lib.from_config(cfg).init)(jax.random.key(0))
+    shared = jax.jit(build.base_model(cfg).init)(jax.random.key(0))
     names = ("merge_many", "merge", "tensordot", "loop", "blocks")
     copy = copy_seconds(1 << 28)
     print(f"{'dtype':<10}{'E':>4}{'M':>3}" + "".join(f"{name:>18}" for name in names))

@@ -29,6 +29,7 @@ from soup_jax.models.llama import llama_config
 from soup_jax.optim import bank as bank_optimizer
 from soup_jax.soup import gradients as soup
 from soup_jax.soup import low_rank, merge
+from soup_jax.training import build
 
 READ_COLUMNS = 1 << 16
 
@@ -111,7 +112,7 @@ def products(training):
 def measure(cfg, rounds):
     """Print one table."""
     training = common.build(cfg)
-    config = llama_config(cfg)
+    config = llama_config(build.model_settings(cfg))
     length, rows, mixtures = cfg.seq_len, cfg.batch_size, cfg.num_mixtures
     layer, head = base.products(config, length, rows, mixtures)
 

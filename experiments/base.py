@@ -56,15 +56,14 @@ FIELDS = (
     fixed("tokenizer.train_bytes", 50_000_000, "about how much text the BPE is trained on",
           at_least=1),
 
-    fixed("embed.kind", "tfidf_svd", "the document embedder; see soup_jax/data/embed.py",
-          choices=("tfidf_svd",)),
+    fixed("embed.kind", "tfidf_svd", 'the document embedder, or "package.module:Class"'),
     fixed("embed.dim", 128, "of the embedding after the SVD", at_least=1),
     fixed("embed.max_features", 30_000, "words and word pairs kept by TF-IDF", at_least=1),
     fixed("embed.fit_documents", 50_000, "documents TF-IDF, SVD and k-means are fitted on, at most",
           at_least=1),
     fixed("embed.max_chars", 20_000, "of a document that are looked at", at_least=1),
 
-    # The meta-distribution pi over h: four components; their probabilities add up to 1. Shares,
+    # The meta-distribution pi over h: components whose probabilities add up to 1. Shares,
     # sizes and exponent were chosen on the runs of experiments/minipile.py; its docstring has the
     # measurements, those of the router and of the bank's learning rate below too.
     fixed("domain_weights.sparse", 0.8,
@@ -83,13 +82,14 @@ FIELDS = (
     fixed("domain_weights.concentration", 8.0, "of the Dirichlet component", above=0),
     fixed("domain_weights.path", "",
           ".json: a list of K numbers, a list of such lists, or a recipe.json"),
+    fixed("domain_weights.components", (),
+          '(name or "package.module:make", probability[, ((argument, value), ...)]) of more'),
 
     free("loader.num_threads", 2, "grain threads that read batches", at_least=1),
     free("loader.prefetch", 8, "batches read ahead, per process", at_least=1),
 
     fixed("model.kind", "llama",
-          'the shipped decoder; other Flax modules: see README, "Your own model"',
-          choices=("llama",)),
+          "the shipped decoder, or a dotted path to one of your own: my_package.nets:make"),
     fixed("model.num_layers", 2, "N", at_least=1),
     fixed("model.dim", 64, "D", at_least=1),
     fixed("model.num_heads", 4, "H", at_least=1),
@@ -103,6 +103,7 @@ FIELDS = (
           choices=("none", "full", "dots")),
     fixed("model.loss_chunk", 0, "positions whose logits exist at once; divides seq_len. 0: all",
           at_least=0),
+    fixed("model.args", (), 'pairs for a network of your own, such as (("window", 64),)'),
     fixed("model.attention", "auto",
           "cudnn: on NVIDIA GPUs, bfloat16; auto: cudnn where it works, else xla",
           choices=("auto", "xla", "cudnn")),
@@ -142,12 +143,14 @@ FIELDS = (
             at_least=0),
     fixed("optimizer.grad_accumulation", 1, "micro-batches per step; divides the rows of a mixture",
           at_least=1),
-    # Low-rank factors have AdamW with float32 moments always, and are never deferred.
+    fixed("optimizer.shared", "adamw",
+          "of the shared parameters and the router: adamw, muon, one of optax's as in optax.lion, "
+          "or a dotted path (soup_jax/optim/shared.py)"),
+    fixed("optimizer.shared_args", (), 'pairs that it gets, as in (("b1", 0.95),)'),
+    # Low-rank factors have AdamW with float32 moments always.
     fixed("optimizer.bank", "merged",
-          "of dense experts; merged: preconditioned in the merged space",
-          choices=("merged", "adamw")),
-    fixed("optimizer.flush_every", 1,
-          "T: updates of the bank deferred for T steps; only `merged` can", at_least=1),
+          "of dense experts: merged (preconditioned in the merged space), adamw, or a dotted path "
+          "(soup_jax/optim/bank.py)"),
     fixed("optimizer.moment_dtype", "float32", "storage of the bank's moments", choices=DTYPES),
     tunable("optimizer.bank_lr_scale", 0.3, "of learning_rate, for the experts", at_least=0),
     tunable("optimizer.router_lr_scale", 1.0, "of learning_rate, for the router", at_least=0),
@@ -181,8 +184,9 @@ FIELDS = (
     fixed("checkpoint.init_from", "", "a run whose parameters a new run starts from, at step 0"),
     fixed("checkpoint.init_step", 0, "of its checkpoints; 0: the newest", at_least=0),
 
-    free("log.every_steps", 20, "metrics.jsonl, TensorBoard and the progress bar", at_least=1),
-    free("log.tensorboard", True, "write TensorBoard events"),
+    free("log.every_steps", 20, "metrics.jsonl, trackers and the progress bar", at_least=1),
+    free("log.trackers", ("tensorboard",),
+         'beside metrics.jsonl: tensorboard, wandb, trackio or "package.module:make"'),
     free("log.peak_tflops", 0.0, "of one device, for MFU; 0: as known of the chip, else no MFU",
          at_least=0),
 
@@ -222,6 +226,7 @@ def set_generic(cfg: ConfigDict) -> None:
     cfg.num_experts = 0
     cfg.num_mixtures = 1
     cfg.domain_weights.update({"sparse": 0.0, "generic": 1.0, "dirichlet": 0.0, "file": 0.0})
+    cfg.domain_weights.components = ()
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

@@ -25,7 +25,9 @@ def is_path(name: str) -> bool:
 
 
 def from_path(path: str) -> object:
-    """What `package.module:attribute` names; the current folder counts, as for `python -m`.
+    """What `package.module:attribute` names.
+
+    Installed modules come first, then those in the current folder.
 
     Errors that the module itself raises pass through.
 
@@ -36,7 +38,7 @@ def from_path(path: str) -> object:
     if not all(part.isidentifier() for part in f"{module_name}.{attribute}".split(".")):
         raise UserError(f"{path!r} is no dotted path; write package.module:attribute")
     if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # a console script does not look here by itself
     try:
         found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as e:

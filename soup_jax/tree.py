@@ -48,6 +48,14 @@ def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
+def is_matrix(path: str, ndim: int) -> bool:
+    """Whether a leaf is a matrix or a stack of them; norm scales and biases are not.
+
+    A norm scale that is stacked by layer has two dimensions, so the name decides for it.
+    """
+    return ndim >= 2 and not re.search(r"(?i:norm)[^/]*/scale$|bias$", path)
+
+
 def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[str, str]:
     """The rule of each path: that of the first (regex, rule) whose regex matches the whole path.
 

@@ -13,12 +13,12 @@ from soup_jax import tree
 from soup_jax.data import loader
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh
-from soup_jax.models import base as model
 from soup_jax.optim import apply as optimizer
 from soup_jax.soup import bank as experts
 from soup_jax.soup import gradients as soup
 from soup_jax.soup import layout as sharding
 from soup_jax.soup import low_rank, merge
+from soup_jax.training import build
 from soup_jax.training import state as train_state
 from soup_jax.training import step as train_step
 
@@ -57,7 +57,7 @@ def multiplied_out(bank, shared):
 
 def make(rules=MIXED, **fields):
     cfg = tiny_config(**{"experts.rules": rules} | fields)
-    base_model = model.from_config(cfg)
+    base_model = build.base_model(cfg)
     params = soup.init(
         jax.random.key(0), base_model.init, soup.soup_config(cfg), frequencies_K=FREQUENCIES
     )
@@ -291,7 +291,7 @@ def test_adam_moves_the_product_by_about_its_rate():
 
 def run(num_devices, steps=3, **fields):
     cfg = tiny_config(**fields)
-    base_model = model.from_config(cfg)
+    base_model = build.base_model(cfg)
     m = mesh.make_mesh(cfg, jax.devices()[:num_devices])
     init = train_state.make_init(cfg, base_model, frequencies_K=FREQUENCIES)
     shardings = train_state.state_shardings(m, jax.eval_shape(init))
@@ -348,6 +348,6 @@ def test_factors_in_bfloat16_stay_close_to_float32():
     ],
 )
 def test_rules_that_do_not_fit_the_leaf_are_refused(rules, message):
-    shared = jax.eval_shape(model.from_config(tiny_config()).init, jax.random.key(0))
+    shared = jax.eval_shape(build.base_model(tiny_config()).init, jax.random.key(0))
     with pytest.raises(UserError, match=message):
         experts.init_bank(jax.random.key(0), shared, num_experts=E, rules=rules, init_scale=0.0)

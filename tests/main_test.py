@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax.cli import main
+from soup_jax.cli import config_flag, main
 from soup_jax.config import schema as config_lib
 
 CONFIG = "--config=experiments/quickstart.py"
@@ -120,20 +120,20 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(values):
         raise KeyError("a bug")
 
-    monkeypatch.setitem(main.SUBCOMMANDS, "generate", (main._define_generate, broken))
+    monkeypatch.setattr(main.SUBCOMMANDS["generate"], "run", broken)
     with pytest.raises(KeyError, match="a bug"):
         main.run(["generate", "--model=m"])
 
 
 def test_shipped_config_is_found_from_anywhere_and_a_local_one_wins(tmp_path):
     argument = "--config=experiments/quickstart.py"
-    found = pathlib.Path(main._resolve_config([argument])[0].partition("=")[2])
+    found = pathlib.Path(config_flag.resolve([argument])[0].partition("=")[2])
     assert found.is_absolute()
     assert found.read_text().count("def get_config") == 1
-    assert main._resolve_config(["--workdir=r"]) == ["--workdir=r"]
+    assert config_flag.resolve(["--workdir=r"]) == ["--workdir=r"]
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "quickstart.py").write_text("")
-    assert main._resolve_config([argument]) == [argument]
+    assert config_flag.resolve([argument]) == [argument]
 
 
 def test_whole_chain(tiny_text, tmp_path, capsys):

@@ -1,11 +1,15 @@
 """Log lines: their arithmetic, and the files they go to."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 
-from soup_jax.training import metrics
+from soup_jax.errors import UserError
+from soup_jax.experiments import base
+from soup_jax.training import metrics, trackers
 from soup_jax.training import step as train_step
 
 
@@ -69,9 +73,10 @@ def test_peak_takes_the_longest_match():
     assert metrics.peak_tflops("cpu") == 0.0
 
 
-def writer(folder, start=0, **changes):
-    options = {"tensorboard": False, "start_step": start, "active": True} | changes
-    return metrics.MetricsWriter(folder, **options)
+def writer(folder, start=0, *, trackers=(), active=True):
+    cfg = base.get_config()
+    cfg.log.trackers = trackers
+    return metrics.MetricsWriter(cfg, workdir=folder, start_step=start, active=active)
 
 
 def write_steps(folder, start, steps, **changes):
@@ -143,17 +148,17 @@ def test_lines_are_on_disk_before_close(tmp_path):
 
 
 def test_an_inactive_writer_writes_nothing(tmp_path):
-    write_steps(tmp_path, 0, (1, 2), active=False, tensorboard=True)
+    write_steps(tmp_path, 0, (1, 2), active=False, trackers=("tensorboard",))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_gets_the_scalars(tmp_path):
-    write_steps(tmp_path, 0, (1, 2), tensorboard=True)
+    write_steps(tmp_path, 0, (1, 2), trackers=("tensorboard",))
     assert any(p.stat().st_size for p in (tmp_path / "tensorboard").iterdir())
 
 
 @pytest.mark.parametrize("broken", ["__init__", "add_scalar", "close"])
-def test_a_failure_of_tensorboard_stops_nothing(broken, tmp_path, monkeypatch):
+def test_a_failure_of_tensorboard_stops_nothing(broken, tmp_path, monkeypatch, caplog):
     import tensorboardX
 
     calls = []
@@ -163,6 +168,82 @@ def test_a_failure_of_tensorboard_stops_nothing(broken, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(tensorboardX.SummaryWriter, broken, fail)
-    write_steps(tmp_path, 0, (1, 2), tensorboard=True)
+    write_steps(tmp_path, 0, (1, 2), trackers=("tensorboard",))
     assert steps_of(tmp_path) == [1, 2]
     assert calls == [broken]
+    assert len(caplog.records) == 1
+    assert "disk full" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_module_like_wandb_gets_the_numbers_and_is_continued(name, tmp_path, monkeypatch):
+    calls = []
+    module = types.ModuleType(name)
+    module.init = lambda **options: calls.append(("init", options))
+    module.log = lambda values, step: calls.append(("log", step, values))
+    module.finish = lambda: calls.append(("finish",))
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv(f"{name.upper()}_PROJECT", "pans")
+    write_steps(tmp_path, 0, (1, 2), trackers=(name,))
+    write_steps(tmp_path, 2, (3,), trackers=(name,))
+    first, again = (call[1] for call in calls if call[0] == "init")
+    assert first == again
+    assert first["project"] == "pans"
+    assert first["name"].startswith("base-")
+    assert first["resume"] == "allow"
+    assert first["config"]["log"]["trackers"] == (name,)
+    assert first.get("id", first["name"]) == first["name"]
+    assert calls[1:4] == [
+        ("log", 1, {"train/loss": 1.0}),
+        ("log", 2, {"train/loss": 2.0}),
+        ("finish",),
+    ]
+
+
+class Memory:
+    """From outside: a tracker that remembers, and fails at step 3."""
+
+    lines: list = []  # noqa: RUF012
+
+    def __init__(self, cfg, *, workdir, start_step):
+        self.lines.append((cfg.name, workdir.name, start_step))
+
+    def log(self, step, values, kind):
+        if step == 3:
+            raise OSError("full")
+        self.lines.append((step, dict(values), kind))
+
+    def close(self):
+        self.lines.append("closed")
+
+
+def test_a_tracker_from_outside(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Memory, "lines", [])
+    names = (f"{__name__}:Memory", "tensorboard")
+    w = writer(tmp_path, 1, trackers=names)
+    w.write(2, {"average": {"a": 1}, "specialists": 0.5}, kind="evaluation")
+    w.write(2, {"average": {}}, kind="evaluation")  # no numbers
+    w.close()
+    start = ("base", tmp_path.name, 1)
+    assert Memory.lines == [start, (2, {"specialists": 0.5}, "evaluation"), "closed"]
+    write_steps(tmp_path, 2, (3, 4, 5), trackers=names)
+    assert len(Memory.lines) == 4
+    assert [r.message for r in caplog.records] == [
+        f"the tracker {names[0]} failed and is left out from here: full"
+    ]
+    assert steps_of(tmp_path) == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensorbord", r"unknown tracker 'tensorbord' \(did you mean tensorboard\?\)"),
+        ("nowhere:make", "there is no module nowhere"),
+        ("wandb", "log.trackers names wandb, which is not installed: pip install wandb"),
+    ],
+)
+def test_a_tracker_that_does_not_exist_is_refused_before_work_starts(name, message, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])  # whatever is installed here
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match=message):
+        trackers.find((name,))

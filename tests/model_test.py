@@ -7,11 +7,12 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from soup_jax import tree
+from soup_jax import soup, tree
+from soup_jax.errors import UserError
 from soup_jax.experiments import base
 from soup_jax.models import base as model
 from soup_jax.models import llama
-from soup_jax.soup import gradients as soup
+from soup_jax.training import build
 
 CONFIG = llama.LlamaConfig(
     vocab_size=97, num_layers=2, dim=32, num_heads=4, num_kv_heads=2, hidden_dim=48
@@ -25,7 +26,7 @@ def tokens():
 
 
 def init(config=CONFIG):
-    return model.llama(config, seq_len=L).init(jax.random.key(0))
+    return llama.base_model(config, seq_len=L).init(jax.random.key(0))
 
 
 def test_no_position_sees_the_future():
@@ -66,7 +67,7 @@ def test_chunked_losses_and_gradients_equal_the_plain_ones(tokens, chunk):
     batch = {"tokens": jnp.pad(tokens, ((0, 0), (0, 1))), "num_targets": jnp.array([16, 9, 1])}
 
     def f(params, config):
-        losses, weights = model.llama(config, seq_len=L).example_losses(params, batch)
+        losses, weights = llama.base_model(config, seq_len=L).example_losses(params, batch)
         return (losses * weights).sum()
 
     plain = jax.value_and_grad(f)(init(), CONFIG)
@@ -93,7 +94,7 @@ def test_remat_changes_nothing_but_memory(tokens, remat):
 
 def test_padding_targets_weigh_nothing(tokens):
     batch = {"tokens": jnp.pad(tokens, ((0, 0), (0, 1))), "num_targets": jnp.array([16, 3, 0])}
-    _, weights = model.llama(CONFIG, seq_len=L).example_losses(init(), batch)
+    _, weights = llama.base_model(CONFIG, seq_len=L).example_losses(init(), batch)
     np.testing.assert_array_equal(weights.sum(1), [16, 3, 0])
     assert (weights[1, :3] == 1).all()
 
@@ -120,27 +121,19 @@ def test_rotation_keeps_length_and_depends_on_distance_only():
 
 @pytest.mark.parametrize(("preset", "millions"), [("35m", 10.6), ("110m", 85.0), ("335m", 303.0)])
 def test_preset_sizes_without_embeddings(preset, millions):
-    abstract = jax.eval_shape(model.from_config(base.get_config(preset)).init, jax.random.key(0))
+    abstract = jax.eval_shape(build.base_model(base.get_config(preset)).init, jax.random.key(0))
     leaves = tree.flatten(abstract)
     embedding = leaves.pop("embedding")
     assert embedding.shape[0] == 4096
     np.testing.assert_allclose(tree.num_params(leaves) / 1e6, millions, rtol=0.02)
 
 
-def test_logical_axes_name_every_dimension():
-    axes = tree.flatten(llama.logical_axes(CONFIG))
-    leaves = tree.flatten(init())
-    assert axes.keys() == leaves.keys()
-    for path, leaf in leaves.items():
-        assert len(axes[path]) == leaf.ndim, path
-
-
 def test_flops_count_the_matmuls_that_xla_counts():
     config = dataclasses.replace(CONFIG, dim=64, num_heads=4, num_kv_heads=4, hidden_dim=128)
-    base_model = model.llama(config, seq_len=L)
+    base_model = llama.base_model(config, seq_len=L)
     batch = {"tokens": jnp.zeros((1, L + 1), jnp.int32), "num_targets": jnp.array([L])}
     params = init(dataclasses.replace(config, num_layers=1))
-    single = model.llama(dataclasses.replace(config, num_layers=1), seq_len=L)
+    single = llama.base_model(dataclasses.replace(config, num_layers=1), seq_len=L)
     forward = jax.jit(lambda p: single.example_losses(p, batch)[0].sum())
     counted = forward.lower(params).compile().cost_analysis()["flops"]
     # Ours counts causal attention at half of the square that XLA computes; the rest of the
@@ -181,27 +174,24 @@ def test_any_flax_module_can_be_souped(base_model):
     rng = np.random.default_rng(0)
     config = soup.SoupConfig(num_domains=3, num_experts=2, init_scale=0.5)
     params = soup.init(jax.random.key(0), base_model.init, config, frequencies_K=np.full(3, 1 / 3))
-    batch = {
-        "x": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
-        "y": jnp.ones(6),
-        "h": jnp.eye(3)[:2],
-    }
+    rows = {"x": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), "y": jnp.ones(6)}
+    batch = soup.Batch(rows=rows, h_MK=jnp.eye(3)[:2])
 
     def plain(params):
-        alpha = soup.coefficients(params, batch["h"], config)
+        alpha = soup.coefficients(params, batch.h_MK, config)
         total = 0.0
         for m in range(2):
             theta = jax.tree.map(
                 lambda s, e, m=m: s + jnp.tensordot(alpha[m], e, 1),
                 params["shared"],
-                params["bank"],
+                params["bank"]["dense"],
             )
-            rows = {k: batch[k][3 * m : 3 * m + 3] for k in ("x", "y")}
-            total = total + base_model.example_losses(theta, rows)[0].sum()
+            own = {k: v[3 * m : 3 * m + 3] for k, v in rows.items()}
+            total = total + base_model.example_losses(theta, own)[0].sum()
         return total / 6
 
     loss, expected = jax.value_and_grad(plain)(params)
-    (ours, _), grads, _ = soup.value_and_grad(params, batch, model=base_model, config=config)
+    (ours, _), grads = soup.value_and_grad(params, batch, model=base_model, config=config)
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
@@ -210,9 +200,47 @@ def test_any_flax_module_can_be_souped(base_model):
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": 3}, "model.num_heads = 3 must divide model.dim = 64"),
+        ({"num_kv_heads": 3}, "model.num_kv_heads = 3 must divide model.num_heads = 4"),
+        ({"num_heads": 64, "num_kv_heads": 64}, "must be even"),
+        ({"loss_chunk": 7}, "model.loss_chunk = 7 must divide seq_len = 256"),
+        ({"args": (("depth", 3),)}, "'llama' reads none"),
+        ({"kind": "lama"}, r"unknown base network 'lama' \(did you mean llama\?\)"),
+        ({"kind": "no_such_package.nets:make"}, "there is no module no_such_package"),
+        ({"kind": "soup_jax.tree:no_such"}, "has no attribute no_such"),
+        ({"kind": "soup_jax.tree:flatten"}, "returned a dict, and must return a BaseModel"),
+    ],
+)
+def test_networks_that_cannot_be_made_are_refused(fields, message):
+    cfg = base.get_config()
+    cfg.model.update(fields)
+    with pytest.raises(UserError, match=message):
+        build.base_model(cfg)
+
+
+def test_settings_are_the_fields_of_the_config():
+    cfg = base.get_config()
+    cfg.model.args = (("depth", 3),)
+    settings = {"kind": "llama", **dataclasses.asdict(build.model_settings(cfg))}
+    assert settings == {**cfg.model, "vocab_size": 4096, "seq_len": 256}
+
+
+def test_settings_of_an_older_recipe_are_completed_and_unknown_ones_refused():
+    old = {"num_layers": 1, "dim": 8, "num_heads": 1, "num_kv_heads": 1, "hidden_dim": 8}
+    settings = model.ModelSettings.from_mapping(old, vocab_size=9, seq_len=4)
+    assert settings.args == ()
+    with pytest.raises(UserError, match=r"unknown fields \['depth'\], missing fields \['dim'\]"):
+        model.ModelSettings.from_mapping(
+            {k: v for k, v in old.items() if k != "dim"} | {"depth": 3}, vocab_size=9, seq_len=4
+        )
+
+
 def test_modules_with_running_statistics_are_refused():
     module = nn.BatchNorm(use_running_average=False)
-    with pytest.raises(ValueError, match="merges parameters only"):
+    with pytest.raises(UserError, match="merges parameters only"):
         model.from_linen(module, example=jnp.zeros((2, 4)), losses=squared_error).init(
             jax.random.key(0)
         )

@@ -16,8 +16,8 @@ from soup_jax import tree
 from soup_jax.cli import main
 from soup_jax.errors import UserError
 from soup_jax.hardware import chips, mesh
-from soup_jax.models import base as model_lib
 from soup_jax.planning import estimate, plan, target
+from soup_jax.training import build
 from soup_jax.training import state as train_state
 
 H200 = chips.find("H200")
@@ -60,7 +60,7 @@ def small_step(**fields):
 def test_state_bytes_are_those_of_the_real_state(bank):
     cfg, step = small_step(num_mixtures=4, **{"optimizer.bank": bank})
     init = train_state.make_init(
-        cfg, model_lib.from_config(cfg), frequencies_K=np.full(cfg.num_domains, 1 / cfg.num_domains)
+        cfg, build.base_model(cfg), frequencies_K=np.full(cfg.num_domains, 1 / cfg.num_domains)
     )
     where = jax.tree.map(lambda leaf: leaf.sharding, step.state)
     state = jax.jit(init, out_shardings=where)()

@@ -20,11 +20,10 @@ from soup_jax import tree
 from soup_jax.config import schema as config
 from soup_jax.data import loader
 from soup_jax.errors import UserError
-from soup_jax.evaluation import evaluate
-from soup_jax.models import base as model
-from soup_jax.specialists import instantiate as specialist
+from soup_jax.evaluation import evaluator
+from soup_jax.specialists import open as open_lib
+from soup_jax.training import build, metrics
 from soup_jax.training import loop as train
-from soup_jax.training import metrics
 from soup_jax.training import setup as run_lib
 from soup_jax.training import step as train_step
 from soup_jax.training.checkpoint import Checkpointer
@@ -180,8 +179,8 @@ def test_a_stopped_run_with_low_rank_experts_ends_bit_identical(make_cfg, tmp_pa
     with pytest.raises(train.Interrupted):
         train.train(cfg, tmp_path / "cut")
     assert_same_state(train.train(cfg, tmp_path / "cut"), whole)
-    trained = specialist.load_soup(tmp_path / "cut")
-    made = specialist.instantiate(trained, [(tiny_text / "cooking.jsonl").read_text()])
+    trained = open_lib.load(tmp_path / "cut")
+    made = trained.instantiate([(tiny_text / "cooking.jsonl").read_text()])
     shared, merged = tree.flatten(trained.params["shared"]), tree.flatten(made.params)
     assert {p: x.shape for p, x in merged.items()} == {p: x.shape for p, x in shared.items()}
     factors = tree.flatten(trained.params["bank"])
@@ -257,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_cfg, tmp_path):
     poison = next(row for row in windows[bad] if row.tobytes() not in known)
 
     def poisoned(row):
-        good = model.from_config(cfg)
+        good = build.base_model(cfg)
 
         def example_losses(params, batch):
             value, weight = good.example_losses(params, batch)
@@ -411,7 +410,7 @@ def evaluations(workdir):
 
 @pytest.mark.parametrize("step", [6, 12])
 def test_an_evaluation_cut_by_sigterm_is_made_up(step, make_cfg, tiny_text, tmp_path, monkeypatch):
-    cfg, original = make_cfg(**evaluating(tiny_text)), evaluate.Evaluator.shared
+    cfg, original = make_cfg(**evaluating(tiny_text)), evaluator.Evaluator.shared
     expected = train.train(cfg, tmp_path / "whole")
     workdir, left = tmp_path / "cut", [step // 6]
 
@@ -422,7 +421,7 @@ def test_an_evaluation_cut_by_sigterm_is_made_up(step, make_cfg, tiny_text, tmp_
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate.Evaluator, "shared", shared)
+        patch.setattr(evaluator.Evaluator, "shared", shared)
         with pytest.raises(train.Interrupted, match=f"saved step {step} of 12"):
             train.train(cfg, workdir)
     assert final_state(cfg, workdir)[1]["step"] == step

@@ -50,7 +50,7 @@ class Field:
     def from_json(self, value: Any) -> Any:
         """A value as it was before JSON, which has no tuples and may write 1.0 as 1."""
         if isinstance(self.default, tuple) and isinstance(value, list):
-            return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+            return _tuples(value)
         exact = isinstance(self.default, float) and type(value) is int
         return float(value) if exact else value
 
@@ -93,6 +93,10 @@ class Field:
         if high is not None:
             return f"at most {high}" if self.below is None else f"below {high}"
         return ""
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 fixed = functools.partial(Field, change="fixed")

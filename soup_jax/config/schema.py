@@ -7,12 +7,11 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from soup_jax import rules
 from soup_jax.config.fields import Change, nearest
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
@@ -30,10 +29,11 @@ def was(neutral: Any) -> Meaning:
     return lambda value: {} if value == neutral else None
 
 
-# Fields of earlier versions -> what a value of theirs means in today's fields, such as
-#   "optimizer.old": was(1),
-#   "log.old": lambda value: {"log.new": ("old",) if value else ()},
-GONE: dict[str, Meaning] = {}
+# Fields of earlier versions -> what a value of theirs means in today's fields.
+GONE: dict[str, Meaning] = {
+    "optimizer.flush_every": was(1),  # updates of the bank that were deferred
+    "log.tensorboard": lambda value: {"log.trackers": ("tensorboard",) if value else ()},
+}
 
 
 def flat_items(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -159,17 +159,22 @@ def _check_combinations(cfg: ConfigDict) -> None:
         f"optimizer.grad_accumulation = {cfg.optimizer.grad_accumulation} must divide the {rows} "
         "rows of a mixture (batch_size / num_mixtures)",
     )
-    if cfg.model.loss_chunk:
-        _divides(cfg, "model.loss_chunk", "seq_len")
-    _divides(cfg, "model.num_heads", "model.dim")
-    _divides(cfg, "model.num_kv_heads", "model.num_heads")
-    need(cfg.model.dim // cfg.model.num_heads % 2 == 0, "model.dim / model.num_heads must be even")
+    need(
+        all(isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], str) for a in cfg.model.args),
+        f"model.args must be a tuple of (name, value) pairs, not {cfg.model.args!r}",
+    )
     weights = cfg.domain_weights
+    need(
+        all(_is_component(c) for c in weights.components),
+        "domain_weights.components must be a tuple of (name, probability) or (name, probability, "
+        f"((argument, value), ...)), not {weights.components!r}",
+    )
     total = weights.sparse + weights.generic + weights.dirichlet + weights.file
+    total += sum(probability for _, probability, *_ in weights.components)
     need(
         abs(total - 1) < 1e-6,
-        "domain_weights.sparse + generic + dirichlet + file are probabilities and must add up to "
-        f"1, not {total:g}",
+        "domain_weights.sparse + generic + dirichlet + file and those of domain_weights.components "
+        f"are probabilities and must add up to 1, not {total:g}",
     )
     need(
         weights.min_support_size <= weights.support_size <= cfg.num_domains,
@@ -191,15 +196,9 @@ def _check_combinations(cfg: ConfigDict) -> None:
         "histogram_fraction + tuning_fraction < 1",
     )
     need(
-        cfg.optimizer.flush_every == 1 or cfg.optimizer.bank == "merged",
-        f"optimizer.flush_every = {cfg.optimizer.flush_every} defers updates, which "
-        f"optimizer.bank = {cfg.optimizer.bank!r} cannot: set it to 1, or the bank's to 'merged'",
-    )
-    need(
         all(isinstance(r, tuple) and [type(x) for x in r] == [str, str] for r in cfg.experts.rules),
         f"experts.rules must be a tuple of (regex, rule) pairs, not {cfg.experts.rules!r}",
     )
-    _check_rules(cfg.experts.rules)
     need(
         bool(cfg.checkpoint.init_from) or not cfg.checkpoint.init_step,
         f"checkpoint.init_step = {cfg.checkpoint.init_step} is a step of the run "
@@ -217,12 +216,15 @@ def _check_combinations(cfg: ConfigDict) -> None:
         ends.append(pair[1])
 
 
-def _check_rules(pairs: Sequence[tuple[str, str]]) -> None:
-    for _, rule in pairs:
-        try:
-            rules.low_rank(rule)
-        except UserError as e:
-            raise UserError(f"config: experts.rules: {e}") from e
+def _is_component(value: Any) -> bool:
+    match value:
+        case (str(), float() | int() as probability):
+            return probability >= 0
+        case (str(), float() | int() as probability, tuple() as arguments):
+            return probability >= 0 and all(
+                isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], str) for a in arguments
+            )
+    return False
 
 
 def _divides(cfg: ConfigDict, small: str, large: str) -> None:

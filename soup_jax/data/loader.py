@@ -5,15 +5,12 @@
 3. grain: BatchSource in step order, read ahead by threads
 4. `to_device`: local rows -> arrays sharded over the mesh
 
-A batch is a dict:
+The rows of a batch:
     tokens       int32 [B, L + 1]   inputs are [:, :-1], targets [:, 1:]
     num_targets  int32 [B]          targets that are text; the rest of the window is padding
-    domain       int32 [B]
-    h            float32 [M, K]     rows of mixture m are the m-th of M equal blocks
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import jax
@@ -23,9 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from soup_jax.data.corpus import Corpus
 from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
-from soup_jax.soup import layout as sharding
-
-Batch = dict[str, Any]
+from soup_jax.soup import Batch, layout
 
 
 class BatchSource:
@@ -43,14 +38,15 @@ class BatchSource:
         plan = self._plan[int(step)]
         domain = plan.domain_B[self._rows]
         window = plan.window_B[self._rows]
-        return {
-            "tokens": self._corpus.read_windows(
-                "train", self._corpus.offsets["train"][domain] + window
-            ),
-            "num_targets": num_targets(self._corpus, "train", domain, window),
-            "domain": domain.astype(np.int32),
-            "h": plan.h_MK.astype(np.float32),
-        }
+        record = self._corpus.offsets["train"][domain] + window
+        return Batch(
+            rows={
+                "tokens": self._corpus.read_windows("train", record),
+                "num_targets": num_targets(self._corpus, "train", domain, window),
+            },
+            h_MK=plan.h_MK.astype(np.float32),
+            domain_B=domain.astype(np.int32),
+        )
 
 
 def num_targets(corpus: Corpus, split: str, domain: np.ndarray, window: np.ndarray) -> np.ndarray:
@@ -83,10 +79,10 @@ def batches(
     return iter(dataset.to_iter_dataset(options))
 
 
-def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from this process's rows: rows over the mesh, `h` everywhere."""
-    by_row, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
-    local_rows = len(batch["tokens"])
+def to_device(batch: Batch, mesh: Mesh) -> Batch:
+    """Global arrays from this process's rows: rows over the mesh, `h_MK` everywhere."""
+    by_row, everywhere = layout.batch(mesh), layout.replicated(mesh)
+    local_rows = len(batch.domain_B)
     batch_size = local_rows * mesh.size // len(by_row.addressable_devices)
     rows = process_rows(by_row, batch_size)
 
@@ -98,12 +94,11 @@ def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
         return jax.make_array_from_callback((batch_size, *value.shape[1:]), by_row, part)
 
-    return {
-        name: jax.make_array_from_process_local_data(everywhere, value)
-        if name == "h"
-        else spread(value)
-        for name, value in batch.items()
-    }
+    return Batch(
+        rows={name: spread(value) for name, value in batch.rows.items()},
+        h_MK=jax.make_array_from_process_local_data(everywhere, batch.h_MK),
+        domain_B=spread(batch.domain_B),
+    )
 
 
 def check_corpus(corpus: Corpus, *, num_domains: int, seq_len: int, vocab_size: int) -> None:

@@ -233,7 +233,7 @@ class SamplingPlan:
 
     def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
-        h_MK = sample_domain_weights(self.meta, rng, num_mixtures=self.num_mixtures)
+        h_MK = sample_domain_weights(self.meta, rng, step=step, num_mixtures=self.num_mixtures)
         u_MR = rng.random(self.batch_size).reshape(self.num_mixtures, -1)
         # All rows' supports at once: a call for each of them lets other threads in each time.
         mixture, support = np.nonzero(h_MK)

@@ -14,8 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from ml_collections import ConfigDict
+from jax.nn.initializers import normal, ones
 
+from soup_jax.errors import UserError
+from soup_jax.models.base import BaseModel, ModelSettings, Rows, num_target_mask
 from soup_jax.models.ops import attend, logits, look_up, matmul, token_losses
 from soup_jax.shapes import Array, Params
 
@@ -49,14 +51,28 @@ class LlamaConfig:
         return self.dim // self.num_heads
 
 
-def llama_config(cfg: ConfigDict) -> LlamaConfig:
-    """The decoder of a config."""
-    fields = {k: v for k, v in cfg.model.items() if k != "kind"}
-    return LlamaConfig(vocab_size=cfg.vocab_size, **fields)
+def llama_config(settings: ModelSettings) -> LlamaConfig:
+    """The decoder of a network's settings.
 
+    Raises:
+      UserError: sizes that do not fit each other, or `args`, of which it has none.
+    """
+    s = settings
 
-def _normal(std: float, *axes: str) -> Callable[..., Any]:
-    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(f"config: {message}")
+
+    for small, large in (("num_heads", "dim"), ("num_kv_heads", "num_heads")):
+        of, whole = getattr(s, small), getattr(s, large)
+        need(whole % of == 0, f"model.{small} = {of} must divide model.{large} = {whole}")
+    need(s.dim // s.num_heads % 2 == 0, "model.dim / model.num_heads must be even")
+    need(
+        not s.loss_chunk or s.seq_len % s.loss_chunk == 0,
+        f"model.loss_chunk = {s.loss_chunk} must divide seq_len = {s.seq_len}",
+    )
+    need(not s.args, f"model.args = {s.args} is for a network of your own; 'llama' reads none")
+    return LlamaConfig(**{f.name: getattr(s, f.name) for f in dataclasses.fields(LlamaConfig)})
 
 
 class RMSNorm(nn.Module):
@@ -67,8 +83,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D]."""
-        init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
-        scale_D = self.param("scale", init, (x.shape[-1],))
+        scale_D = self.param("scale", ones, (x.shape[-1],))
         # As one matrix: with a dimension of 1 beside that of mixtures (one window each), XLA's sums
         # take a CPU 20 times as long.
         y = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
@@ -102,10 +117,8 @@ class Attention(nn.Module):
         heads = {"query": c.num_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
         projected = {}
         for name, num_heads in heads.items():
-            w = self.param(
-                name, _normal(std, "embed", "heads"), (c.dim, num_heads * c.head_dim)
-            ).astype(x.dtype)
-            y = checkpoint_name(matmul(x, w), "projected")
+            w = self.param(name, normal(std), (c.dim, num_heads * c.head_dim))
+            y = checkpoint_name(matmul(x, w.astype(x.dtype)), "projected")
             projected[name] = y.reshape(*x.shape[:2], num_heads, c.head_dim)
         query = rotate(projected["query"], position_BL, c.rope_theta)
         key = rotate(projected["key"], position_BL, c.rope_theta)
@@ -115,7 +128,7 @@ class Attention(nn.Module):
         else:
             y = attend(query, key, value, kind=c.attention)
         out_std = std * (2 * c.num_layers) ** -0.5
-        out = self.param("out", _normal(out_std, "heads", "embed"), (c.dim, c.dim))
+        out = self.param("out", normal(out_std), (c.dim, c.dim))
         y = checkpoint_name(y.reshape(*x.shape), "attended")
         return checkpoint_name(matmul(y, out.astype(x.dtype)), "attention_out")
 
@@ -144,10 +157,10 @@ class Mlp(nn.Module):
         c = self.cfg
         std = c.dim**-0.5
         shape = (c.dim, c.hidden_dim)
-        gate_DF = self.param("gate", _normal(std, "embed", "mlp"), shape).astype(x.dtype)
-        up_DF = self.param("up", _normal(std, "embed", "mlp"), shape).astype(x.dtype)
+        gate_DF = self.param("gate", normal(std), shape).astype(x.dtype)
+        up_DF = self.param("up", normal(std), shape).astype(x.dtype)
         out_std = c.hidden_dim**-0.5 * (2 * c.num_layers) ** -0.5
-        down_FD = self.param("down", _normal(out_std, "mlp", "embed"), shape[::-1])
+        down_FD = self.param("down", normal(out_std), shape[::-1])
         gate = checkpoint_name(matmul(x, gate_DF), "mlp_hidden")
         up = checkpoint_name(matmul(x, up_DF), "mlp_hidden")
         return matmul(nn.silu(gate) * up, down_FD.astype(x.dtype))
@@ -197,9 +210,7 @@ class Llama(nn.Module):
         c = self.cfg
         if position_BL is None:
             position_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]), token_BL.shape)
-        embedding_VD = self.param(
-            "embedding", _normal(0.02, "vocab", "embed"), (c.vocab_size, c.dim)
-        )
+        embedding_VD = self.param("embedding", normal(0.02), (c.vocab_size, c.dim))
         x = look_up(embedding_VD.astype(c.dtype), token_BL)
         x, _ = nn.scan(
             self._block(),
@@ -207,13 +218,12 @@ class Llama(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.cache_len, name="layers")(x, position_BL)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
         if c.tie_embeddings:
             head_DV = embedding_VD.T
         else:
-            head_DV = self.param("head", _normal(0.02, "embed", "vocab"), (c.dim, c.vocab_size))
+            head_DV = self.param("head", normal(0.02), (c.dim, c.vocab_size))
         head_DV = head_DV.astype(c.dtype)
         if target_BL is None:
             return logits(x, head_DV)
@@ -258,10 +268,44 @@ def llama_flops(cfg: LlamaConfig, *, seq_len: int) -> float:
     return 6.0 * seq_len * (matmuls + scores)
 
 
-def logical_axes(cfg: LlamaConfig) -> Any:
-    """Tree of tuples of logical axis names, one per dimension, as the parameters are nested."""
-    boxed = jax.eval_shape(
-        lambda key: Llama(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"],
-        jax.random.key(0),
+def base_model(
+    cfg: LlamaConfig, *, seq_len: int, gather: Callable[[Params], Params] | None = None
+) -> BaseModel:
+    """The decoder as a BaseModel; `seq_len` is that of the windows it is trained on."""
+    module = Llama(cfg, gather=gather)
+
+    def init(key: Array) -> Params:
+        return Llama(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    def example_losses(params: Params, rows: Rows) -> tuple[Array, Array]:
+        tokens = rows["tokens"]
+        losses = module.apply({"params": params}, tokens[:, :-1], target_BL=tokens[:, 1:])
+        return losses, num_target_mask(rows["num_targets"], tokens.shape[1] - 1)
+
+    def decode(
+        params: Params, token_BL: Array, position: Array, cache: Any, *, cache_len: int
+    ) -> tuple[Array, Any]:
+        position_BL = jnp.broadcast_to(position + jnp.arange(token_BL.shape[1]), token_BL.shape)
+        variables = {"params": params} if cache is None else {"params": params, "cache": cache}
+        network = Llama(cfg, cache_len=cache_len)
+        found, updated = network.apply(variables, token_BL, position_BL, mutable="cache")
+        return found, updated["cache"]
+
+    return BaseModel(
+        init,
+        example_losses,
+        logits=lambda params, token_BL: module.apply({"params": params}, token_BL),
+        decode=decode,
+        flops_per_row=llama_flops(cfg, seq_len=seq_len),
+        layers="layers/",
+        with_gather=lambda function: base_model(cfg, seq_len=seq_len, gather=function),
     )
-    return nn.get_partition_spec(boxed)
+
+
+def make(settings: ModelSettings) -> BaseModel:
+    """The base network of `model.kind` = "llama".
+
+    Raises:
+      UserError: as `llama_config` says.
+    """
+    return base_model(llama_config(settings), seq_len=settings.seq_len)

@@ -9,14 +9,18 @@ no array of random bits of the bank's size exists, and every slice makes its own
 """
 
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from soup_jax.shapes import Array
 
 
-def store(x: Array, dtype: str, *, seed: Array | None = None, first: Array | int = 0) -> Array:
+def store(
+    x: Array, dtype: DTypeLike, *, seed: Array | None = None, first: Array | int = 0
+) -> Array:
     """float32 `x` in `dtype`, rounded to the nearest, or stochastically if a seed is given.
 
     Args:
@@ -35,9 +39,29 @@ def store(x: Array, dtype: str, *, seed: Array | None = None, first: Array | int
     return jnp.where(safe, rounded, x).astype(jnp.bfloat16)
 
 
-def make_seed(step: Array, salt: int) -> Array:
-    """uint32 seed of a step (int32 scalar) and a fixed number that tells leaves apart."""
-    return _hash(step.astype(jnp.uint32), jnp.uint32(salt & 0xFFFFFFFF))
+def seed_of(step: Array, name: str) -> Array:
+    """uint32 seed of a step (int32 scalar) and a name that tells leaves apart."""
+    return _hash(step.astype(jnp.uint32), jnp.uint32(zlib.crc32(name.encode())))
+
+
+def keep(
+    old: Array,
+    new: Array,
+    *,
+    good: Array | bool,
+    step: Array,
+    stochastic: bool,
+    name: str,
+    first: Array | int = 0,
+) -> Array:
+    """What is stored of float32 values: in the old ones' dtype; the old ones if not `good`.
+
+    Args:
+      name: of the leaf, another one for everything that is stored in a step.
+      first: as in `store`.
+    """
+    seed = seed_of(step, name) if stochastic else None
+    return jnp.where(good, store(new, old.dtype, seed=seed, first=first), old)
 
 
 def _index(shape: tuple[int, ...], first: Array | int) -> Array:

@@ -20,11 +20,12 @@ from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh as mesh_lib
 from soup_jax.hardware.chips import Chip
-from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
+from soup_jax.optim.bank import bank_optimizer
+from soup_jax.soup import Batch, kernels
 from soup_jax.soup import bank as experts
 from soup_jax.soup import layout as sharding
-from soup_jax.soup import low_rank
+from soup_jax.training import build
 from soup_jax.training import state as train_state
 from soup_jax.training import step as train_step
 
@@ -36,7 +37,7 @@ class AbstractStep:
     function: Any
     state: train_state.TrainState
     metrics: dict[str, Any]
-    batch: dict[str, Any]
+    batch: Batch
     model: BaseModel
     mesh: Mesh
 
@@ -66,21 +67,30 @@ def abstract_step(cfg: ConfigDict, mesh: Mesh, *, model: BaseModel | None = None
     Args:
       model: a base network of token windows, if it is not the config's.
     """
-    model = model or model_lib.from_config(cfg)
-    frequencies_K = np.full(cfg.num_domains, 1 / cfg.num_domains)
-    state = jax.eval_shape(train_state.make_init(cfg, model, frequencies_K=frequencies_K))
-    shardings = train_state.state_shardings(mesh, state)
+    model = model or build.base_model(cfg)
+    optimizer = build.optimizer_config(cfg)
+    make = train_state.make_init(
+        build.soup_config(cfg),
+        optimizer,
+        model,
+        seed=cfg.seed,
+        frequencies_K=np.full(cfg.num_domains, 1 / cfg.num_domains),
+    )
+    state = jax.eval_shape(make)
+    shardings = train_state.state_shardings(mesh, state, optimizer)
     everywhere, rows = sharding.replicated(mesh), sharding.batch(mesh)
     metrics = jax.eval_shape(lambda: train_step.zero_metrics(cfg.num_domains))
     num_rows, int32 = cfg.batch_size, jnp.int32
-    batch = {
-        "tokens": jax.ShapeDtypeStruct((num_rows, cfg.seq_len + 1), int32, sharding=rows),
-        "num_targets": jax.ShapeDtypeStruct((num_rows,), int32, sharding=rows),
-        "domain": jax.ShapeDtypeStruct((num_rows,), int32, sharding=rows),
-        "h": jax.ShapeDtypeStruct(
+    batch = Batch(
+        rows={
+            "tokens": jax.ShapeDtypeStruct((num_rows, cfg.seq_len + 1), int32, sharding=rows),
+            "num_targets": jax.ShapeDtypeStruct((num_rows,), int32, sharding=rows),
+        },
+        h_MK=jax.ShapeDtypeStruct(
             (cfg.num_mixtures, cfg.num_domains), jnp.float32, sharding=everywhere
         ),
-    }
+        domain_B=jax.ShapeDtypeStruct((num_rows,), int32, sharding=rows),
+    )
     return AbstractStep(
         function=train_step.compile_step(cfg, model, mesh, shardings),
         state=jax.tree.map(_laid_out, state, shardings),
@@ -160,7 +170,7 @@ def update_bytes(cfg: ConfigDict, step: AbstractStep) -> int:
     if not bank:
         return 0
     groups = mesh_lib.num_groups(cfg)
-    block = min(cfg.num_experts, experts.block_size(groups, cfg.num_experts))
+    block = min(cfg.num_experts, kernels.block_size(groups, cfg.num_experts))
     slices = (math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) for leaf in bank)
     return 4 * (groups + block) * max(slices)
 
@@ -201,35 +211,28 @@ def temporary_bytes(cfg: ConfigDict, step: AbstractStep) -> dict[str, int]:
 def step_flops(cfg: ConfigDict, step: AbstractStep) -> dict[str, float]:
     """FLOPs of one step over all devices: base network (without recomputation), and the bank.
 
-    The bank's: merge, gradient of alpha, and update, 2 M operations a parameter of dense experts
-    each; low-rank ones are merged, and their two factors' gradients formed, by 2 M operations for
-    each of their ranks and parameters of the merged leaf.
+    The bank's: merge, gradient of alpha, and update, each 2 M operations for every multiply-add
+    that a kind of experts needs to merge one mixture.
     """
     params = step.state.params
-    dense, factors = low_rank.split(params["bank"], params["shared"])
-    bank = tree.num_params(dense)
-    leaves = tree.flatten(factors)
-    for path in leaves:
-        if path.endswith("/left"):
-            bank += tree.num_params(leaves[path]) * leaves[path[:-4] + "right"].shape[-1]
+    operations = sum(
+        experts.kind_of(name).operations(stacks)
+        for name, part in params["bank"].items()
+        for stacks in experts.by_leaf(part, params["shared"]).values()
+    )
     return {
         "base network": step.model.flops_per_row * cfg.batch_size,
-        "merge, alpha's gradient and bank update": 6.0 * mesh_lib.num_groups(cfg) * bank,
+        "merge, alpha's gradient and bank update": 6.0 * mesh_lib.num_groups(cfg) * operations,
     }
 
 
 def bank_passes(cfg: ConfigDict) -> dict[str, float]:
     """How often a step reads or writes all of the bank, and of each of its moments.
 
-    The bank is read by the merge, by alpha's gradient and by the update, which also writes it. The
-    moments of `adamw` are of its size: read and written by their own update, and read again by the
-    experts', which is another pass of the program (tests/plan_test.py counts it). That makes 10
-    passes of the bank's size, and 4 for `merged`. Deferred updates read the bank twice and write
-    and read 1 / T of it; the directions that are kept are read three times.
+    The bank is read by the merge and by alpha's gradient; the rest its optimizer says.
     """
-    if cfg.optimizer.flush_every > 1:
-        return {"bank": 2 + 2 / cfg.optimizer.flush_every, "moments": 3}
-    return {"bank": 4, "moments": {"adamw": 3, "merged": 2}[cfg.optimizer.bank]}
+    optimizer = bank_optimizer(build.optimizer_config(cfg))
+    return {"bank": 2 + optimizer.bank_passes, "moments": optimizer.state_passes}
 
 
 def bank_traffic(cfg: ConfigDict, step: AbstractStep) -> float:
@@ -242,7 +245,7 @@ def bank_traffic(cfg: ConfigDict, step: AbstractStep) -> float:
     state = passes["bank"] * parts["bank"] + passes["moments"] * parts["moments of the bank"]
     state += 3 * parts["shared parameters"] + 2 * parts["moments of shared and router"]
     merged = merged_bytes(cfg, step)
-    blocks = math.ceil(cfg.num_experts / experts.block_size(groups, cfg.num_experts))
+    blocks = math.ceil(cfg.num_experts / kernels.block_size(groups, cfg.num_experts))
     return state + merged["merged models"] + (3 + blocks) * merged["their float32 slices"]
 
 
@@ -318,8 +321,6 @@ def _candidates(cfg: ConfigDict) -> list[tuple[str, Any]]:
     o = cfg.optimizer
     candidates = [
         ("optimizer.bank", "merged"),
-        ("optimizer.flush_every", 1),
-        ("optimizer.flush_every", max(o.flush_every // 2, 1)),
         ("optimizer.moment_dtype", "bfloat16"),
         ("experts.dtype", "bfloat16"),
         ("model.dtype", "bfloat16"),

@@ -25,7 +25,8 @@ from soup_jax.config import schema as config_lib
 from soup_jax.hardware import mesh as mesh_lib
 from soup_jax.planning import estimate, hlo
 from soup_jax.planning.target import Target
-from soup_jax.soup import low_rank
+from soup_jax.shapes import Params
+from soup_jax.soup.bank import kind_of
 
 # Collectives below this size are sums of norms, of alpha's gradient and of metrics.
 SMALL_BYTES = 1 << 20
@@ -169,10 +170,14 @@ def _factors(step: estimate.AbstractStep) -> dict[int, str]:
     # Low-rank factors travel whole, or in slices along either axis or both.
     params, shape = step.state.params, step.mesh.shape
     names: dict[int, dict[str, None]] = collections.defaultdict(dict)
-    for path, leaf in tree.flatten(low_rank.split(params["bank"], params["shared"])[1]).items():
+    for path, leaf in tree.flatten(_explicit(params["bank"])).items():
         for parts in (1, shape["fsdp"], shape["replica"], step.mesh.size):
             names[leaf.size // parts][path] = None
     return {size: ", ".join(paths) for size, paths in names.items()}
+
+
+def _explicit(bank: Params) -> Params:
+    return {name: part for name, part in bank.items() if not kind_of(name).factored}
 
 
 def compile_report(step: estimate.AbstractStep) -> tuple[dict[str, int | None], str]:

@@ -1,7 +1,7 @@
 """Low-rank experts: E_e = U_e V_e on matrices.
 
-A leaf `w` [..., a, b] with the rule "low_rank:r" has two stacks in the bank: `w/left`
-[E, ..., a, r] and `w/right` [E, ..., r, b]; r (a + b) numbers an expert instead of a b. The merge
+A leaf `w` [..., a, b] with the rule "low_rank:r" has two stacks in the bank, `left`
+[E, ..., a, r] and `right` [E, ..., r, b]; r (a + b) numbers an expert instead of a b. The merge
 
     sum_e alpha_e U_e V_e = [alpha_1 U_1, ..., alpha_E U_E] [V_1; ...; V_E]
 
@@ -19,7 +19,8 @@ CPUs a step gathers each once and keeps it for the backward pass; for TPUs it ga
 some of the sums are all-reduces, several leaves in one.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,58 +30,90 @@ from jax.sharding import PartitionSpec as P
 
 from soup_jax import tree
 from soup_jax.errors import UserError
-from soup_jax.rules import is_matrix
-from soup_jax.shapes import Array, Params
-from soup_jax.soup import layout as sharding
+from soup_jax.shapes import Array
+from soup_jax.soup import layout
 
 _Dims = dict[int, tuple[str, ...]]  # mesh axes by the dimension that they cut
 
 
-def init_factors(
-    key: Array, path: str, shape: tuple[int, ...], *, num_experts: int, rank: int, dtype: str
-) -> dict[str, Array]:
-    """{"left": [E, ..., a, r], "right": [E, ..., r, b]} of a leaf [..., a, b].
+class LowRank:
+    """The kind "low_rank:r". Its gradients are explicit."""
 
-    `left` is normal with variance 1 / r and `right` zero. So the merged model starts as S; experts
-    separate whatever the router, as their left factors differ; and a step of Adam on `right` moves
-    the elements of the product by about its rate.
+    factored = False
 
-    Raises:
-      UserError: the leaf is no matrix, or its factors would be no smaller rank than itself.
-    """
-    rule = f"low_rank:{rank}"
-    if not is_matrix(path, len(shape)):
+    def init(
+        self,
+        key: Array,
+        path: str,
+        leaf: Array,
+        *,
+        num_experts: int,
+        argument: str,
+        init_scale: float,
+        dtype: str,
+    ) -> dict[str, Array]:
+        """{"left": [E, ..., a, r], "right": [E, ..., r, b]} of a leaf [..., a, b].
+
+        `left` is normal with variance 1 / r and `right` zero, whatever `init_scale`. So the merged
+        model starts as S; experts separate whatever the router, as their left factors differ; and a
+        step of Adam on `right` moves the elements of the product by about its rate.
+
+        Raises:
+          UserError: r is no number from 1 on, the leaf is no matrix, or its factors would be no
+            smaller rank than itself.
+        """
+        del init_scale
+        rank = _rank(argument, path, leaf.shape)
+        *leading, a, b = leaf.shape
+        left = jax.random.normal(key, (num_experts, *leading, a, rank)) / rank**0.5
+        return {
+            "left": left.astype(dtype),
+            "right": jnp.zeros((num_experts, *leading, rank, b), dtype),
+        }
+
+    def combine(
+        self, alpha_ME: Array, stacks: Mapping[str, Array], *, mesh: Mesh | None = None
+    ) -> Array:
+        """See `combine`."""
+        return combine(alpha_ME, stacks["left"], stacks["right"], mesh=mesh)
+
+    def gradient(
+        self,
+        alpha_ME: Array,
+        stacks: Mapping[str, Array],
+        gradient_M: Array,
+        *,
+        mesh: Mesh | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """See `gradient`."""
+        dalpha_ME, left, right = gradient(
+            alpha_ME, stacks["left"], stacks["right"], gradient_M, mesh=mesh
+        )
+        return dalpha_ME.T, {"left": left, "right": right}
+
+    def operations(self, stacks: Mapping[str, Array]) -> float:
+        """E ... a r b: r times as many as those of a dense expert."""
+        return float(stacks["left"].size * stacks["right"].shape[-1])
+
+
+def _rank(argument: str, path: str, shape: tuple[int, ...]) -> int:
+    rule = f"low_rank:{argument}"
+    if not re.fullmatch("[1-9][0-9]*", argument):
+        raise UserError(
+            f"{rule.rstrip(':')!r} is no rule for experts: write 'low_rank:R', with a rank R of at "
+            "least 1, as in 'low_rank:8'"
+        )
+    if not tree.is_matrix(path, len(shape)):
         raise UserError(
             f"the leaf {path!r} {tuple(shape)} is no matrix and cannot have the rule {rule!r}; "
             "give it 'dense' or 'none'"
         )
-    *leading, a, b = shape
-    if rank >= min(a, b):
+    if int(argument) >= min(shape[-2:]):
         raise UserError(
             f"the rule {rule!r} for the leaf {path!r} {tuple(shape)}: the rank must be less than "
-            f"{min(a, b)}, the smaller of its last two dimensions; give it 'dense' or 'none'"
+            f"{min(shape[-2:])}, the smaller of its last two dimensions; give it 'dense' or 'none'"
         )
-    left = jax.random.normal(key, (num_experts, *leading, a, rank)) / rank**0.5
-    return {
-        "left": left.astype(dtype),
-        "right": jnp.zeros((num_experts, *leading, rank, b), dtype),
-    }
-
-
-def split(bank: Params, shared: Params) -> tuple[Params, Params]:
-    """(dense part, factors) of a bank, both nested like it; `join` undoes it."""
-    # The factors of a leaf lie below its path, where the shared parameters can have nothing.
-    dense = tree.flatten(shared).keys()
-    leaves = tree.flatten(bank)
-    return (
-        tree.unflatten({path: x for path, x in leaves.items() if path in dense}),
-        tree.unflatten({path: x for path, x in leaves.items() if path not in dense}),
-    )
-
-
-def join(dense: Params, factors: Params) -> Params:
-    """The bank of these parts."""
-    return tree.unflatten(tree.flatten(dense) | tree.flatten(factors))
+    return int(argument)
 
 
 def combine(alpha_ME: Array, left: Array, right: Array, *, mesh: Mesh | None = None) -> Array:
@@ -158,14 +191,14 @@ def _local_gradient(
 def _compute_dims(mesh: Mesh, left: Array, right: Array) -> tuple[_Dims, _Dims, _Dims]:
     # How the merged leaf is cut, and the parts of the factors that a device needs for its slice.
     shape = (*left.shape[1:-1], right.shape[-1])
-    dims, last = sharding.slice_dims(shape, mesh), len(shape) - 1
+    dims, last = layout.slice_dims(shape, mesh), len(shape) - 1
     left_dims = {d: axes for d, axes in dims.items() if d != last}
     right_dims = {d: axes for d, axes in dims.items() if d != last - 1}
     return dims, left_dims, right_dims
 
 
 def _slices(mesh: Mesh, factor: Array, *, kept: _Dims, summed: tuple[str, ...]) -> _Dims:
-    stored = sharding.slice_dims(factor.shape[1:], mesh)
+    stored = layout.slice_dims(factor.shape[1:], mesh)
     return {d: axes for d, axes in stored.items() if axes == summed and d not in kept}
 
 

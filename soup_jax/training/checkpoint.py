@@ -28,11 +28,11 @@ from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.processes import start as distributed
 from soup_jax.storage import read_format
+from soup_jax.training import formats
 from soup_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the three items; the first had no number
 _ARRAYS = ("params", "opt_state")
 
 
@@ -118,7 +118,7 @@ class Checkpointer:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 opt_state=ocp.args.StandardSave(opt_state),
-                data=ocp.args.JsonSave({"format": FORMAT, **data}),
+                data=ocp.args.JsonSave({"format": formats.CHECKPOINT, **data}),
             ),
         )
         return True
@@ -234,12 +234,17 @@ def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -
     # damaged checkpoint fails in many ways; all of them are told.
     try:
         data = reader.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-        read_format(data, f"checkpoint {reader.directory}/{step}", newest=FORMAT)
-        problems = _structure_diff(reader.item_metadata(step), target)
+        place = f"checkpoint {reader.directory}/{step}"
+        version = read_format(data, place, newest=formats.CHECKPOINT)
+        stored = formats.to_v1(target) if version == 1 else target
+        problems = _structure_diff(reader.item_metadata(step), stored)
         if problems:
             return problems, ""
-        args = {k: ocp.args.StandardRestore(v) for k, v in target.items()}
-        return {**reader.restore(step, args=ocp.args.Composite(**args)), "data": data}, ""
+        args = {name: ocp.args.StandardRestore(value) for name, value in stored.items()}
+        items = dict(reader.restore(step, args=ocp.args.Composite(**args)).items())
+        if version == 1:
+            items = formats.from_v1(items, target)
+        return {**items, "data": data}, ""
     except UserError:
         raise  # sound, but of a later version: one before it would be no continuation
     except Exception as e:

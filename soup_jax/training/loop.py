@@ -2,12 +2,9 @@
 
     soup-jax train --config=experiments/quickstart.py --workdir=runs/soup
 
-A run that
-is killed and started again with the same command continues and ends bit-identical to one that was
-never killed (deferred updates are written before every save: after a signal between two periodic
-ones the end is equal to rounding). SIGTERM (and SIGINT) save at the current step and end with
-status 0; with many processes (see `distributed`) a signal at one stops all of them after the same
-step.
+A run that is killed and started again with the same command continues and ends bit-identical to one
+that was never killed. SIGTERM (and SIGINT) save at the current step and end with status 0; with
+many processes (see `processes`) a signal at one stops all of them after the same step.
 """
 
 import logging
@@ -24,14 +21,15 @@ from tqdm import tqdm
 from soup_jax import tree
 from soup_jax.data import loader
 from soup_jax.data.sampling import StepPlan
-from soup_jax.evaluation import evaluate
+from soup_jax.evaluation import evaluator as evaluator_lib
+from soup_jax.evaluation import sets as sets_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import watchdog
 from soup_jax.processes.stop import stop_requests
 from soup_jax.soup import layout as sharding
 from soup_jax.storage import write_json
+from soup_jax.training import build, divergence, metrics
 from soup_jax.training import checkpoint as checkpoint_lib
-from soup_jax.training import divergence, metrics
 from soup_jax.training import step as train_step
 from soup_jax.training.setup import (
     Run,
@@ -132,10 +130,7 @@ def train(
         settle(run, start)
         _announce(run, start)
         writer = metrics.MetricsWriter(
-            run.workdir,
-            tensorboard=cfg.log.tensorboard,
-            start_step=start,
-            active=run.group.process_id == 0,
+            cfg, workdir=run.workdir, start_step=start, active=run.group.process_id == 0
         )
         try:
             loop = _Loop(run, checkpointer, writer, specialists, validation)
@@ -146,15 +141,15 @@ def train(
             writer.close()
 
 
-def _evaluation_sets(run: Run) -> tuple[list[evaluate.SpecialistSet], Any]:
+def _evaluation_sets(run: Run) -> tuple[list[sets_lib.SpecialistSet], Any]:
     cfg = run.cfg
     if not cfg.evaluate.every_steps:
         return [], None
     sets = [
-        evaluate.specialist_set(name, path, run.corpus, cfg, part="tuning")
-        for name, path in evaluate.document_sets(cfg.evaluate.specialists).items()
+        sets_lib.specialist_set(name, path, run.corpus, cfg, part="tuning")
+        for name, path in sets_lib.document_sets(cfg.evaluate.specialists).items()
     ]
-    validation = evaluate.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows)
+    validation = sets_lib.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows)
     return sets, validation
 
 
@@ -189,16 +184,20 @@ class _Loop:
         run: Run,
         checkpointer: checkpoint_lib.Checkpointer,
         writer: metrics.MetricsWriter,
-        specialists: list[evaluate.SpecialistSet],
+        specialists: list[sets_lib.SpecialistSet],
         validation: Any,
     ):
         self.run_, self.checkpointer, self.writer = run, checkpointer, writer
         self.specialists, self.validation, self.group = specialists, validation, run.group
         shardings = jax.tree.map(lambda a: a.sharding, run.abstract)
         self.step_fn = train_step.compile_step(run.cfg, run.model, run.mesh, shardings)
-        self.flush = train_step.compile_flush(run.cfg, shardings)
         self.evaluator = (
-            evaluate.Evaluator(run.cfg, run.model, run.mesh)
+            evaluator_lib.Evaluator(
+                build.soup_config(run.cfg),
+                run.model,
+                run.mesh,
+                batch_size=run.cfg.evaluate.batch_size,
+            )
             if run.cfg.evaluate.every_steps
             else None
         )
@@ -248,11 +247,10 @@ class _Loop:
                 if self._evaluates(done):
                     jax.block_until_ready(state.step)
                     before = time.perf_counter()
-                    state = self.flush(state)
                     self._evaluate(state, done)
                     meter.skip(time.perf_counter() - before)
                 if self._saves(done):
-                    state = self._save(state, done)
+                    self._save(state, done)
             if run.evaluation_due:
                 self._stop(state, cfg.num_steps, pending)
             if pending is not None:
@@ -279,7 +277,7 @@ class _Loop:
         if self.group.process_id == 0:
             write_json(path, report)
         # The step froze the state before this update, so what is saved here is sound.
-        self.checkpointer.save(self.flush(state), self.run_.data_state(bad))
+        self.checkpointer.save(state, self.run_.data_state(bad))
         self.checkpointer.wait()
         labels = ", ".join(d["label"] for d in report["domains"].values())
         raise FloatingPointError(
@@ -289,13 +287,11 @@ class _Loop:
             + divergence.advice(self.run_, bad, saved=self.checkpointer.steps())
         )
 
-    def _save(self, state: TrainState, done: int) -> TrainState:
+    def _save(self, state: TrainState, done: int) -> None:
         self._check_finite(state)
         self.group.at("saving")
-        state = self.flush(state)
         self.checkpointer.save(state, self.run_.data_state(done))
         self.group.at("training")
-        return state
 
     def _stop(self, state: TrainState, done: int, pending: Any) -> None:
         if pending is not None:
@@ -346,10 +342,10 @@ class _Loop:
         self.group.at("compiling")
         self.run_.evaluation_due = True
         try:
-            result = evaluate.evaluate(
+            result = evaluator_lib.evaluate(
                 self.evaluator,
                 state.params,
-                self.run_.corpus,
+                self.run_.corpus.domain_frequencies,
                 specialists=self.specialists,
                 validation=self.validation,
                 between=self._poll,

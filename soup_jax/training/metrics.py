@@ -1,11 +1,10 @@
-"""Where the numbers of a run go: metrics.jsonl always, TensorBoard and a progress bar beside it.
+"""The numbers of a run: what a line says, and metrics.jsonl, where it always goes.
 
-Only process 0 writes. A tracker other than the JSON lines never stops a run.
+Only process 0 writes; `trackers` is where else they go.
 """
 
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import sys
@@ -13,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from soup_jax.hardware import chips
-
-_log = logging.getLogger(__name__)
+from soup_jax.training.trackers import Trackers
 
 
 def peak_tflops(device_kind: str) -> float:
@@ -66,12 +65,11 @@ def summarize(sums: Mapping[str, Any], *, seconds: float, wait_seconds: float) -
 
 
 class MetricsWriter:
-    """Appends to `<workdir>/metrics.jsonl`, and to TensorBoard if asked and installed."""
+    """Appends to `<workdir>/metrics.jsonl`, and gives the numbers to the trackers of the config."""
 
-    def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, start_step: int, active: bool):
+    def __init__(self, cfg: ConfigDict, *, workdir: pathlib.Path, start_step: int, active: bool):
         """On resume, lines after `start_step` (of steps that a kill undid) are dropped first."""
         self._file = None
-        self._board = None
         self._kept: set[tuple[int, str]] = set()
         if not active:
             return
@@ -82,29 +80,17 @@ class MetricsWriter:
         temporary.write_text("".join(json.dumps(v) + "\n" for v in kept), encoding="utf-8")
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-
-                self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-            except Exception as e:
-                _log.warning("no TensorBoard events: %s", e)
+        self._trackers = Trackers(cfg, workdir=workdir, start_step=start_step)
 
     def write(self, step: int, values: Mapping[str, Any], *, kind: str = "train") -> None:
-        """One JSON line {"step", "kind", ...}; scalars also go to TensorBoard."""
+        """One JSON line {"step", "kind", ...}; its numbers also go to the trackers."""
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._file.flush()
-        if self._board is None:
-            return
-        try:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
-        except Exception as e:
-            _log.warning("TensorBoard is switched off: %s", e)
-            self._board = None
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        if numbers:
+            self._trackers.log(step, numbers, kind)
 
     def has(self, step: int, kind: str) -> bool:
         """Whether a line of that kind and step was kept from before."""
@@ -114,11 +100,7 @@ class MetricsWriter:
         """Flush and close all files."""
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            try:
-                self._board.close()
-            except Exception as e:
-                _log.warning("TensorBoard events may be incomplete: %s", e)
+            self._trackers.close()
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -27,12 +27,12 @@ from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
 from soup_jax.hardware import compile_cache
 from soup_jax.hardware.mesh import make_mesh
-from soup_jax.models import base as model_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
 from soup_jax.shapes import Params
+from soup_jax.training import build, trackers
 from soup_jax.training import changes as changes_lib
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import TrainState, make_init, state_shardings
@@ -99,6 +99,7 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
+    trackers.find(cfg.log.trackers)
     corpus = open_corpus(cfg.corpus.dir)
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
@@ -113,20 +114,23 @@ def setup(
         seed=cfg.seed,
         skip=cfg.skip_batches,
     )
-    model = model or model_lib.from_config(cfg)
+    model = model or build.base_model(cfg)
     if cfg.mesh.gather == "layer" and model.with_gather is None:
         raise UserError(
             "mesh.gather = 'layer', but this network cannot gather its own layers: set "
             "--config.mesh.gather=step, or give its BaseModel a `with_gather`"
         )
+    optimizer = build.optimizer_config(cfg)
     make = make_init(
-        cfg,
+        build.soup_config(cfg),
+        optimizer,
         model,
+        seed=cfg.seed,
         frequencies_K=corpus.domain_frequencies,
         centroids_KC=corpus.centroids() if cfg.router.init == "centroids" else None,
     )
     abstract = jax.eval_shape(make)
-    shardings = state_shardings(mesh, abstract)
+    shardings = state_shardings(mesh, abstract, optimizer)
     return Run(
         cfg=cfg,
         workdir=workdir,

@@ -1,28 +1,30 @@
 """The train state: parameters, optimizer state, the step, and the step of a failure, if any."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from soup_jax import tree
+from soup_jax import soup, tree
 from soup_jax.models.base import BaseModel
-from soup_jax.optim import apply as optimizer
-from soup_jax.shapes import Array, Params
-from soup_jax.soup import gradients as soup
-from soup_jax.soup import layout as sharding
-from soup_jax.soup import low_rank
+from soup_jax.optim import apply
+from soup_jax.optim.bank import bank_optimizer
+from soup_jax.optim.config import OptimizerConfig
+from soup_jax.shapes import Params
+from soup_jax.soup import SoupConfig, layout
+from soup_jax.soup.bank import kind_of
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes.
+    """Everything a step changes: arrays, or what describes them, such as shardings.
 
     Attributes:
       params: the soup.
-      opt_state: {"base": optax state, "bank": bank optimizer state}.
+      opt_state: {"base": optax state, "bank": {kind of experts: state}}.
       step: updates already applied, int32.
       bad_step: the first step whose loss or gradient was not finite, or -1. From then on no update
         is applied: the state is that before the bad step, whenever the host notices.
@@ -30,23 +32,24 @@ class TrainState(NamedTuple):
 
     params: Params
     opt_state: Any
-    step: Array
-    bad_step: Array
+    step: Any
+    bad_step: Any
 
 
 def make_init(
-    cfg: ConfigDict,
+    config: SoupConfig,
+    optimizer: OptimizerConfig,
     model: BaseModel,
     *,
+    seed: int,
     frequencies_K: np.ndarray,
     centroids_KC: np.ndarray | None = None,
-) -> Any:
-    """() -> TrainState, traceable, from the config's seed."""
-    config = soup.soup_config(cfg)
+) -> Callable[[], TrainState]:
+    """() -> TrainState, traceable, from the seed."""
 
     def init() -> TrainState:
         params = soup.init(
-            jax.random.key(cfg.seed),
+            jax.random.key(seed),
             model.init,
             config,
             frequencies_K=frequencies_K,
@@ -54,7 +57,7 @@ def make_init(
         )
         return TrainState(
             params=params,
-            opt_state=optimizer.init_state(cfg, params),
+            opt_state=apply.init_state(optimizer, params),
             step=jnp.zeros((), jnp.int32),
             bad_step=jnp.full((), -1, jnp.int32),
         )
@@ -62,40 +65,41 @@ def make_init(
     return init
 
 
-def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
+def state_shardings(mesh: Mesh, abstract: TrainState, optimizer: OptimizerConfig) -> TrainState:
     """Where each leaf of the state is stored: sliced over all devices, the bank within experts."""
-    replicated = sharding.replicated(mesh)
-    dense, _ = low_rank.split(abstract.params["bank"], abstract.params["shared"])
-
-    def bank(t: Any) -> Any:
-        return sharding.storage(mesh, t, leading=1)
+    replicated = layout.replicated(mesh)
 
     # The router's parameters are on every device, and so are their moments: sliced ones would make
     # every step gather the router's update.
     def base(path: str, leaf: Any) -> Any:
-        return replicated if "/router/" in f"/{path}/" else sharding.storage(mesh, leaf)
+        return replicated if "/router/" in f"/{path}/" else layout.storage(mesh, leaf)
 
-    def bank_state(name: str, t: Any) -> Any:
-        if name in ("weight_SE", "scale_E"):
-            return replicated
-        if name in ("directions", "factors") or _has_experts(t, dense):
-            return bank(t)
-        return sharding.storage(mesh, t)
+    def everywhere(t: Any) -> Any:
+        return jax.tree.map(lambda _: replicated, t)
 
+    lay: dict[str, Callable[[Any], Any]] = {
+        "experts": functools.partial(layout.storage, mesh, leading=1),
+        "merged": functools.partial(layout.storage, mesh),
+        "everywhere": everywhere,
+    }
+    said = bank_optimizer(optimizer).layout
+
+    def bank_state(kind: str, state: Any) -> Any:
+        if not kind_of(kind).factored:
+            return lay["experts"](state)  # scalars among it have no dimension to cut
+        return {name: lay[said[name]](t) for name, t in state.items()}
+
+    params = abstract.params
     return TrainState(
         params={
-            "shared": sharding.storage(mesh, abstract.params["shared"]),
-            "bank": bank(abstract.params["bank"]),
-            "router": jax.tree.map(lambda _: replicated, abstract.params["router"]),
+            "shared": layout.storage(mesh, params["shared"]),
+            "bank": layout.storage(mesh, params["bank"], leading=1),
+            "router": everywhere(params["router"]),
         },
         opt_state={
             "base": tree.map_named(base, abstract.opt_state["base"]),
-            "bank": {name: bank_state(name, t) for name, t in abstract.opt_state["bank"].items()},
+            "bank": {k: bank_state(k, state) for k, state in abstract.opt_state["bank"].items()},
         },
         step=replicated,
         bad_step=replicated,
     )
-
-
-def _has_experts(moment: Any, bank: Any) -> bool:
-    return all(m.shape == b.shape for m, b in zip(jax.tree.leaves(moment), jax.tree.leaves(bank)))

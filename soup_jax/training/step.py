@@ -5,7 +5,7 @@
 Metrics are summed on the device, so that the host reads them only every few steps.
 """
 
-from collections.abc import Mapping
+import functools
 from typing import Any
 
 import jax
@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from soup_jax import soup
 from soup_jax.models.base import BaseModel
-from soup_jax.optim import apply as optimizer
+from soup_jax.optim import apply
+from soup_jax.optim.config import OptimizerConfig
 from soup_jax.shapes import Array
-from soup_jax.soup import gradients as soup
-from soup_jax.soup import layout as sharding
+from soup_jax.soup import Batch, SoupConfig, layout
+from soup_jax.training import build
 from soup_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
@@ -25,8 +27,8 @@ Metrics = dict[str, Array]
 
 def zero_metrics(num_domains: int) -> Metrics:
     """The accumulator before its first step: sums over steps, or over rows of a domain."""
-    scalars = ("steps", "loss", "learning_rate", "grad_norm", "shared_norm", "bank_norm")
-    scalars += ("router_norm", "effective_rate", "alpha_l1", "alpha_l2", "alpha_spread", "targets")
+    scalars = """steps loss learning_rate grad_norm shared_norm bank_norm router_norm
+        effective_rate alpha_l1 alpha_l2 alpha_spread targets""".split()
     metrics = {name: jnp.zeros(()) for name in scalars}
     metrics["grad_norm_max"] = jnp.zeros(())
     for name in ("domain_rows", "domain_loss", "domain_targets"):
@@ -37,26 +39,32 @@ def zero_metrics(num_domains: int) -> Metrics:
 def train_step(
     state: TrainState,
     metrics: Metrics,
-    batch: Mapping[str, Array],
+    batch: Batch,
     *,
-    cfg: ConfigDict,
     model: BaseModel,
+    config: SoupConfig,
+    optimizer: OptimizerConfig,
     mesh: Mesh | None,
+    num_micro: int = 1,
+    gather: str = "step",
 ) -> tuple[TrainState, Metrics]:
-    """Apply one update; nothing changes if this or an earlier step was not finite."""
-    inputs = {name: value for name, value in batch.items() if name != "domain"}
-    (loss, (row_loss_B, row_weight_B)), grads, alpha_ME = soup.value_and_grad(
+    """Apply one update; nothing changes if this or an earlier step was not finite.
+
+    Args:
+      num_micro, gather: as of `soup.value_and_grad`.
+    """
+    (loss, (row_loss_B, row_weight_B)), grads = soup.value_and_grad(
         state.params,
-        inputs,
+        batch,
         model=model,
-        config=soup.soup_config(cfg),
+        config=config,
         mesh=mesh,
-        num_micro=cfg.optimizer.grad_accumulation,
-        gather=cfg.mesh.gather,
-        pending=optimizer.pending(cfg, state.opt_state),
+        num_micro=num_micro,
+        gather=gather,
     )
-    params, opt_state, info = optimizer.apply_update(
-        cfg,
+    alpha_ME = grads.alpha_ME
+    params, opt_state, info = apply.apply_update(
+        optimizer,
         state.params,
         state.opt_state,
         grads,
@@ -80,32 +88,22 @@ def train_step(
     by_domain = {"rows": jnp.ones_like(row_loss_B), "loss": row_loss_B, "targets": row_weight_B}
     for name, value_B in by_domain.items():
         key = f"domain_{name}"
-        totals[key] = metrics[key].at[batch["domain"]].add(value_B)
+        totals[key] = metrics[key].at[batch.domain_B].add(value_B)
     return new, totals
 
 
 def compile_step(cfg: ConfigDict, model: BaseModel, mesh: Mesh, shardings: TrainState) -> Any:
-    """The jitted step: state and metrics are donated, batches come in as `loader.to_device` laid
-    them out, and the state keeps its storage layout."""
-    replicated = sharding.replicated(mesh)
-
-    def step(state: TrainState, metrics: Metrics, batch: Mapping[str, Array]) -> Any:
-        return train_step(state, metrics, batch, cfg=cfg, model=model, mesh=mesh)
-
+    """The jitted step of a config: state and metrics are donated, batches come in as
+    `loader.to_device` laid them out, and the state keeps its storage layout."""
+    step = functools.partial(
+        train_step,
+        model=model,
+        config=build.soup_config(cfg),
+        optimizer=build.optimizer_config(cfg),
+        mesh=mesh,
+        num_micro=cfg.optimizer.grad_accumulation,
+        gather=cfg.mesh.gather,
+    )
+    replicated = layout.replicated(mesh)
     metric_shardings = jax.tree.map(lambda _: replicated, zero_metrics(cfg.num_domains))
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, metric_shardings))
-
-
-def compile_flush(cfg: ConfigDict, shardings: TrainState) -> Any:
-    """state -> state whose bank lacks nothing: what is saved, evaluated and returned.
-
-    The identity unless `optimizer.flush_every` defers updates; else jitted, with the state donated.
-    """
-    if cfg.optimizer.flush_every == 1 or not cfg.num_experts:
-        return lambda state: state
-
-    def flush(state: TrainState) -> TrainState:
-        params, opt_state = optimizer.flush(cfg, state.params, state.opt_state, state.step)
-        return state._replace(params=params, opt_state=opt_state)
-
-    return jax.jit(flush, donate_argnums=0, out_shardings=shardings)

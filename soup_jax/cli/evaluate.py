@@ -1,0 +1,66 @@
+"""`soup-jax evaluate`: losses of specialists and baselines.
+
+    soup-jax evaluate --workdir=runs/quickstart/soup --specialists='text/specialists/*'
+
+`--against=RUN` adds another run as a column.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from soup_jax.cli import start
+from soup_jax.errors import UserError
+from soup_jax.storage import write_json, write_text
+
+
+def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Define the flags."""
+    del argv
+    string, multi = flags.DEFINE_string, flags.DEFINE_multi_string
+    string("workdir", "", "the run to evaluate", flag_values=values)
+    multi("against", [], "another run, added as a column; may be repeated", flag_values=values)
+    multi("specialists", [], "file or glob of specialist documents", flag_values=values)
+    string("json", "", "where the numbers go; default RUN/evaluation.json", flag_values=values)
+    string("text", "", "a file that gets what is printed, too", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
+    flags.DEFINE_integer(
+        "max_windows", None, "scored per set; 0: all; default: the run's config", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "part",
+        "final",
+        ["final", "tuning"],
+        "of the specialists' documents: tuning is what training's own evaluations score",
+        flag_values=values,
+    )
+
+
+def run(values: flags.FlagValues) -> int:
+    """Evaluate the run and print the table; returns the exit status."""
+    if not values.workdir:
+        raise UserError("--workdir=RUN is required: the run to evaluate")
+    start.start_jax()
+    from soup_jax.evaluation import table
+    from soup_jax.specialists.compare import evaluate_runs
+    from soup_jax.training import learning_curve
+
+    workdir, against = pathlib.Path(values.workdir), [pathlib.Path(p) for p in values.against]
+    result = evaluate_runs(
+        workdir,
+        against=against,
+        specialists=list(values.specialists),
+        step=values.step,
+        max_windows=values.max_windows,
+        part=values.part,
+    )
+    text = f"{table.table(result)}\n{table.verdict(result)}"
+    print(text)  # before anything is written: what was computed must not be lost
+    numbers = pathlib.Path(values.json) if values.json else workdir / "evaluation.json"
+    write_json(numbers, result)
+    where = f"numbers: {numbers}\nlearning curve: {learning_curve.draw(workdir, against=against)}"
+    print(where)
+    if values.text:
+        write_text(values.text, f"{text}\n{where}\n")
+    return 0

@@ -1,0 +1,44 @@
+"""`soup-jax instantiate`: a handful of documents -> one small model.
+
+    soup-jax instantiate --run=runs/quickstart/soup --documents=mine.jsonl --out=specialist
+
+The folder holds a plain small model, its tokenizer and the recipe it was made by.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from soup_jax.cli import start
+from soup_jax.errors import UserError
+
+
+def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Define the flags."""
+    del argv
+    string = flags.DEFINE_string
+    string("run", "", "the run whose soup is used", flag_values=values)
+    string("documents", "", "file of sample documents of the wanted specialist", flag_values=values)
+    string("out", "", "folder the specialist is written to", flag_values=values)
+    string("corpus", "", "the prepared corpus, if it was moved", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> int:
+    """Write the specialist and say what its documents are like; returns the exit status."""
+    for name in ("run", "documents", "out"):
+        if not values[name].value:
+            raise UserError(f"--{name} is required")
+    start.start_jax()
+    from soup_jax.specialists.instantiate import instantiate_to
+
+    made, nearest = instantiate_to(
+        values.run, values.documents, values.out, step=values.step, corpus_dir=values.corpus
+    )
+    print(f"{made.histogram.num_documents} documents, most like these domains of the corpus:")
+    for label, weight in nearest:
+        print(f"  {weight:6.1%}  {label}")
+    for warning in made.histogram.warnings():
+        print(f"warning: {warning}")
+    print(f"specialist: {values.out}")
+    return 0

@@ -1,0 +1,48 @@
+"""`soup-jax plan`: memory, traffic and time of a run, before a chip is taken.
+
+    soup-jax plan --config=experiments/soup_110m.py --topology=v5e:4x4
+
+The exit status is 1 if the run does not fit.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from soup_jax.cli import config_flag, start
+from soup_jax.storage import write_json
+
+
+def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Define the flags."""
+    config_flag.define(values, argv)
+    string = flags.DEFINE_string
+    string("topology", "", "TPU slice to compile for, such as v5e:4x4", flag_values=values)
+    string("chip", "", "chip to plan for, such as H200; default: what is here", flag_values=values)
+    flags.DEFINE_integer(
+        "num_devices", 0, "how many; default: what is here, or 1", lower_bound=0, flag_values=values
+    )
+    string("json", "", "a file that gets the numbers", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> int:
+    """Print the plan; returns the exit status, 1 if the run does not fit."""
+    cfg = config_flag.checked(values)
+    start.start_jax()
+    if values.topology:
+        # The slice is not this machine: no accelerator here is taken, none that fails disturbs.
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+    from soup_jax.planning import plan as plan_lib
+    from soup_jax.planning.target import find_target
+
+    target = find_target(
+        cfg, topology=values.topology, chip=values.chip, num_devices=values.num_devices
+    )
+    plan = plan_lib.make_plan(cfg, target)
+    print(plan_lib.to_text(plan))
+    if values.json:
+        write_json(pathlib.Path(values.json), plan_lib.to_json(plan))
+    return 0 if plan.fits else 1

@@ -1,0 +1,87 @@
+"""What a run's config asks for: the settings that the method, the network and the mesh take.
+
+The packages below know nothing of a run's config; this is the one place that reads it for them.
+"""
+
+from ml_collections import ConfigDict
+
+from soup_jax.errors import UserError
+from soup_jax.models import base as models
+from soup_jax.models.base import BaseModel, ModelSettings
+from soup_jax.optim.bank import bank_optimizer
+from soup_jax.optim.config import OptimizerConfig
+from soup_jax.optim.shared import shared_optimizer
+from soup_jax.soup import SoupConfig
+from soup_jax.soup.bank import parse_rule
+
+
+def soup_config(cfg: ConfigDict) -> SoupConfig:
+    """The soup of a config.
+
+    Raises:
+      UserError: a rule for experts that does not exist.
+    """
+    for _, rule in cfg.experts.rules:
+        try:
+            parse_rule(rule)
+        except UserError as e:
+            raise UserError(f"config: experts.rules: {e}") from e
+    return SoupConfig(
+        num_domains=cfg.num_domains,
+        num_experts=cfg.num_experts,
+        rules=cfg.experts.rules,
+        init_scale=cfg.experts.init_scale,
+        bank_dtype=cfg.experts.dtype,
+        compute_dtype=cfg.model.dtype,
+        router_hidden_dim=cfg.router.hidden_dim,
+        router_init=cfg.router.init,
+        router_center=cfg.router.center,
+        router_normalization=cfg.router.normalization,
+        router_scale=cfg.router.scale,
+    )
+
+
+def optimizer_config(cfg: ConfigDict) -> OptimizerConfig:
+    """The optimizers of a config.
+
+    Raises:
+      UserError: one that does not exist, or does not take its arguments.
+    """
+    o = cfg.optimizer
+    config = OptimizerConfig(
+        learning_rate=o.learning_rate,
+        num_steps=cfg.num_steps,
+        schedule=o.schedule,
+        warmup_steps=o.warmup_steps,
+        decay_steps=o.decay_steps,
+        final_fraction=o.final_fraction,
+        shared=o.shared,
+        shared_args=o.shared_args,
+        bank=o.bank,
+        bank_lr_scale=o.bank_lr_scale,
+        router_lr_scale=o.router_lr_scale,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+        moment_dtype=o.moment_dtype,
+        stochastic_rounding=cfg.experts.rounding == "stochastic",
+    )
+    shared_optimizer(config)
+    bank_optimizer(config)
+    return config
+
+
+def model_settings(cfg: ConfigDict) -> ModelSettings:
+    """What a config says to its base network."""
+    return ModelSettings.from_mapping(cfg.model, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len)
+
+
+def base_model(cfg: ConfigDict) -> BaseModel:
+    """The base network of a config.
+
+    Raises:
+      UserError: no such network, or settings that it refuses.
+    """
+    return models.make(cfg.model.kind, model_settings(cfg))
