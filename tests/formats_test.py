@@ -14,7 +14,8 @@ from soup_jax.config import schema as config
 from soup_jax.data.corpus import open_corpus
 from soup_jax.data.prepare import provenance
 from soup_jax.errors import UserError
-from soup_jax.specialists import instantiate
+from soup_jax.specialists import recipe as recipe_lib
+from soup_jax.specialists.instantiate import instantiate_to
 from soup_jax.storage import read_format, read_json, write_json
 from soup_jax.training import formats, setup
 from soup_jax.training.checkpoint import Checkpointer
@@ -132,18 +133,18 @@ def test_a_corpus_of_a_later_version_is_refused(tiny_corpus, tmp_path):
 def test_recipes_that_cannot_be_read(specialist, change, message):
     edit(specialist / "recipe.json", change)
     with pytest.raises(UserError, match=message):
-        instantiate.load_specialist(specialist)
+        recipe_lib.read(specialist)
 
 
 def test_a_recipe_that_lacks_a_field_has_the_value_from_before_it(specialist):
-    _, expected = instantiate.load_specialist(specialist)
+    expected = recipe_lib.read(specialist)
     edit(specialist / "recipe.json", lambda v: v["model"].pop("attention"))
-    assert instantiate.load_specialist(specialist)[1] == expected
+    assert recipe_lib.read(specialist) == expected
 
 
 @pytest.fixture
 def specialist(tiny_run, tiny_text, tmp_path):
-    instantiate.instantiate_to(tiny_run, str(tiny_text / "cooking.jsonl"), tmp_path / "made")
+    instantiate_to(tiny_run, str(tiny_text / "cooking.jsonl"), tmp_path / "made")
     return tmp_path / "made"
 
 

@@ -22,7 +22,8 @@ from processes import start, write_config
 from train_test import assert_same_state, final_state
 
 from soup_jax.data import loader
-from soup_jax.evaluation import evaluate
+from soup_jax.evaluation import evaluator
+from soup_jax.evaluation import sets as sets_lib
 from soup_jax.training import build, metrics
 from soup_jax.training import loop as train
 from soup_jax.training import setup as run_lib
@@ -177,14 +178,14 @@ def test_many_processes_stopped_killed_and_resumed_make_the_run_of_one(
 def assert_evaluates_to(line, cfg, workdir, state, path):
     """Two processes evaluated as one does: float32 sums of a few hundred rows, in another order."""
     run = run_lib.setup(cfg, workdir)
-    again = evaluate.evaluate(
-        evaluate.Evaluator(
+    again = evaluator.evaluate(
+        evaluator.Evaluator(
             build.soup_config(cfg), run.model, run.mesh, batch_size=cfg.evaluate.batch_size
         ),
         state.params,
-        run.corpus,
-        specialists=[evaluate.specialist_set("cooking", path, run.corpus, cfg, part="tuning")],
-        validation=evaluate.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows),
+        run.corpus.domain_frequencies,
+        specialists=[sets_lib.specialist_set("cooking", path, run.corpus, cfg, part="tuning")],
+        validation=sets_lib.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows),
     )
     for name in ("average", "generic_validation"):
         assert line[name].keys() == again[name].keys()

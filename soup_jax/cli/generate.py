@@ -30,10 +30,9 @@ def run(values: flags.FlagValues) -> int:
     if not values.model:
         raise UserError("--model=DIR is required: a folder that `soup-jax instantiate` wrote")
     start.start_jax()
-    from soup_jax.specialists.generate import generate
+    from soup_jax.specialists.specialist import Specialist
 
-    continuation = generate(
-        values.model,
+    continuation = Specialist.load(values.model).generate(
         values.prompt,
         max_tokens=values.max_tokens,
         temperature=values.temperature,
