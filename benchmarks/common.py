@@ -16,7 +16,9 @@ from soup_jax.config import schema as config_lib  # noqa: E402
 from soup_jax.data import loader  # noqa: E402
 from soup_jax.hardware import mesh  # noqa: E402
 from soup_jax.planning import estimate  # noqa: E402
+from soup_jax.soup import Batch  # noqa: E402
 from soup_jax.soup import layout as sharding  # noqa: E402
+from soup_jax.training import build as build_lib  # noqa: E402
 from soup_jax.training import state as train_state  # noqa: E402
 from soup_jax.training import step as train_step  # noqa: E402
 
@@ -50,7 +52,7 @@ class Training:
     abstract: estimate.AbstractStep
     state: train_state.TrainState
     sums: dict
-    batch: dict
+    batch: Batch
 
     def advance(self):
         """One step, dispatched."""
@@ -62,16 +64,24 @@ def build(cfg):
     config_lib.check(cfg)
     step = estimate.abstract_step(cfg, mesh.make_mesh(cfg))
     frequencies = np.full(cfg.num_domains, 1 / cfg.num_domains)
-    init = train_state.make_init(cfg, step.model, frequencies_K=frequencies)
+    init = train_state.make_init(
+        build_lib.soup_config(cfg),
+        build_lib.optimizer_config(cfg),
+        step.model,
+        seed=cfg.seed,
+        frequencies_K=frequencies,
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.state)
     rng = np.random.default_rng(0)
     shape = (cfg.batch_size, cfg.seq_len + 1)
-    batch = {
-        "tokens": rng.integers(0, cfg.vocab_size, shape).astype(np.int32),
-        "num_targets": np.full(cfg.batch_size, cfg.seq_len, np.int32),
-        "domain": rng.integers(0, cfg.num_domains, cfg.batch_size).astype(np.int32),
-        "h": rng.dirichlet(np.ones(cfg.num_domains), cfg.num_mixtures).astype(np.float32),
-    }
+    batch = Batch(
+        rows={
+            "tokens": rng.integers(0, cfg.vocab_size, shape).astype(np.int32),
+            "num_targets": np.full(cfg.batch_size, cfg.seq_len, np.int32),
+        },
+        domain_B=rng.integers(0, cfg.num_domains, cfg.batch_size).astype(np.int32),
+        h_MK=rng.dirichlet(np.ones(cfg.num_domains), cfg.num_mixtures).astype(np.float32),
+    )
     return Training(
         cfg=cfg,
         abstract=step,
