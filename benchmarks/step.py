@@ -13,8 +13,8 @@ soup's overhead is larger; bytes of temporaries of the compiled step, by the com
 
 The floor counts passes over the bank, reading or writing it once: 7 for AdamW (merge; weights and
 two moments read and written), 3 for `merged`. A pass takes bytes / w; w is the bandwidth of
-copying, bytes read and written, in the same run (numpy arrays copied by one thread a core, no memory
-newly allocated).
+copying, bytes read and written, in the same run (numpy arrays copied by one thread a core, no
+memory newly allocated).
 """
 
 import argparse
