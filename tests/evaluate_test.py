@@ -19,7 +19,6 @@ from soup_jax.evaluation import sets, table
 from soup_jax.soup import merge
 from soup_jax.specialists import open as open_lib
 from soup_jax.specialists.compare import evaluate_runs
-from soup_jax.training import build
 
 COLUMNS = ("specialist", "generic_h", "shared")
 
@@ -40,7 +39,7 @@ def evaluator(trained) -> evaluator_lib.Evaluator:
 
 
 def make_evaluator(trained, *, batch_size: int) -> evaluator_lib.Evaluator:
-    config = build.soup_config(trained.cfg)
+    config = trained.config
     return evaluator_lib.Evaluator(config, trained.model, trained.mesh, batch_size=batch_size)
 
 
