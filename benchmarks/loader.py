@@ -29,8 +29,9 @@ from array_record.python import array_record_module
 
 from soup_jax import storage as files
 from soup_jax.data import corpus as windows
-from soup_jax.data import embed, loader
+from soup_jax.data import loader
 from soup_jax.data import meta_distribution as domain_weights
+from soup_jax.data.embed import parallel
 from soup_jax.data.prepare import shards
 from soup_jax.data.sampling import SamplingPlan
 
@@ -64,7 +65,7 @@ def make_corpus(path, *, num_domains, seq_len, gigabytes):
     )
     (path / "windows").mkdir()
     jobs = [(path / "windows", file, layout, [shard] * repeats) for file in layout.files()]
-    list(embed.parallel_map(windows.write_window_file, jobs, num_workers=os.cpu_count()))
+    list(parallel.parallel_map(windows.write_window_file, jobs, num_workers=os.cpu_count()))
     windows.write_metadata(path / "windows", layout)
     tensors = {"offsets/train": layout.offsets["train"], "pad/train": layout.pad["train"]}
     shards.save(path / "offsets.safetensors", tensors)

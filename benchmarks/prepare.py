@@ -30,7 +30,7 @@ import common
 import numpy as np
 
 from soup_jax.data import corpus as windows
-from soup_jax.data import embed
+from soup_jax.data.embed import parallel
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare import stages as prepare
 
@@ -105,8 +105,10 @@ def pieces(work):
     for name, function in (("tokenise", tokenise), ("embed", embed_texts)):
         jobs = [(source, work.final) for source in sources]
         # Workers start and load their tools before the clock does.
-        list(embed.parallel_map(function, jobs[: work.num_workers], num_workers=work.num_workers))
-        done = embed.parallel_map(function, jobs, num_workers=work.num_workers)
+        list(
+            parallel.parallel_map(function, jobs[: work.num_workers], num_workers=work.num_workers)
+        )
+        done = parallel.parallel_map(function, jobs, num_workers=work.num_workers)
         result[name] = seconds(list, done)
     return result
 

@@ -36,6 +36,8 @@ FIELDS = (
     fixed("batch_size", 64, "B, windows per step over all devices", at_least=1),
     tunable("num_steps", 1000, "optimizer updates; tokens = num_steps * batch_size * seq_len",
             at_least=1),
+    tunable("skip_batches", (), "(first, last) pairs, ascending and both included, of steps of the"
+            " sampling plan whose batches are left out: ((4100, 4105),)"),
 
     free("corpus.dir", "corpus", "the prepared corpus: written by `prepare`, read by the rest"),
     free("corpus.sources", (),
@@ -177,6 +179,10 @@ FIELDS = (
          at_least=0),
     free("checkpoint.async_timeout_secs", 1200, "a save that takes longer fails the run",
          at_least=1),
+    # State comes from the newest checkpoint of the workdir; if it has none, from init_from; if that
+    # is empty, from the seed.
+    fixed("checkpoint.init_from", "", "a run whose parameters a new run starts from, at step 0"),
+    fixed("checkpoint.init_step", 0, "of its checkpoints; 0: the newest", at_least=0),
 
     free("log.every_steps", 20, "metrics.jsonl, trackers and the progress bar", at_least=1),
     free("log.trackers", ("tensorboard",),

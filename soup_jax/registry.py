@@ -25,7 +25,9 @@ def is_path(name: str) -> bool:
 
 
 def from_path(path: str) -> object:
-    """What `package.module:attribute` names; installed modules come first, then those in the current folder.
+    """What `package.module:attribute` names.
+
+    Installed modules come first, then those in the current folder.
 
     Errors that the module itself raises pass through.
 

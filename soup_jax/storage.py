@@ -59,6 +59,25 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path} is not valid JSON: {e}") from e
 
 
+def read_format(value: Any, where: str | os.PathLike, *, newest: int) -> int:
+    """The format number of an artefact's JSON object; 1 if it has none, as the first of some had.
+
+    Raises:
+      UserError: no JSON object, or of a format above `newest`, the one that is written today.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where} holds no JSON object: it was not written by soup_jax, or damaged")
+    number = value.get("format", 1)
+    if type(number) is not int or number < 1:
+        raise UserError(f"{where} has the format {number!r}, which no version of soup_jax wrote")
+    if number > newest:
+        raise UserError(
+            f"{where} has format {number}, this version of soup_jax reads formats up to {newest}: "
+            "upgrade it with `pip install --upgrade soup_jax`"
+        )
+    return number
+
+
 def sha256_bytes(data: bytes) -> str:
     """Hex SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()

@@ -1,10 +1,14 @@
 """Domains: centroids that are all used, nearest by cosine, histograms, labels."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from soup_jax.data import domains
-from soup_jax.data.embed import unit_rows
+from soup_jax.data.embed.base import unit_rows
 from soup_jax.errors import UserError
 
 
@@ -38,6 +42,30 @@ def test_every_domain_has_a_document(num_domains, flat, monkeypatch):
     nearest, _ = domains.assign(rows[:-5], centroids)
     assert set(nearest) == set(range(num_domains))
     np.testing.assert_array_equal(domains.fit_centroids(rows, num_domains), centroids)
+
+
+# A continued `prepare` comes here without having used scikit-learn. With two threads its sums have
+# other last bits on large corpora; on a small one only the number of threads shows it.
+THREADS_PROGRAM = """
+import numpy as np, threadpoolctl
+from soup_jax.data import domains
+seen = set()
+def kmeans(rows, num_clusters):
+    import sklearn.cluster
+    seen.update((p["user_api"], p["num_threads"]) for p in threadpoolctl.threadpool_info())
+    return rows[:num_clusters]
+domains._kmeans = kmeans
+domains.fit_centroids(np.eye(4, dtype=np.float32), 2)
+assert seen == {("blas", 1), ("openmp", 1)}, seen
+"""
+
+
+def test_k_means_has_one_thread_in_a_process_that_had_not_used_scikit_learn():
+    subprocess.run(
+        [sys.executable, "-c", THREADS_PROGRAM],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
 
 
 def test_holes_are_filled_without_opening_others():

@@ -30,6 +30,7 @@ PACKAGES = (
     "models",
     "soup",
     "optim",
+    "data.embed",
     "data",
     "data.prepare",
     "evaluation",

@@ -21,8 +21,9 @@ import zstandard
 from ml_collections import ConfigDict
 
 from soup_jax.data import corpus as windows
-from soup_jax.data import domains, embed, tokenizer
+from soup_jax.data import domains, tokenizer
 from soup_jax.data import sources as corpus
+from soup_jax.data.embed.tfidf_svd import TfidfSvd
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare import stages as prepare
 from soup_jax.errors import UserError
@@ -189,6 +190,38 @@ def test_the_folder_is_a_tfds_data_set_and_nothing_else_is_left(prepared):
     np.testing.assert_array_equal(rows, prepared.read_windows("train", range(len(source))))
 
 
+class FirstLetter:
+    """An embedder from outside, which tells texts apart by their first letter."""
+
+    name, dim = "first-letter", 64
+
+    @classmethod
+    def fit(cls, cfg, texts, *, num_workers=1):
+        return cls()
+
+    def embed(self, texts):
+        return np.eye(64, dtype=np.float32)[[ord(text.split(": ")[-1][0]) % 64 for text in texts]]
+
+    def contents(self):
+        return {}, {}
+
+    @classmethod
+    def load(cls, settings, tensors):
+        return cls()
+
+
+def test_an_embedder_from_outside_cuts_the_corpus(sources, tmp_path):
+    kind = f"{__name__}:FirstLetter"
+    made = prepare.prepare(config(sources, tmp_path / "corpus", embed__kind=kind))
+    assert isinstance(made.embedder(), FirstLetter)
+    assert made.manifest["embedder"] == "first-letter"
+    for texts in documents_of(made, "train"):
+        assert texts
+    with pytest.raises(UserError, match="did you mean tfidf_svd"):
+        prepare.prepare(config(sources, tmp_path / "other", embed__kind="tfidf"))
+    assert not (tmp_path / "other").exists()
+
+
 class Killed(BaseException):
     """As little handled as SIGKILL."""
 
@@ -236,14 +269,14 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
 # Runs `prepare`, and is killed by SIGKILL when stage `stage` has given its first result.
 KILLED_PROGRAM = """
 import os, signal, sys
-from soup_jax.data import embed
+from soup_jax.data.embed import parallel
 from soup_jax.data.prepare import stages as prepare
 from soup_jax.data.prepare import shards
 from soup_jax.data import corpus as windows
 sys.path.insert(0, {tests!r})
 import prepare_test
 shards.SHARD_DOCUMENTS, windows.FILE_BYTES = 25, 5000
-parallel_map, stage = embed.parallel_map, 0
+parallel_map, stage = parallel.parallel_map, 0
 def killing(function, jobs, *, num_workers):
     global stage
     stage += 1
@@ -251,7 +284,7 @@ def killing(function, jobs, *, num_workers):
         yield result
         if stage == {stage}:
             os.kill(os.getpid(), signal.SIGKILL)
-embed.parallel_map = killing
+parallel.parallel_map = killing
 import pathlib
 cfg = prepare_test.config(pathlib.Path({sources!r}), pathlib.Path({path!r}))
 cfg.corpus.num_workers = 2
@@ -456,7 +489,7 @@ def test_the_sample_for_fitting_is_of_train_documents_and_of_the_asked_size(
     sources, tmp_path, monkeypatch
 ):
     seen = {}
-    train, fit = tokenizer.train_tokenizer, embed.fit_embedder
+    train, fit = tokenizer.train_tokenizer, TfidfSvd.fit
 
     def spy_train(texts, vocab_size):
         seen["tokenizer"] = list(texts)
@@ -467,7 +500,7 @@ def test_the_sample_for_fitting_is_of_train_documents_and_of_the_asked_size(
         return fit(cfg, texts, **kwargs)
 
     monkeypatch.setattr(tokenizer, "train_tokenizer", spy_train)
-    monkeypatch.setattr(embed, "fit_embedder", spy_fit)
+    monkeypatch.setattr(TfidfSvd, "fit", spy_fit)
     changes = {"embed__fit_documents": 40, "tokenizer__train_bytes": 4000, "embed__max_chars": 50}
     result = prepare.prepare(config(sources, tmp_path / "corpus", **changes))
     texts = set(texts_of(result, "train"))

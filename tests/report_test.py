@@ -89,6 +89,19 @@ def test_picture_of_two_runs(tiny_run, generic_run, tmp_path, labels):
     assert not (tmp_path / "other" / "learning_curve.png").exists()
 
 
+def test_a_run_without_experts_has_one_line_where_its_columns_are_one_model(tmp_path, labels):
+    losses = {name: {"loss": 4.5} for name in ("specialist", "generic_h", "shared")}
+    lines = [
+        {"step": 4, "kind": "train", "tokens": 2e6, "loss": 5.0},
+        {"step": 4, "kind": "evaluation", "average": losses},
+    ]
+    run = tmp_path / "generic"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
+    report.learning_curve(run)
+    assert labels["lines"] == [("generic", [2.0], [5.0]), ("generic", [2.0], [4.5])]
+
+
 def test_a_second_picture_replaces_the_first_and_leaves_nothing_else(tiny_run, tmp_path):
     run = _copy(tiny_run, tmp_path / "soup")
     (run / "learning_curve.png").write_bytes(b"old")

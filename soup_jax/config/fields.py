@@ -42,6 +42,18 @@ class Field:
     change: Change = dataclasses.field(default="fixed", kw_only=True)
     before: Any = dataclasses.field(default=None, kw_only=True)
 
+    @property
+    def old(self) -> Any:
+        """The value in a file that lacks the field."""
+        return self.default if self.before is None else self.before
+
+    def from_json(self, value: Any) -> Any:
+        """A value as it was before JSON, which has no tuples and may write 1.0 as 1."""
+        if isinstance(self.default, tuple) and isinstance(value, list):
+            return _tuples(value)
+        exact = isinstance(self.default, float) and type(value) is int
+        return float(value) if exact else value
+
     def type_problem(self, value: Any) -> str:
         """What is wrong with the value's type; empty if nothing is."""
         if isinstance(self.default, float):
@@ -81,6 +93,10 @@ class Field:
         if high is not None:
             return f"at most {high}" if self.below is None else f"below {high}"
         return ""
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 fixed = functools.partial(Field, change="fixed")

@@ -5,8 +5,9 @@
 """
 
 import json
+import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,9 +15,25 @@ from ml_collections import ConfigDict
 from soup_jax.config.fields import nearest
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
-from soup_jax.storage import read_json, write_json
+from soup_jax.storage import read_format, read_json, write_json
 
+# Today's fields that an old value stands for; None if it means nothing today.
+Meaning = Callable[[Any], dict[str, Any] | None]
+
+FORMAT = 2  # of config.json; the first had no number
 FIELDS = {field.name: field for field in base.FIELDS}
+
+
+def was(neutral: Any) -> Meaning:
+    """The meaning of a field that is gone without a successor: none, at its neutral value."""
+    return lambda value: {} if value == neutral else None
+
+
+# Fields of earlier versions -> what a value of theirs means in today's fields.
+GONE: dict[str, Meaning] = {
+    "optimizer.flush_every": was(1),  # updates of the bank that were deferred
+    "log.tensorboard": lambda value: {"log.trackers": ("tensorboard",) if value else ()},
+}
 
 
 def flat_items(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -35,39 +52,70 @@ def to_text(cfg: ConfigDict) -> str:
 
 
 def save(cfg: ConfigDict, path: pathlib.Path) -> None:
-    """Write the resolved config as JSON."""
-    write_json(path, json.loads(cfg.to_json()))
+    """Write the resolved config as JSON, with its format number beside the fields."""
+    write_json(path, {"format": FORMAT, **json.loads(cfg.to_json())})
 
 
 def load(path: pathlib.Path) -> ConfigDict:
-    """Read a config written by `save`, checked against today's schema."""
+    """Read a config written by `save`, of this version or an earlier one.
+
+    Raises:
+      UserError: another file, of a later version, or with fields that mean nothing today.
+    """
+    found = read_json(path)
+    read_format(found, path, newest=FORMAT)
+    fields = {name: value for name, value in found.items() if name != "format"}
+    values = restore(dict(flat_items(fields)), FIELDS, where=path)
     cfg = base.get_config()
-    problems = []
-    reference = dict(flat_items(cfg))
-    found = dict(flat_items(read_json(path)))
-    for name, value in found.items():
-        if name not in reference:
-            problems.append(f"unknown field {name}{nearest(name, reference)}")
+    with cfg.unlocked():
+        cfg.update_from_flattened_dict(values)
+    try:
+        return check(cfg)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+
+
+def restore(
+    found: Mapping[str, Any], names: Collection[str], *, where: str | os.PathLike
+) -> dict[str, Any]:
+    """Values of the fields `names` from those in a file, which an earlier version may have written.
+
+    A field that did not exist yet has the value that held then; one that is gone counts as what it
+    means today.
+
+    Raises:
+      UserError: names every field that means nothing today, or has another type.
+    """
+    values, problems = {name: FIELDS[name].old for name in names}, []
+    for name, value in translated(found).items():
+        if name not in values:
+            reason = "is gone" if name in GONE else f"is unknown{nearest(name, names)}"
+            problems.append(f"the field {name} = {value!r} {reason}")
             continue
-        with cfg.unlocked():
-            cfg.update_from_flattened_dict({name: _restore_type(value, reference[name])})
-    missing = sorted(set(reference) - set(found))
-    if missing:
-        problems.append(f"missing fields {missing} (add them, with the values that hold for it)")
-    if problems:
-        raise UserError(f"{path} was written by another version: " + "; ".join(problems))
-    return check(cfg)
+        values[name] = FIELDS[name].from_json(value)
+        problems.append(FIELDS[name].type_problem(values[name]))
+    if problems := [problem for problem in problems if problem]:
+        raise UserError(f"{where} was written by another version: {'; '.join(problems)}")
+    return values
 
 
-def _restore_type(value: Any, reference: Any) -> Any:
-    # JSON has no tuples; nested ones (experts.rules) come back as lists of lists.
-    if isinstance(reference, tuple):
-        return _tuples(value)
-    return type(reference)(value) if isinstance(reference, float) else value
+def restore_section(
+    section: str, found: Mapping[str, Any], *, where: str | os.PathLike
+) -> dict[str, Any]:
+    """`restore` of one section, whose fields are named without it."""
+    names = [name for name in FIELDS if name.startswith(f"{section}.")]
+    values = restore(dict(flat_items(found, f"{section}.")), names, where=where)
+    return {name.removeprefix(f"{section}."): value for name, value in values.items()}
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+def translated(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`found` with today's fields in place of those that are gone, where their value has a meaning
+    today; the others stay."""
+    values: dict[str, Any] = {}
+    for name, value in found.items():
+        meaning = GONE[name](value) if name in GONE else None
+        values |= {name: value} if meaning is None else meaning
+    return values
 
 
 def check(cfg: ConfigDict) -> ConfigDict:
@@ -151,6 +199,16 @@ def _check_combinations(cfg: ConfigDict) -> None:
         all(isinstance(r, tuple) and [type(x) for x in r] == [str, str] for r in cfg.experts.rules),
         f"experts.rules must be a tuple of (regex, rule) pairs, not {cfg.experts.rules!r}",
     )
+    ends = [-1]
+    for pair in cfg.skip_batches:
+        need(
+            isinstance(pair, tuple)
+            and [type(x) for x in pair] == [int, int]
+            and ends[-1] < pair[0] <= pair[1],
+            "skip_batches must be pairs (first, last) of steps, each after the one before, such as "
+            f"((4100, 4105),), not {cfg.skip_batches!r}",
+        )
+        ends.append(pair[1])
 
 
 def _is_component(value: Any) -> bool:
@@ -168,6 +226,18 @@ def _divides(cfg: ConfigDict, small: str, large: str) -> None:
     values = dict(flat_items(cfg))
     if values[large] % values[small]:
         raise UserError(f"config: {small} = {values[small]} must divide {large} = {values[large]}")
+
+
+def changed(
+    old: ConfigDict, new: ConfigDict, *, change: str | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """{name: (old value, new value)} of the fields that differ, of one kind of `Field.change`."""
+    before, after = dict(flat_items(old)), dict(flat_items(new))
+    return {
+        name: (before[name], after[name])
+        for name in before
+        if before[name] != after[name] and change in (None, FIELDS[name].change)
+    }
 
 
 def diff(old: ConfigDict, new: ConfigDict, *, ignore: Collection[str] = ()) -> list[str]:

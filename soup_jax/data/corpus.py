@@ -34,9 +34,9 @@ import safetensors.numpy
 
 from soup_jax import storage as files
 from soup_jax.data import domains
-from soup_jax.data import embed as embed_lib
 from soup_jax.data import sources as corpus
 from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data.embed.base import Embedder, load_embedder
 from soup_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -268,9 +268,9 @@ class Corpus:
         """The tokenizer of the windows."""
         return tokenizer_lib.load_tokenizer(self.path / "tokenizer.json")
 
-    def embedder(self) -> embed_lib.Embedder:
+    def embedder(self) -> Embedder:
         """The embedder that the centroids were made with."""
-        return embed_lib.load_embedder(self.path)
+        return load_embedder(self.path)
 
     def centroids(self) -> np.ndarray:
         """float32 [K, dim], unit rows."""
@@ -370,11 +370,7 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
         state = "is not finished" if (path / ".work").exists() else "is not a prepared corpus"
         raise UserError(f"{path} {state} (it has no manifest.json): {advice}")
     manifest = files.read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: "
-            "prepare the corpus again in another folder"
-        )
+    files.read_format(manifest, path / "manifest.json", newest=FORMAT_VERSION)
     for name, artefact in manifest["artefacts"].items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != artefact["bytes"]:

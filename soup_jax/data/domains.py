@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import threadpoolctl
 
-from soup_jax.data.embed import unit_rows, weigh
+from soup_jax.data.embed.base import unit_rows
+from soup_jax.data.embed.tfidf_svd import weigh
 from soup_jax.errors import UserError
 
 # Above this many domains k-means is done in two levels.
@@ -43,7 +44,11 @@ def fit_centroids(embeddings: np.ndarray, num_domains: int) -> np.ndarray:
             f"num_domains is {num_domains}, but only {len(rows)} train documents with known words "
             "were found: lower --config.num_domains or add sources"
         )
-    with threadpoolctl.threadpool_limits(1):  # sums of OpenMP threads are not reproducible
+    # Sums of threads are not reproducible, and a limit holds for what is loaded when it is set:
+    # imported below it, scikit-learn would bring an OpenMP of as many threads as there are cores.
+    import sklearn.cluster  # noqa: F401
+
+    with threadpoolctl.threadpool_limits(1):
         if num_domains <= FLAT_DOMAINS:
             centroids = _kmeans(rows, num_domains)
         else:

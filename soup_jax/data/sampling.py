@@ -6,6 +6,9 @@ replacement, in an order freshly shuffled for each pass over the domain; how oft
 drawn before a step follows from the steps before, so the whole plan is determined by the seed and
 is the same on every process, whatever their number. Nothing here reads data.
 
+Batches may be left out (`skip_batches`): the plan itself is then the same, but step s of the run
+takes the s-th of its steps that are left.
+
 Randomness: `numpy.random.Philox(key=[seed, step])` for the draws; a keyed Feistel network for the
 order within a domain, so that no permutation of a large domain is ever stored.
 """
@@ -15,6 +18,7 @@ import collections
 import dataclasses
 import json
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -85,8 +89,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class SamplingPlan:
-    """`plan[step]` is a StepPlan; safe to use from several threads.
+    """`plan[step]` is the StepPlan of a run's step; safe to use from several threads.
 
+    `index(step)` is the step of the plan that it takes; cursors are those of plan steps.
     Going forward costs one step's draws a step. `seek` goes anywhere: exactly, from cursors that a
     checkpoint kept, or by replaying the draws of the steps before (no data is read).
     """
@@ -99,8 +104,12 @@ class SamplingPlan:
         batch_size: int,
         num_mixtures: int,
         seed: int,
+        skip: Sequence[tuple[int, int]] = (),
     ):
-        """`num_windows_K` counts the windows of each domain; domains of pi must have some."""
+        """`num_windows_K` counts the windows of each domain; domains of pi must have some.
+
+        `skip` holds (first, last) of plan steps that no step takes, ascending, both included.
+        """
         if batch_size % num_mixtures:
             raise ValueError(f"{num_mixtures} mixtures do not divide {batch_size} rows")
         if ((meta.frequencies_K > 0) & (num_windows_K == 0)).any():
@@ -110,6 +119,7 @@ class SamplingPlan:
         self.batch_size = batch_size
         self.num_mixtures = num_mixtures
         self.seed = seed
+        self.skip = tuple(skip)
         self._lock = threading.Lock()
         self._step = 0
         self._cursor_K = np.zeros(len(num_windows_K), np.int64)
@@ -125,42 +135,52 @@ class SamplingPlan:
         value += [self.num_mixtures, self.seed]
         return sha256_bytes(json.dumps(value).encode())
 
+    def index(self, step: int) -> int:
+        """The step of the plan that a run's step takes: the plan steps skipped before it count."""
+        for first, last in self.skip:
+            if step < first:
+                break
+            step += last - first + 1
+        return step
+
     def __getitem__(self, step: int) -> StepPlan:
-        """The plan of `step`."""
-        plan = self._recent.get(step)  # without the lock, which a thread that plans may hold
+        """The plan of a run's `step`."""
+        index = self.index(step)
+        plan = self._recent.get(index)  # without the lock, which a thread that plans may hold
         if plan is None:
             with self._lock:
-                if step not in self._recent:
+                if index not in self._recent:
                     # Readers ask out of order. To jump to the step of the foremost would be to
                     # come back for the others, through the draws of all steps since a snapshot.
-                    if not self._step <= step < self._step + _NEAR_STEPS:
-                        self._seek(step)
-                    while self._step <= step:
+                    if not self._step <= index < self._step + _NEAR_STEPS:
+                        self._seek(index)
+                    while self._step <= index:
                         self._advance()
-                plan = self._recent[step]
+                plan = self._recent[index]
         if plan.h_MK is None:
-            plan = dataclasses.replace(plan, h_MK=self._draw(step)[0])
+            plan = dataclasses.replace(plan, h_MK=self._draw(index)[0])
         return plan
 
-    def cursors(self, step: int) -> np.ndarray:
-        """int64 [K]: how often each domain was drawn in the steps before `step`."""
+    def cursors(self, index: int) -> np.ndarray:
+        """int64 [K]: how often each domain was drawn in the plan steps before `index`."""
         with self._lock:
-            ahead = range(step, self._step)
+            ahead = range(index, self._step)
             if not all(s in self._recent for s in ahead):
                 ahead = ()
             if not ahead:
-                self._seek(step)
+                self._seek(index)
             cursor_K = self._cursor_K.copy()
             # Readers run ahead of the step that is saved: take back what was planned since.
             for s in ahead:
                 np.subtract.at(cursor_K, self._recent[s].domain_B, 1)
             return cursor_K
 
-    def restore(self, step: int, cursor_K: np.ndarray) -> None:
-        """Continue at `step` from cursors that `cursors(step)` returned, without a replay."""
+    def restore(self, index: int, cursor_K: np.ndarray) -> None:
+        """Continue at plan step `index` from cursors that `cursors(index)` returned, without a
+        replay."""
         with self._lock:
-            self._step, self._cursor_K = step, np.asarray(cursor_K, np.int64).copy()
-            self._snapshots[step] = self._cursor_K.copy()
+            self._step, self._cursor_K = index, np.asarray(cursor_K, np.int64).copy()
+            self._snapshots[index] = self._cursor_K.copy()
 
     def _seek(self, step: int) -> None:
         if self._step > step:

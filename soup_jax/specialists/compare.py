@@ -135,13 +135,9 @@ def learning_curve(workdir: pathlib.Path, *, against: Sequence[pathlib.Path] = (
         tokens = {v["step"]: v["tokens"] / 1e6 for v in lines}
         points = metrics.read_metrics(path / "metrics.jsonl", kind="evaluation")
         points = [p for p in points if p["step"] in tokens]
-        for column in points[0]["average"] if points else ():
-            right.plot(
-                [tokens[p["step"]] for p in points],
-                [p["average"][column]["loss"] for p in points],
-                marker="o",
-                label=f"{name}: {column}",
-            )
+        for label, losses in _different_lines(points).items():
+            x = [tokens[p["step"]] for p in points]
+            right.plot(x, losses, marker="o", label=f"{name}: {label}" if label else name)
     left.set(xlabel="million tokens", ylabel="nats per token", title="training (batches of mix(h))")
     right.set(xlabel="million tokens", title="specialist sets, average")
     for axes in (left, right):
@@ -155,3 +151,11 @@ def learning_curve(workdir: pathlib.Path, *, against: Sequence[pathlib.Path] = (
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
     return out
+
+
+def _different_lines(points: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    # Label -> losses. Without experts all columns are one model: one line, with no label.
+    columns = points[0]["average"] if points else {}
+    lines = {c: [p["average"][c]["loss"] for p in points] for c in columns}
+    same = len({tuple(losses) for losses in lines.values()}) == 1
+    return {"": next(iter(lines.values()))} if same else lines

@@ -178,11 +178,14 @@ def recipe(trained: TrainedSoup, specialist: Specialist, out: pathlib.Path) -> d
 def load_specialist(folder: str | pathlib.Path) -> tuple[Params, dict[str, Any]]:
     """(parameters, recipe) of a folder written by `save`; the parameters' hash is checked.
 
+    The recipe's `model` has today's fields, whichever version wrote it.
+
     Raises:
-      UserError: not a specialist's folder, incomplete, or changed since it was written.
+      UserError: not a specialist's folder, incomplete, of a later version, or changed since it was
+        written.
     """
     folder = pathlib.Path(folder)
-    made = files.read_json(folder / "recipe.json")
+    made = _read_recipe(folder / "recipe.json")
     path = folder / "params.safetensors"
     if not path.exists() or files.sha256_file(path) != made["hashes"]["params"]:
         raise UserError(f"{path} is missing or not what its recipe.json describes; make it again")
@@ -190,6 +193,17 @@ def load_specialist(folder: str | pathlib.Path) -> tuple[Params, dict[str, Any]]
     if not text.exists() or files.sha256_file(text) != made["hashes"]["tokenizer"]:
         raise UserError(f"{text} is missing or not what its recipe.json describes; make it again")
     return tree.unflatten(load_file(path)), made
+
+
+def _read_recipe(path: pathlib.Path) -> dict[str, Any]:
+    made = files.read_json(path)
+    files.read_format(made, path, newest=FORMAT)
+    missing = [
+        name for name in ("h", "vocab_size", "eos_id", "model", "hashes") if name not in made
+    ]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: make the specialist again")
+    return {**made, "model": config_lib.restore_section("model", made["model"], where=path)}
 
 
 def instantiate_to(

@@ -2,7 +2,7 @@
 
     checkpoints/<step>/params      the soup; all that instantiating a specialist reads
     checkpoints/<step>/opt_state   optimizer state
-    checkpoints/<step>/data        JSON: step, plan cursors, fingerprint
+    checkpoints/<step>/data        JSON: format, step, plan cursors, fingerprint
 
 `step` counts the updates already applied. A restore builds its target from the config and the mesh
 at hand, so a checkpoint of one topology is read on any other; the structure is compared first and
@@ -27,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.processes import start as distributed
+from soup_jax.storage import read_format
 from soup_jax.training import formats
 from soup_jax.training.state import TrainState
 
@@ -233,9 +234,8 @@ def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -
     # damaged checkpoint fails in many ways; all of them are told.
     try:
         data = reader.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-        version = data.get("format", 1)
-        if version > formats.CHECKPOINT:
-            return [f"format: {version} -> at most {formats.CHECKPOINT}: update soup_jax"], ""
+        place = f"checkpoint {reader.directory}/{step}"
+        version = read_format(data, place, newest=formats.CHECKPOINT)
         stored = formats.to_v1(target) if version == 1 else target
         problems = _structure_diff(reader.item_metadata(step), stored)
         if problems:
@@ -245,6 +245,8 @@ def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -
         if version == 1:
             items = formats.from_v1(items, target)
         return {**items, "data": data}, ""
+    except UserError:
+        raise  # sound, but of a later version: one before it would be no continuation
     except Exception as e:
         return None, f"{type(e).__name__}: {str(e)[:500]}"
 

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from soup_jax import storage as files
+from soup_jax.config import schema as config_lib
 from soup_jax.data import corpus as windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data.embed.base import EMBEDDERS
 from soup_jax.errors import UserError
 
 
@@ -37,10 +39,13 @@ def make_request(cfg: Any, sources: Iterable[corpus_lib.SourceFile]) -> dict[str
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """In words, one each: what `new` asks for that `old` did not; empty for the same corpus."""
     result = []
-    if old["format"] != new["format"]:
-        result.append(f"format: {old['format']}, now {new['format']}")
-    for name in sorted(old["parameters"] | new["parameters"]):
-        before, now = old["parameters"].get(name), new["parameters"].get(name)
+    # What an earlier version did not record is what held then.
+    parameters = config_lib.translated(old["parameters"])
+    earlier = {
+        name: config_lib.FIELDS[name].old for name in new["parameters"] if name in config_lib.FIELDS
+    }
+    for name in sorted(parameters | new["parameters"]):
+        before, now = parameters.get(name, earlier.get(name)), new["parameters"].get(name)
         if before != now:
             result.append(f"{name}: {before}, now {now}")
     before = {source["path"]: source["sha256"] for source in old["sources"]}
@@ -62,8 +67,10 @@ def check(cfg: Any) -> None:
     """Refuse settings that cannot work, before anything is read.
 
     Raises:
-      UserError: the vocabulary does not fit the tokenizer, or the sample the domains.
+      UserError: there is no such embedder, or the vocabulary does not fit the tokenizer, or the
+        sample the domains.
     """
+    EMBEDDERS.get(cfg.embed.kind)
     if cfg.tokenizer.path:
         size = tokenizer_lib.load_tokenizer(cfg.tokenizer.path).vocab_size
         if size > cfg.vocab_size:

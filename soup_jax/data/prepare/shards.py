@@ -21,9 +21,9 @@ import safetensors.numpy
 from soup_jax import storage as files
 from soup_jax.data import corpus as windows
 from soup_jax.data import domains
-from soup_jax.data import embed as embed_lib
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data.embed.base import Embedder, load_embedder
 
 SHARD_DOCUMENTS = 4096
 SHARD_BYTES = 32 << 20
@@ -164,13 +164,11 @@ def chosen_rows(paths: Sequence[pathlib.Path], rows: Rows, name: str) -> np.ndar
 
 
 @functools.lru_cache(maxsize=1)
-def _tools(
-    directory: pathlib.Path, version: str
-) -> tuple[tokenizer_lib.Tokenizer, embed_lib.Embedder]:
+def _tools(directory: pathlib.Path, version: str) -> tuple[tokenizer_lib.Tokenizer, Embedder]:
     # `version` keeps a worker that outlives a corpus from using the tools of another one.
     del version
     tokenizer = tokenizer_lib.load_tokenizer(directory / "tokenizer.json")
-    return tokenizer, embed_lib.load_embedder(directory)
+    return tokenizer, load_embedder(directory)
 
 
 def encode_shard(

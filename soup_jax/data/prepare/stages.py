@@ -40,9 +40,10 @@ import tqdm
 from soup_jax import storage as files
 from soup_jax.data import corpus as windows
 from soup_jax.data import domains
-from soup_jax.data import embed as embed_lib
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data.embed import parallel
+from soup_jax.data.embed.base import EMBEDDERS, load_embedder, save_embedder
 from soup_jax.data.prepare import provenance as request_lib
 from soup_jax.data.prepare import shards
 from soup_jax.errors import UserError
@@ -154,7 +155,10 @@ def _start(
         )
     record = directory / ".work" / "request.json"
     if record.exists():
-        differences = request_lib.differences(files.read_json(record), request)
+        old = files.read_json(record)
+        differences = request_lib.differences(old, request)
+        if old["format"] != request["format"]:
+            differences.append(f"format: {old['format']}, now {request['format']}")
         if differences:
             _say(f"unfinished work is dropped, it was for other settings: {'; '.join(differences)}")
             record.unlink()  # first, so that half-deleted work is never continued
@@ -226,7 +230,8 @@ def _fit_embedder(work: _Work) -> None:
     documents = work.shards("documents")
     rows = shards.choose(documents, num_documents=cfg.fit_documents)
     texts = _progress(shards.chosen_texts(documents, rows, cfg.max_chars), "fitting the embedder")
-    embed_lib.fit_embedder(cfg, list(texts), num_workers=work.num_workers).save(work.final)
+    embedder = EMBEDDERS.get(cfg.kind).fit(cfg, list(texts), num_workers=work.num_workers)
+    save_embedder(embedder, work.final, kind=cfg.kind)
 
 
 def _fit_centroids(work: _Work) -> None:
@@ -350,7 +355,7 @@ def _manifest(
         "vocab_size": tokenizer.vocab_size,
         "eos_id": layout.eos_id,
         "tokenizer": tokenizer.hash,
-        "embedder": embed_lib.load_embedder(final).name,
+        "embedder": load_embedder(final).name,
         "counts": totals | {"damaged": sum(report.counts.values()), "splits": splits},
         "window_files": {
             split: [
@@ -381,7 +386,7 @@ def _publish(work: _Work) -> None:
 
 def _run(work: _Work, function: Callable[..., None], jobs: Sequence[tuple], name: str) -> None:
     if jobs:
-        done = embed_lib.parallel_map(function, jobs, num_workers=work.num_workers)
+        done = parallel.parallel_map(function, jobs, num_workers=work.num_workers)
         for _ in _progress(done, name, total=len(jobs)):
             pass
 
