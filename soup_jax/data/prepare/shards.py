@@ -2,7 +2,7 @@
 
     documents/  text, offsets, hash, split; counts and damage       `write_documents`
     encoded/    token ids with EOS, ends, unit vectors              `encode_shard`
-    grouped/    token ids sorted by split and domain; see windows   `group_shard`
+    grouped/    token ids sorted by split and domain (data/corpus)  `group_shard`
 
 This module also chooses, by hash, the documents that tokenizer, embedder and k-means are fitted on.
 soup_jax/data/prepare/stages.py says when and where all this runs, and what a kill does.
