@@ -1,12 +1,12 @@
 """Loss and gradients of a soup, in factored form.
 
-The gradient of the loss of M mixtures is kept as what determines it: the merged gradients G_m
-and the coefficients alpha_me. From them (section 3 of the paper, by the chain rule)
+The merged gradients G_m of M mixtures and the coefficients alpha_me determine the gradient of the
+loss, and they are all that is kept of it. By the chain rule (section 3 of the paper)
 
     dS = sum_m G_m        dE_e = sum_m alpha_me G_m        dalpha_me = <G_m, E_e>
 
 so no array of the bank's size ever holds a gradient. Kinds of experts that are small may have
-explicit ones (see `bank`).
+explicit gradients (see `bank`).
 """
 
 import dataclasses
@@ -186,8 +186,8 @@ def _merged_gradients(
 def squared_norms(grads: SoupGrads, bank_params: Params) -> dict[str, Array]:
     """Squared gradient norms of "shared", "router" and "bank".
 
-    Of experts with factored gradients in closed form, ||dE||^2 = sum_{m,m'} (alpha_m . alpha_m')
-    <G_m, G_m'> over their leaves.
+    That of experts with factored gradients has a closed form, ||dE||^2 = sum_{m,m'}
+    (alpha_m . alpha_m') <G_m, G_m'> over their leaves.
     """
 
     def total(t: Params) -> Array:
