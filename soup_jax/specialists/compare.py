@@ -1,4 +1,4 @@
-"""What a person looks at: the evaluation of runs side by side, and the learning-curve picture."""
+"""For people to look at: the evaluation of runs side by side, and the learning-curve picture."""
 
 import logging
 import pathlib

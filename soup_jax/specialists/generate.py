@@ -2,7 +2,7 @@
 
     soup-jax generate --model=DIR --prompt=TEXT
 
-Two compiled functions whatever the prompt: prefill over the padded prompt, and one token at a time.
+It compiles two functions, whatever the prompt: one reads the padded prompt, one adds a token.
 """
 
 import functools
