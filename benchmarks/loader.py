@@ -28,9 +28,9 @@ import numpy as np
 from array_record.python import array_record_module
 
 from soup_jax import storage as files
-from soup_jax.data import corpus as windows
-from soup_jax.data import loader
+from soup_jax.data import loader, windows
 from soup_jax.data import meta_distribution as domain_weights
+from soup_jax.data.corpus import FORMAT_VERSION, open_corpus
 from soup_jax.data.embed import parallel
 from soup_jax.data.prepare import shards
 from soup_jax.data.sampling import SamplingPlan
@@ -77,7 +77,7 @@ def make_corpus(path, *, num_domains, seq_len, gigabytes):
         if file.is_file()
     }
     window_files = [{"name": f.name, "windows": f.stop - f.start} for f in layout.files()]
-    manifest = {"format": windows.FORMAT_VERSION, "fingerprint": "synthetic", "eos_id": 0}
+    manifest = {"format": FORMAT_VERSION, "fingerprint": "synthetic", "eos_id": 0}
     manifest |= {"seq_len": seq_len, "vocab_size": VOCAB_SIZE, "artefacts": artefacts}
     manifest |= {"window_files": {"train": window_files}, "request": request}
     files.write_json(path / "manifest.json", manifest)
@@ -221,7 +221,7 @@ def main():
     args = parse_args()
     begin = time.perf_counter()
     make_corpus(args.dir, num_domains=args.domains, seq_len=args.seq_len, gigabytes=args.gigabytes)
-    corpus = windows.open_corpus(args.dir)
+    corpus = open_corpus(args.dir)
     paths = window_paths(corpus)
     print(
         f"{corpus.offsets['train'][-1]:,} windows of {corpus.seq_len} in {len(paths)} files, "

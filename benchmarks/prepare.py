@@ -29,7 +29,7 @@ import time
 import common
 import numpy as np
 
-from soup_jax.data import corpus as windows
+from soup_jax.data.corpus import open_corpus
 from soup_jax.data.embed import parallel
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare import stages as prepare
@@ -42,8 +42,8 @@ PHASES = {
     "_fit_centroids": "fit the centroids",
     "_group": "group (assign)",
     "_write_windows": "write the windows",
-    "_describe_domains": "describe the domains",
-    "_manifest": "manifest",
+    "describe_domains": "describe the domains",
+    "write_manifest": "manifest",
 }
 LIBRARY = ("encode_batch", "encode_batch_fast")
 _SHARD_DOCUMENTS = 256
@@ -164,7 +164,7 @@ def main():
     for _ in range(args.rounds):
         shutil.rmtree(corpus, ignore_errors=True)
         rounds.append(timed_phases(cfg))
-    counts = windows.open_corpus(corpus).manifest["counts"]["splits"].values()
+    counts = open_corpus(corpus).manifest["counts"]["splits"].values()
     megabytes = sum(count["bytes"] for count in counts) / 1e6
     tokens = sum(count["tokens"] for count in counts)
     print(f"\n{megabytes:.1f} MB, {tokens:,} tokens, {fields['corpus.num_workers']} workers")

@@ -49,12 +49,11 @@ if ! is_python "$python" 'v >= (3, 11)'; then
 fi
 workers=${WORKERS:-$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')}
 
-# The odd expansion keeps an empty list legal under `set -u` in the bash 3.2 of macOS.
 tests() {
   local venv=$1
   shift
-  # By file: what the tests of one share is made once.
-  run "$venv/bin/python" -m pytest -n "$workers" --dist=loadfile "$@"
+  # By file: what the tests of one share is made once. In the order of conftest.py.
+  run "$venv/bin/python" -m pytest -n "$workers" --dist=loadfile --no-loadscope-reorder "$@"
 }
 
 arguments=() options=() lowest=''
@@ -85,6 +84,7 @@ environment .venv-test "$python"
 run .venv-test/bin/ruff check --extend-exclude '.venv-*' .
 run .venv-test/bin/ruff format --check --extend-exclude '.venv-*' .
 run .venv-test/bin/mypy
+# The odd expansion keeps an empty list legal under `set -u` in the bash 3.2 of macOS.
 tests .venv-test ${options[@]+"${options[@]}"} ${arguments[@]+"${arguments[@]}"}
 
 # Only the whole suite is followed by the newest jax, which asks for Python 3.12.

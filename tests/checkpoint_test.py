@@ -5,7 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from train_step_test import build, make_batch
+from train_step_test import make, make_batch
 
 from soup_jax import tree
 from soup_jax.errors import UserError
@@ -14,7 +14,7 @@ from soup_jax.training.checkpoint import Checkpointer
 
 
 def trained(num_devices=8, steps=2, **fields):
-    cfg, m, state, step, sums = build(num_devices, **fields)
+    cfg, m, state, step, sums = make(num_devices, **fields)
     for i in range(steps):
         state, sums = step(state, sums, make_batch(cfg, m, i))
     return cfg, m, state, step, sums
@@ -53,7 +53,7 @@ def test_restored_on_other_device_counts_and_back_exactly(bank, tmp_path):
     want = copied(state)
     for i, num_devices in enumerate((4, 2, 1, 8)):
         save(tmp_path / str(i), cfg, state, 2)
-        _, m, other, _, _ = build(num_devices, **fields)
+        _, m, other, _, _ = make(num_devices, **fields)
         with Checkpointer(tmp_path / str(i)) as reader:
             state, data = reader.restore(abstract(other))
         assert (data["step"], data["note"]) == (2, "of 2")
@@ -84,8 +84,8 @@ def test_parameters_are_read_without_the_optimizer(tmp_path):
 def test_another_structure_is_refused_leaf_by_leaf(tmp_path):
     cfg, _, state, _, _ = trained(num_experts=4)
     save(tmp_path, cfg, state, 2)
-    _, _, wider, _, _ = build(num_experts=3)
-    _, _, other_bank, _, _ = build(**{"optimizer.bank": "adamw"})
+    _, _, wider, _, _ = make(num_experts=3)
+    _, _, other_bank, _, _ = make(**{"optimizer.bank": "adamw"})
     with Checkpointer(tmp_path) as reader:
         with pytest.raises(UserError, match="does not fit this config") as e:
             reader.restore(abstract(wider))
@@ -196,7 +196,7 @@ def test_a_step_is_saved_once(tmp_path):
 
 
 def test_an_empty_folder_holds_nothing(tmp_path):
-    cfg, _, state, _, _ = build()
+    cfg, _, state, _, _ = make()
     with Checkpointer(tmp_path / "new", cfg) as checkpointer:
         assert checkpointer.restore(abstract(state)) is None
         assert checkpointer.steps() == []

@@ -1,6 +1,7 @@
 """What holds for every test: 8 simulated CPU devices, compiled code kept between runs.
 
 pytest                 all but the slow tests
+pytest --fast          only the files of FAST
 pytest --run-slow      all tests
 """
 
@@ -14,6 +15,34 @@ import sys
 import pytest
 
 NUM_DEVICES = 8
+# The method, the step, the plan of batches and the checkpoints: what a change breaks most often,
+# and what other releases of jax, flax, orbax and grain do. About two minutes on two cores.
+FAST = (
+    "checkpoint_test.py",
+    "config_test.py",
+    "domain_weights_test.py",
+    "import_order_test.py",
+    "merge_test.py",
+    "optimizer_test.py",
+    "router_test.py",
+    "sampler_test.py",
+    "soup_test.py",
+    "train_step_test.py",
+    "tree_test.py",
+)
+# What takes longest starts first, so that no process works alone at the end.
+LONGEST = (
+    "train_test.py",
+    "topology_test.py",
+    "contract_test.py",
+    "launch_test.py",
+    "low_rank_test.py",
+    "train_step_test.py",
+    "prepare_test.py",
+    "plan_test.py",
+    "distributed_test.py",
+    "checkpoint_test.py",
+)
 
 
 def _compilation_cache() -> pathlib.Path:
@@ -48,11 +77,21 @@ _set_environment()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only the files of FAST in conftest.py")
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
 
 
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    name = collection_path.name
+    if config.getoption("--fast") and name.endswith("_test.py") and name not in FAST:
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if config.getoption("--run-slow"):
         return
     skip = pytest.mark.skip(reason="slow; run it with --run-slow or `bash launch/test.sh --all`")

@@ -102,15 +102,41 @@ def test_scripts_parse_and_stop_at_errors(script: pathlib.Path):
     assert "\nset -euo pipefail\n" in script.read_text("utf-8")
 
 
+PYTEST = ["python", "-m", "pytest", "-n", "3", "--dist=loadfile", "--no-loadscope-reorder"]
+
+
+def script_commands(tmp_path: pathlib.Path, *arguments: str, **env: str) -> list[list[str]]:
+    """What launch/test.sh would run, by the names of the programs."""
+    env = {"WORKERS": "3", **env}
+    commands = dry_run(tmp_path, "launch/test.sh", *arguments, **env)
+    return [[pathlib.Path(c[0]).name, *c[1:]] for c in commands]
+
+
 def test_test_script_lints_and_passes_arguments_on(tmp_path):
-    commands = dry_run(tmp_path, "launch/test.sh", "--all", "-k", "a or b", WORKERS="3")
-    tails = [[pathlib.Path(c[0]).name, *c[1:]] for c in commands]
-    assert ["ruff", "check", "--extend-exclude", ".venv-*", "."] in tails
-    assert ["ruff", "format", "--check", "--extend-exclude", ".venv-*", "."] in tails
-    pytest_words = ["python", "-m", "pytest", "-n", "3", "--dist=loadfile"]
-    assert tails[-1] == [*pytest_words, "--run-slow", "-k", "a or b"]
+    commands = script_commands(tmp_path, "--all", "-k", "a or b")
+    assert ["ruff", "check", "--extend-exclude", ".venv-*", "."] in commands
+    assert ["ruff", "format", "--check", "--extend-exclude", ".venv-*", "."] in commands
+    assert ["mypy"] in commands
+    assert commands[-1] == [*PYTEST, "--run-slow", "-k", "a or b"]
+    assert script_commands(tmp_path, "--fast")[-1] == [*PYTEST, "--fast"]
     workers = dry_run(tmp_path, "launch/test.sh")[-1][4]
     assert workers == str(min(4, os.cpu_count()))
+
+
+def test_test_script_runs_the_fast_tests_with_other_releases(tmp_path):
+    newer = tmp_path / "python3.12"
+    newer.write_text("#!/bin/sh\nexit 0\n")  # is whatever it is asked to be
+    newer.chmod(0o755)
+    commands = script_commands(tmp_path, PYTHON312=str(newer))
+    if sys.version_info < (3, 12):
+        assert [c for c in commands if "pytest" in c] == [PYTEST, [*PYTEST, "--fast"]]
+    done = run_script(
+        "launch/test.sh", DRY_RUN="1", PYTHON=sys.executable, PYTHON312=str(tmp_path / "none")
+    )
+    assert sys.version_info >= (3, 12) or "newest jax are skipped" in done.stdout
+    lowest = script_commands(tmp_path, "--lowest", "-x")
+    assert [c for c in lowest if "pytest" in c] == [[*PYTEST, "--fast", "-x"]]
+    assert not any(c[0] == "ruff" for c in lowest)
 
 
 @pytest.mark.parametrize("script", ["launch/test.sh", "launch/quickstart.sh"])

@@ -48,10 +48,10 @@ def test_a_batch_is_what_the_plan_says(corpus):
     plan = make_plan(corpus)
     for step, batch in enumerate(read(corpus, np.arange(B))):
         expected = plan[step]
-        np.testing.assert_array_equal(batch["domain"], expected.domain_B)
-        np.testing.assert_allclose(batch["h"], expected.h_MK, atol=1e-7)
+        np.testing.assert_array_equal(batch.domain_B, expected.domain_B)
+        np.testing.assert_allclose(batch.h_MK, expected.h_MK, atol=1e-7)
         ids = corpus.offsets["train"][expected.domain_B] + expected.window_B
-        np.testing.assert_array_equal(batch["tokens"], corpus.read_windows("train", ids))
+        np.testing.assert_array_equal(batch.rows["tokens"], corpus.read_windows("train", ids))
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
@@ -59,9 +59,10 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(corpus, num
     whole = read(corpus, np.arange(B))
     parts = [read(corpus, rows) for rows in np.split(np.arange(B), num_processes)]
     for step, batch in enumerate(whole):
-        for name in ("tokens", "num_targets", "domain"):
-            joined = np.concatenate([p[step][name] for p in parts])
-            np.testing.assert_array_equal(joined, batch[name])
+        joined = [np.concatenate([p[step].domain_B for p in parts])]
+        joined += [np.concatenate([p[step].rows[name] for p in parts]) for name in batch.rows]
+        for found, wanted in zip(joined, (batch.domain_B, *batch.rows.values()), strict=True):
+            np.testing.assert_array_equal(found, wanted)
 
 
 def test_starting_late_and_more_threads_change_nothing(corpus):
@@ -69,7 +70,7 @@ def test_starting_late_and_more_threads_change_nothing(corpus):
     late = read(corpus, np.arange(B), start=6, num_threads=5)
     assert len(late) == 4
     for a, b in zip(whole[6:], late):
-        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        np.testing.assert_array_equal(a.rows["tokens"], b.rows["tokens"])
 
 
 def test_only_the_last_window_of_a_domain_has_padding(corpus):
@@ -88,10 +89,10 @@ def test_device_arrays_are_the_batch_with_rows_over_the_whole_mesh(corpus):
     np.testing.assert_array_equal(rows, np.arange(B))
     batch = read(corpus, rows, stop=1)[0]
     arrays = loader.to_device(batch, m)
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(array, batch[name])
-    assert {s.data.shape[0] for s in arrays["tokens"].addressable_shards} == {B // m.size}
-    assert arrays["h"].sharding.is_fully_replicated
+    jax.tree.map(np.testing.assert_array_equal, arrays, batch)
+    tokens = arrays.rows["tokens"]
+    assert {s.data.shape[0] for s in tokens.addressable_shards} == {B // m.size}
+    assert arrays.h_MK.sharding.is_fully_replicated
     assert m.size == jax.device_count()
 
 

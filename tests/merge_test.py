@@ -16,11 +16,11 @@ def soup():
         "b": jax.random.normal(key[1], (7,)),
         "only_shared": jnp.ones((2,)),
     }
-    bank = {
+    experts = {
         "a": {"w": jax.random.normal(key[2], (E, 4, 6))},
         "b": jax.random.normal(key[3], (E, 7)),
     }
-    return shared, bank
+    return shared, {"dense": experts}
 
 
 def close(a, b, tolerance=1e-5):
@@ -31,8 +31,8 @@ def test_one_hot_is_shared_plus_that_expert(soup):
     shared, bank = soup
     for e in range(E):
         theta = merge.merge(shared, bank, jnp.eye(E)[e])
-        close(theta["a"]["w"], shared["a"]["w"] + bank["a"]["w"][e])
-        close(theta["b"], shared["b"] + bank["b"][e])
+        close(theta["a"]["w"], shared["a"]["w"] + bank["dense"]["a"]["w"][e])
+        close(theta["b"], shared["b"] + bank["dense"]["b"][e])
 
 
 def test_linear_in_alpha(soup):
@@ -71,44 +71,5 @@ def test_sums_in_float32_and_rounds_once(soup):
 
 def test_bfloat16_bank_is_not_accumulated_in_bfloat16():
     bank = {"w": jnp.full((256, 1), 1.0, jnp.bfloat16).at[0].set(256.0)}
-    theta = merge.merge({"w": jnp.zeros((1,))}, bank, jnp.ones(256))
+    theta = merge.merge({"w": jnp.zeros((1,))}, {"dense": bank}, jnp.ones(256))
     assert float(theta["w"][0]) == 511.0  # bfloat16 sums would stick at 256
-
-
-@pytest.mark.parametrize("num_mixtures", [1, 2, 5])
-@pytest.mark.parametrize("num_experts", [1, 4, 20])
-@pytest.mark.parametrize("shape", [(), (3,), (4, 6), (2, 3, 5)])
-def test_products_with_a_bfloat16_bank(num_mixtures, num_experts, shape):
-    rng = np.random.default_rng(0)
-    x_M = rng.normal(size=(num_mixtures, *shape)).astype(np.float32)
-    alpha_ME = rng.normal(size=(num_mixtures, num_experts)).astype(np.float32)
-    leaf_E = jnp.asarray(rng.normal(size=(num_experts, *shape)), jnp.bfloat16)
-    exact = np.asarray(leaf_E, np.float64)
-    expected = np.tensordot(alpha_ME.astype(np.float64), exact, 1)
-    np.testing.assert_allclose(jax.jit(merge.combine)(alpha_ME, leaf_E), expected, atol=1e-5)
-    axes = tuple(range(1, len(shape) + 1))
-    expected = np.tensordot(x_M.astype(np.float64), exact, (axes, axes))
-    np.testing.assert_allclose(jax.jit(merge.inner)(x_M, leaf_E).T, expected, atol=1e-5)
-
-
-def test_two_bfloat16_parts_hold_16_bits(monkeypatch):
-    """What accelerators compute, emulated: their branch, with the parts multiplied in float32."""
-    monkeypatch.setattr(
-        jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args), raising=True
-    )
-    rng = np.random.default_rng(0)
-    alpha_ME = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
-    leaf_E = jnp.asarray(rng.normal(size=(8, 16)), jnp.bfloat16)
-    calls = []
-
-    def product(parts, leaf):
-        calls.append(parts.dtype)
-        return parts.astype(jnp.float32) @ leaf.astype(jnp.float32)
-
-    found = merge._in_parts(product, alpha_ME, leaf_E, axis=0)
-    assert calls == [jnp.bfloat16]
-    exact = np.asarray(alpha_ME, np.float64) @ np.asarray(leaf_E, np.float64)
-    error = np.abs(found - exact).max() / np.abs(exact).max()
-    assert error < 2**-14
-    rounded = alpha_ME.astype(jnp.bfloat16).astype(jnp.float32) @ leaf_E.astype(jnp.float32)
-    assert np.abs(rounded - exact).max() / np.abs(exact).max() > 2**-11

@@ -7,12 +7,11 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from soup_jax import tree
+from soup_jax import soup, tree
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
 from soup_jax.models import base as model
 from soup_jax.models import llama
-from soup_jax.soup import gradients as soup
 from soup_jax.training import build
 
 CONFIG = llama.LlamaConfig(
@@ -175,27 +174,24 @@ def test_any_flax_module_can_be_souped(base_model):
     rng = np.random.default_rng(0)
     config = soup.SoupConfig(num_domains=3, num_experts=2, init_scale=0.5)
     params = soup.init(jax.random.key(0), base_model.init, config, frequencies_K=np.full(3, 1 / 3))
-    batch = {
-        "x": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
-        "y": jnp.ones(6),
-        "h": jnp.eye(3)[:2],
-    }
+    rows = {"x": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), "y": jnp.ones(6)}
+    batch = soup.Batch(rows=rows, h_MK=jnp.eye(3)[:2])
 
     def plain(params):
-        alpha = soup.coefficients(params, batch["h"], config)
+        alpha = soup.coefficients(params, batch.h_MK, config)
         total = 0.0
         for m in range(2):
             theta = jax.tree.map(
                 lambda s, e, m=m: s + jnp.tensordot(alpha[m], e, 1),
                 params["shared"],
-                params["bank"],
+                params["bank"]["dense"],
             )
-            rows = {k: batch[k][3 * m : 3 * m + 3] for k in ("x", "y")}
-            total = total + base_model.example_losses(theta, rows)[0].sum()
+            own = {k: v[3 * m : 3 * m + 3] for k, v in rows.items()}
+            total = total + base_model.example_losses(theta, own)[0].sum()
         return total / 6
 
     loss, expected = jax.value_and_grad(plain)(params)
-    (ours, _), grads, _ = soup.value_and_grad(params, batch, model=base_model, config=config)
+    (ours, _), grads = soup.value_and_grad(params, batch, model=base_model, config=config)
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),

@@ -20,9 +20,9 @@ import tensorflow_datasets as tfds
 import zstandard
 from ml_collections import ConfigDict
 
-from soup_jax.data import corpus as windows
-from soup_jax.data import domains, tokenizer
+from soup_jax.data import domains, tokenizer, windows
 from soup_jax.data import sources as corpus
+from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.embed.tfidf_svd import TfidfSvd
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare import stages as prepare
@@ -85,7 +85,7 @@ def content(folder: pathlib.Path) -> dict[str, bytes]:
     }
 
 
-def documents_of(prepared: windows.Corpus, split: str) -> list[list[str]]:
+def documents_of(prepared: Corpus, split: str) -> list[list[str]]:
     """Texts of each domain in order, rebuilt from the windows."""
     result, tokens = [], prepared.tokenizer()
     offsets, pad = prepared.offsets[split], prepared.pad[split]
@@ -104,7 +104,7 @@ def documents_of(prepared: windows.Corpus, split: str) -> list[list[str]]:
     return result
 
 
-def texts_of(prepared: windows.Corpus, split: str) -> list[str]:
+def texts_of(prepared: Corpus, split: str) -> list[str]:
     return list(itertools.chain(*documents_of(prepared, split)))
 
 
@@ -126,7 +126,7 @@ def sources(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(sources, tmp_path_factory) -> windows.Corpus:
+def prepared(sources, tmp_path_factory) -> Corpus:
     """The corpus prepared without any incident."""
     return prepare.prepare(config(sources, tmp_path_factory.mktemp("plain") / "corpus"))
 
@@ -257,7 +257,7 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
         except Killed:
             if not (tmp_path / "corpus" / "manifest.json").exists():
                 with pytest.raises(UserError, match="not finished"):
-                    windows.open_corpus(cfg.corpus.dir)
+                    open_corpus(cfg.corpus.dir)
         else:
             break
     monkeypatch.undo()
@@ -272,7 +272,7 @@ import os, signal, sys
 from soup_jax.data.embed import parallel
 from soup_jax.data.prepare import stages as prepare
 from soup_jax.data.prepare import shards
-from soup_jax.data import corpus as windows
+from soup_jax.data import windows
 sys.path.insert(0, {tests!r})
 import prepare_test
 shards.SHARD_DOCUMENTS, windows.FILE_BYTES = 25, 5000

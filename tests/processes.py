@@ -101,7 +101,8 @@ def start(
         for i in range(num_processes) if only is None else only:
             env = dict(os.environ)
             count = num_devices // num_processes
-            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+            flag = "--xla_force_host_platform_device_count="
+            env["XLA_FLAGS"] = env["XLA_FLAGS"].replace(f"{flag}{NUM_DEVICES}", f"{flag}{count}")
             env["TEST_TROUBLE"] = json.dumps(trouble)
             env["SOUP_JAX_PROCESS_ID"] = str(i)
             if num_processes > 1:

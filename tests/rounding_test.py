@@ -10,8 +10,8 @@ from soup_jax.optim import rounding
 STEP = 2.0**-7  # distance of bfloat16 numbers in [1, 2)
 
 
-def rounded(values, *, step=0, salt=1, first=0):
-    seed = rounding.make_seed(jnp.int32(step), salt)
+def rounded(values, *, step=0, name="w", first=0):
+    seed = rounding.seed_of(jnp.int32(step), name)
     return np.asarray(
         rounding.store(jnp.asarray(values, jnp.float32), "bfloat16", seed=seed, first=first),
         np.float32,
@@ -35,7 +35,7 @@ def test_negative_numbers_are_rounded_like_positive_ones():
 
 def test_small_updates_survive_that_rounding_to_the_nearest_loses():
     def add(x, step, seeded):
-        seed = rounding.make_seed(step, 0) if seeded else None
+        seed = rounding.seed_of(step, "w") if seeded else None
         return rounding.store(x.astype(jnp.float32) + STEP / 20, "bfloat16", seed=seed)
 
     for seeded, expected in ((False, 1.0), (True, 1.0 + 200 * STEP / 20)):
@@ -59,8 +59,8 @@ def test_nan_stays_nan():
 
 def test_steps_and_leaves_draw_their_own_bits():
     x = np.full(4096, 1 + STEP / 2)
-    up = {key: rounded(x, step=key[0], salt=key[1]) > 1 for key in ((0, 1), (1, 1), (0, 2), (7, 9))}
-    keys = list(up)
+    keys = [(0, "w"), (1, "w"), (0, "v"), (7, "bank/w")]
+    up = {key: rounded(x, step=key[0], name=key[1]) > 1 for key in keys}
     for i, a in enumerate(keys):
         for b in keys[i + 1 :]:
             correlation = np.corrcoef(up[a], up[b])[0, 1]
@@ -85,7 +85,7 @@ def test_slices_on_devices_round_as_the_whole():
     x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d"))
-    seed = rounding.make_seed(jnp.int32(0), 1)
+    seed = rounding.seed_of(jnp.int32(0), "w")
     found = jax.jit(lambda y: rounding.store(y, "bfloat16", seed=seed))(jax.device_put(x, spec))
     np.testing.assert_array_equal(np.asarray(found, np.float32), rounded(x))
 
@@ -93,5 +93,5 @@ def test_slices_on_devices_round_as_the_whole():
 def test_without_a_seed_to_the_nearest_and_float32_as_it_is():
     x = jnp.asarray([1 + STEP / 3, 1 + STEP / 1.5])
     np.testing.assert_array_equal(rounding.store(x, "bfloat16"), x.astype(jnp.bfloat16))
-    seed = rounding.make_seed(jnp.int32(0), 1)
+    seed = rounding.seed_of(jnp.int32(0), "w")
     np.testing.assert_array_equal(rounding.store(x, "float32", seed=seed), x)

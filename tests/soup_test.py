@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soup_jax import tree
+from soup_jax import soup, tree
 from soup_jax.data import loader
 from soup_jax.experiments import base
 from soup_jax.hardware import mesh
-from soup_jax.soup import gradients as soup
 from soup_jax.soup import merge
 from soup_jax.training import build
 
@@ -39,27 +38,30 @@ def make_config(**fields):
 @pytest.fixture(scope="module")
 def batch():
     rng = np.random.default_rng(0)
-    return {
-        "tokens": jnp.asarray(rng.integers(0, 300, (B, L + 1)), jnp.int32),
-        "num_targets": jnp.asarray(rng.integers(1, L + 1, B), jnp.int32),
-        "h": jnp.asarray(rng.dirichlet(np.full(K, 0.3), M), jnp.float32),
-    }
+    return soup.Batch(
+        rows={
+            "tokens": jnp.asarray(rng.integers(0, 300, (B, L + 1)), jnp.int32),
+            "num_targets": jnp.asarray(rng.integers(1, L + 1, B), jnp.int32),
+        },
+        h_MK=jnp.asarray(rng.dirichlet(np.full(K, 0.3), M), jnp.float32),
+        domain_B=jnp.asarray(rng.integers(0, K, B), jnp.int32),
+    )
 
 
 def init(cfg):
     base_model = build.base_model(cfg)
-    config = soup.soup_config(cfg)
+    config = build.soup_config(cfg)
     params = soup.init(jax.random.key(0), base_model.init, config, frequencies_K=FREQUENCIES)
     return base_model, config, params
 
 
 def plain_loss(params, batch, base_model, config):
     """The definition: merge each mixture, average the loss over all targets."""
-    alpha = soup.coefficients(params, batch["h"], config)
+    alpha = soup.coefficients(params, batch.h_MK, config)
     total, weight = 0.0, 0.0
     for m in range(M):
         theta = merge.merge(params["shared"], params["bank"], alpha[min(m, len(alpha) - 1)])
-        rows = {k: v[m * B // M : (m + 1) * B // M] for k, v in batch.items() if k != "h"}
+        rows = {k: v[m * B // M : (m + 1) * B // M] for k, v in batch.rows.items()}
         losses, weights = base_model.example_losses(theta, rows)
         total, weight = total + (losses * weights).sum(), weight + weights.sum()
     return total / weight
@@ -77,15 +79,15 @@ def assert_close(a, b, tolerance=2e-5):
 def test_factored_gradients_are_those_of_the_plain_loss(batch, num_micro, normalization):
     base_model, config, params = init(make_config(**{"router.normalization": normalization}))
     loss, expected = jax.value_and_grad(plain_loss)(params, batch, base_model, config)
-    (ours, _), grads, alpha = soup.value_and_grad(
+    (ours, _), grads = soup.value_and_grad(
         params, batch, model=base_model, config=config, num_micro=num_micro
     )
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     assert_close(expected["shared"], grads.shared)
     assert_close(expected["router"], grads.router)
-    bank = jax.tree.map(lambda g: jnp.einsum("ME,M...->E...", alpha, g), grads.merged)
-    assert_close(expected["bank"], bank)
-    norms = soup.squared_norms(grads, list(tree.flatten(params["bank"])))
+    bank = jax.tree.map(lambda g: jnp.einsum("ME,M...->E...", grads.alpha_ME, g), grads.merged)
+    assert_close(expected["bank"], {"dense": bank})
+    norms = soup.squared_norms(grads, params["bank"])
     for part in ("shared", "router", "bank"):
         direct = sum(jnp.sum(x**2) for x in jax.tree.leaves(expected[part]))
         np.testing.assert_allclose(norms[part], direct, rtol=1e-3)
@@ -94,14 +96,14 @@ def test_factored_gradients_are_those_of_the_plain_loss(batch, num_micro, normal
 def test_gradients_on_a_mesh_equal_those_on_one_device(batch):
     cfg = make_config()
     base_model, config, params = init(cfg)
-    (loss, _), expected, _ = soup.value_and_grad(params, batch, model=base_model, config=config)
+    (loss, _), expected = soup.value_and_grad(params, batch, model=base_model, config=config)
     for replica in (1, 2, 4):
         cfg.mesh.replica = replica
         m = mesh.make_mesh(cfg, jax.devices()[:4])
         f = jax.jit(
             lambda p, b, m=m: soup.value_and_grad(p, b, model=base_model, config=config, mesh=m)
         )
-        (ours, _), grads, _ = f(params, loader.to_device(batch, m))
+        (ours, _), grads = f(params, loader.to_device(batch, m))
         np.testing.assert_allclose(ours, loss, rtol=1e-5)
         assert_close(expected._asdict(), grads._asdict())
 
@@ -110,12 +112,10 @@ def test_zero_experts_is_the_generic_model(batch):
     base_model, config, params = init(make_config(num_experts=0))
     assert params["bank"] == {}
     assert params["router"] == {}
-    losses, weights = base_model.example_losses(
-        params["shared"], {k: v for k, v in batch.items() if k != "h"}
-    )
-    (ours, _), grads, _ = soup.value_and_grad(params, batch, model=base_model, config=config)
+    losses, weights = base_model.example_losses(params["shared"], batch.rows)
+    (ours, _), grads = soup.value_and_grad(params, batch, model=base_model, config=config)
     np.testing.assert_allclose(ours, (losses * weights).sum() / weights.sum(), rtol=1e-6)
-    theta, alpha = soup.specialist(params, batch["h"][0], config)
+    theta, alpha = soup.specialist(params, batch.h_MK[0], config)
     assert alpha.shape == (0,)
     assert_close(theta, params["shared"], 0)
     plain = jax.grad(lambda p: plain_loss({**params, "shared": p}, batch, base_model, config))
@@ -141,8 +141,9 @@ def test_the_mean_is_weighted_however_small_the_weights(batch):
     )
     np.testing.assert_allclose(found[0][0], wanted[0][0], rtol=1e-5)
     assert_close(found[1].shared, wanted[1].shared)
-    empty = {**batch, "num_targets": jnp.zeros_like(batch["num_targets"])}
-    (loss, _), grads, _ = soup.value_and_grad(params, empty, model=base_model, config=config)
+    nothing = jnp.zeros_like(batch.rows["num_targets"])
+    empty = dataclasses.replace(batch, rows={**batch.rows, "num_targets": nothing})
+    (loss, _), grads = soup.value_and_grad(params, empty, model=base_model, config=config)
     assert loss == 0
     assert not any(g.any() for g in jax.tree.leaves(grads.merged))
 
@@ -153,7 +154,8 @@ def test_the_norm_of_gradients_that_cancel_is_not_below_zero():
         merged = {"w": jnp.concatenate([g, -(g[:1] + g[1:])])}
         alpha_ME = jnp.repeat(normal(1, E, seed=seed), 3, 0)
         shared = {"w": merged["w"].sum(0)}
-        norms = soup.squared_norms(soup.SoupGrads(shared, {}, merged, alpha_ME, {}), ["w"])
+        grads = soup.SoupGrads(shared, {}, merged, alpha_ME, {})
+        norms = soup.squared_norms(grads, {"dense": {"w": jnp.zeros((E, 6, 5))}})
         assert 0 <= norms["bank"] < 1e-9
 
 
@@ -164,16 +166,16 @@ def normal(*shape, seed):
 def test_row_stats_are_those_of_their_rows(batch):
     base_model, config, params = init(make_config())
     for num_micro in (1, 2):
-        (loss, (row_loss, row_weight)), _, _ = soup.value_and_grad(
+        (loss, (row_loss, row_weight)), _ = soup.value_and_grad(
             params, batch, model=base_model, config=config, num_micro=num_micro
         )
-        np.testing.assert_array_equal(row_weight, batch["num_targets"])
+        np.testing.assert_array_equal(row_weight, batch.rows["num_targets"])
         np.testing.assert_allclose(row_loss.sum() / row_weight.sum(), loss, rtol=1e-5)
 
 
 def test_specialist_is_the_merge_at_the_routed_coefficients(batch):
     _, config, params = init(make_config())
-    h = np.asarray(batch["h"][2])
+    h = np.asarray(batch.h_MK[2])
     theta, alpha = soup.specialist(params, h, config)
-    np.testing.assert_allclose(alpha, soup.coefficients(params, batch["h"], config)[2], rtol=1e-5)
+    np.testing.assert_allclose(alpha, soup.coefficients(params, batch.h_MK, config)[2], rtol=1e-5)
     assert_close(merge.merge(params["shared"], params["bank"], alpha), theta, 0)

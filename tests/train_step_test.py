@@ -8,25 +8,27 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import tree
+from soup_jax import soup, tree
 from soup_jax.data import loader
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh
-from soup_jax.soup import gradients as soup
 from soup_jax.soup import layout as sharding
-from soup_jax.training import build as build_lib
+from soup_jax.training import build
 from soup_jax.training import state as train_state
 from soup_jax.training import step as train_step
 
 FREQUENCIES = np.full(6, 1 / 6)
 
 
-def build(num_devices=8, **fields):
+def make(num_devices=8, **fields):
     cfg = tiny_config(**fields)
-    base_model = build_lib.base_model(cfg)
+    base_model = build.base_model(cfg)
     m = mesh.make_mesh(cfg, jax.devices()[:num_devices])
-    init = train_state.make_init(cfg, base_model, frequencies_K=FREQUENCIES)
-    shardings = train_state.state_shardings(m, jax.eval_shape(init))
+    config, optimizer = build.soup_config(cfg), build.optimizer_config(cfg)
+    init = train_state.make_init(
+        config, optimizer, base_model, seed=cfg.seed, frequencies_K=FREQUENCIES
+    )
+    shardings = train_state.state_shardings(m, jax.eval_shape(init), optimizer)
     state = jax.jit(init, out_shardings=shardings)()
     step = train_step.compile_step(cfg, base_model, m, shardings)
     sums = jax.device_put(train_step.zero_metrics(6), sharding.replicated(m))
@@ -35,17 +37,19 @@ def build(num_devices=8, **fields):
 
 def make_batch(cfg, m, seed=0):
     rng = np.random.default_rng(seed)
-    batch = {
-        "tokens": rng.integers(0, 400, (16, 33)).astype(np.int32),
-        "num_targets": np.full(16, 32, np.int32),
-        "domain": rng.integers(0, 6, 16).astype(np.int32),
-        "h": rng.dirichlet(np.ones(6), cfg.num_mixtures).astype(np.float32),
-    }
+    batch = soup.Batch(
+        rows={
+            "tokens": rng.integers(0, 400, (16, 33)).astype(np.int32),
+            "num_targets": np.full(16, 32, np.int32),
+        },
+        domain_B=rng.integers(0, 6, 16).astype(np.int32),
+        h_MK=rng.dirichlet(np.ones(6), cfg.num_mixtures).astype(np.float32),
+    )
     return loader.to_device(batch, m)
 
 
 def run(steps=3, **fields):
-    cfg, m, state, step, sums = build(**fields)
+    cfg, m, state, step, sums = make(**fields)
     for i in range(steps):
         state, sums = step(state, sums, make_batch(cfg, m, i))
     return state, sums, step
@@ -92,7 +96,7 @@ def test_gathering_layer_by_layer_holds_one_layer_at_a_time():
     temporaries = {}
     for gather in ("step", "layer"):
         for num_layers in (2, 10):
-            cfg, m, state, step, sums = build(
+            cfg, m, state, step, sums = make(
                 **fields, **{"mesh.gather": gather, "model.num_layers": num_layers}
             )
             compiled = step.lower(state, sums, make_batch(cfg, m)).compile()
@@ -105,8 +109,8 @@ def test_gathering_layer_by_layer_holds_one_layer_at_a_time():
 
 def test_a_network_that_cannot_gather_its_layers_is_refused():
     cfg = tiny_config()
-    network = dataclasses.replace(build_lib.base_model(cfg), with_gather=None)
-    batch = {"h": jnp.ones((2, 6)) / 6}
+    network = dataclasses.replace(build.base_model(cfg), with_gather=None)
+    batch = soup.Batch(rows={}, h_MK=jnp.ones((2, 6)) / 6)
     with pytest.raises(UserError, match="cannot gather its own layers"):
         soup.value_and_grad(
             {"router": {}},
@@ -152,11 +156,11 @@ def test_state_keeps_its_storage_layout_and_the_bank_is_sliced_within_experts():
 
 
 def test_metrics_sum_over_steps_and_domains():
-    cfg, m, state, step, sums = build()
+    cfg, m, state, step, sums = make()
     batches = [make_batch(cfg, m, i) for i in range(3)]
     for batch in batches:
         state, sums = step(state, sums, batch)
-    counts = sum(np.bincount(np.asarray(b["domain"]), minlength=6) for b in batches)
+    counts = sum(np.bincount(np.asarray(b.domain_B), minlength=6) for b in batches)
     np.testing.assert_array_equal(sums["domain_rows"], counts)
     np.testing.assert_array_equal(sums["domain_targets"], 32 * counts)
     assert float(sums["steps"]) == 3
@@ -167,11 +171,11 @@ def test_metrics_sum_over_steps_and_domains():
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_remembered():
-    cfg, m, state, step, sums = build()
+    cfg, m, state, step, sums = make()
     state, sums = step(state, sums, make_batch(cfg, m, 0))
     params = jax.tree.map(np.asarray, state.params)
-    bad = make_batch(cfg, m, 1) | {"h": jnp.full((2, 6), jnp.nan)}
-    bad["h"] = jax.device_put(bad["h"], sharding.replicated(m))
+    nan_MK = jax.device_put(jnp.full((2, 6), jnp.nan), sharding.replicated(m))
+    bad = dataclasses.replace(make_batch(cfg, m, 1), h_MK=nan_MK)
     state, sums = step(state, sums, bad)
     state, sums = step(state, sums, make_batch(cfg, m, 2))
     assert int(state.bad_step) == 1

@@ -10,7 +10,8 @@ import safetensors.numpy
 import tensorflow_datasets as tfds
 
 from soup_jax import storage as files
-from soup_jax.data import corpus as windows
+from soup_jax.data import windows
+from soup_jax.data.corpus import FORMAT_VERSION, open_corpus
 from soup_jax.errors import UserError
 
 EOS = 0
@@ -125,7 +126,7 @@ def corpus_dir(tmp_path_factory) -> pathlib.Path:
     window_files = {s: [] for s in layout.offsets}
     for f in layout.files():
         window_files[f.split].append({"name": f.name, "windows": f.stop - f.start})
-    manifest = {"format": windows.FORMAT_VERSION, "fingerprint": "abc", "artefacts": artefacts}
+    manifest = {"format": FORMAT_VERSION, "fingerprint": "abc", "artefacts": artefacts}
     manifest |= {"seq_len": 4, "vocab_size": 500, "eos_id": EOS, "window_files": window_files}
     files.write_json(path / "manifest.json", manifest)
     monkeypatch.undo()
@@ -133,7 +134,7 @@ def corpus_dir(tmp_path_factory) -> pathlib.Path:
 
 
 def test_an_opened_corpus_describes_itself(corpus_dir):
-    corpus = windows.open_corpus(corpus_dir)
+    corpus = open_corpus(corpus_dir)
     assert (corpus.num_domains, corpus.seq_len, corpus.vocab_size) == (3, 4, 500)
     np.testing.assert_array_equal(corpus.offsets["train"], [0, 10, 21, 22])
     np.testing.assert_array_equal(corpus.pad["train"], [1, 3, 2])
@@ -144,7 +145,7 @@ def test_an_opened_corpus_describes_itself(corpus_dir):
 
 
 def test_read_windows_equals_what_tfds_decodes(corpus_dir):
-    corpus = windows.open_corpus(corpus_dir)
+    corpus = open_corpus(corpus_dir)
     assert len(corpus.manifest["window_files"]["train"]) > 1
     for split in ("train", "validation"):
         source = corpus.source(split)
@@ -161,7 +162,7 @@ def test_a_split_without_windows(tmp_path, corpus_dir):
     layout = windows.Layout.of(counts, seq_len=4, vocab_size=9, eos_id=EOS)
     write(tmp_path / "windows", layout, paths)
     assert len(tfds.builder_from_directory(tmp_path / "windows").as_data_source("train")) == 2
-    corpus = windows.open_corpus(corpus_dir)
+    corpus = open_corpus(corpus_dir)
     empty = dataclasses.replace(corpus, path=tmp_path, offsets=layout.offsets, pad=layout.pad)
     assert len(empty.source("train")) == 2
     assert len(empty.source("validation")) == 0
@@ -173,11 +174,11 @@ def test_a_split_without_windows(tmp_path, corpus_dir):
 @pytest.mark.parametrize("record", [-1, 22])
 def test_a_record_that_is_not_there_is_refused(corpus_dir, record):
     with pytest.raises(ValueError, match="num_records"):
-        windows.open_corpus(corpus_dir).read_windows("train", [0, record])
+        open_corpus(corpus_dir).read_windows("train", [0, record])
 
 
 def test_an_unknown_split_is_a_user_error(corpus_dir):
-    corpus = windows.open_corpus(corpus_dir)
+    corpus = open_corpus(corpus_dir)
     for read in (corpus.source, lambda split: corpus.read_windows(split, [0])):
         with pytest.raises(UserError, match="no split 'held_out'; it has train, validation"):
             read("held_out")
@@ -192,22 +193,22 @@ def test_damage_is_noticed(corpus_dir, tmp_path):
     path = damaged("domains.json")
     (path / "domains.json").unlink()
     with pytest.raises(UserError, match=r"domains\.json is missing"):
-        windows.open_corpus(path)
+        open_corpus(path)
     name = "windows/windows-train.array_record-00000-of-00003"
     path = damaged(name)
     content = (path / name).read_bytes()
     (path / name).write_bytes(content[:-1])
     with pytest.raises(UserError, match=f"has {len(content) - 1} bytes"):
-        windows.open_corpus(path)
+        open_corpus(path)
     # The same size is not seen when opening, but by `verify`.
     (path / name).write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
     with pytest.raises(UserError, match="00000-of-00003 differ"):
-        windows.open_corpus(path).verify()
+        open_corpus(path).verify()
 
 
 def test_what_is_not_a_finished_corpus_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"not a prepared corpus .*soup-jax prepare"):
-        windows.open_corpus(tmp_path / "nowhere")
+        open_corpus(tmp_path / "nowhere")
     (tmp_path / ".work").mkdir()
     with pytest.raises(UserError, match=r"not finished .*soup-jax prepare"):
-        windows.open_corpus(tmp_path)
+        open_corpus(tmp_path)

@@ -16,18 +16,20 @@ from soup_jax.shapes import Array, Params
 
 
 class BankOptimizer(Protocol):
-    """Pure functions, and what a mesh and a plan must know of them.
+    """Pure functions, and what a mesh and a plan must know of them."""
 
-    Attributes:
-      layout: of each entry of the state, whether its leaves are shaped like the "experts"
-        [E, *leaf], like the "merged" model [*leaf], or small and wanted "everywhere".
-      bank_passes: how often an update reads or writes the bank.
-      state_passes: how often it reads or writes the state.
-    """
+    @property
+    def layout(self) -> Mapping[str, str]:
+        """Of each entry of the state, whether its leaves are shaped like the "experts" [E, *leaf],
+        like the "merged" model [*leaf], or small and wanted "everywhere"."""
 
-    layout: Mapping[str, str]
-    bank_passes: float
-    state_passes: float
+    @property
+    def bank_passes(self) -> float:
+        """How often an update reads or writes the bank."""
+
+    @property
+    def state_passes(self) -> float:
+        """How often an update reads or writes the state."""
 
     def init(self, bank: Params) -> dict[str, Any]:
         """State of a bank of leaves [E, ...]; has the entries of `layout`."""

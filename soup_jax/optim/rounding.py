@@ -13,11 +13,14 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from soup_jax.shapes import Array
 
 
-def store(x: Array, dtype: str, *, seed: Array | None = None, first: Array | int = 0) -> Array:
+def store(
+    x: Array, dtype: DTypeLike, *, seed: Array | None = None, first: Array | int = 0
+) -> Array:
     """float32 `x` in `dtype`, rounded to the nearest, or stochastically if a seed is given.
 
     Args:

@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import optax
 from optax import contrib
@@ -17,19 +17,9 @@ from soup_jax.optim.config import OptimizerConfig, Schedule, schedule
 from soup_jax.registry import Registry
 from soup_jax.shapes import Params
 
-
-class MakeOptimizer(Protocol):
-    """What a name stands for."""
-
-    def __call__(
-        self, rate: Schedule, config: OptimizerConfig, *, weight_decay: float, **args: Any
-    ) -> optax.GradientTransformation:
-        """A transformation whose updates include the rate.
-
-        Args:
-          weight_decay: decoupled, for the leaves that `decays` names; 0 for the router.
-          args: `config.shared_args`.
-        """
+# (schedule, settings, *, weight_decay, **shared_args) -> a transformation whose updates include the
+# rate; the decay is decoupled, for the leaves that `decays` names, and 0 for the router.
+MakeOptimizer = Callable[..., optax.GradientTransformation]
 
 
 def decays(params: Params) -> Params:

@@ -28,7 +28,7 @@ from soup_jax.soup.parameters import SoupConfig, coefficients
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one step trains on.
+    """What one step trains on: arrays of jax or NumPy, or what describes them.
 
     Attributes:
       rows: what the network takes, arrays [B, ...] by name, ordered by mixture: B / M rows each.
@@ -36,9 +36,9 @@ class Batch:
       domain_B: domain of each row, int32, for metrics; None if not known.
     """
 
-    rows: Mapping[str, Array]
-    h_MK: Array
-    domain_B: Array | None = None
+    rows: Mapping[str, Any]
+    h_MK: Any
+    domain_B: Any = None
 
 
 class SoupGrads(NamedTuple):
@@ -151,8 +151,8 @@ def _merged_gradients(
             squeeze = jax.tree.map(lambda x: x[0], (theta_M, micro))
             loss, stats = group_loss(*squeeze)
             return loss, jax.tree.map(lambda x: x[None], stats)
-        spmd = {"spmd_axis_name": "replica"} if mesh is not None and mesh.size > 1 else {}
-        loss_M, stats = jax.vmap(group_loss, **spmd)(theta_M, micro)
+        axis = "replica" if mesh is not None and mesh.size > 1 else None
+        loss_M, stats = jax.vmap(group_loss, spmd_axis_name=axis)(theta_M, micro)
         return loss_M.sum(), stats
 
     # [B, ...] -> [micro, M, rows, ...], each micro-batch with rows of every mixture.

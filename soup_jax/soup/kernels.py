@@ -7,7 +7,9 @@ copies the bank with the other on accelerators. The comments say what each avoid
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -108,7 +110,7 @@ def _in_parts(
     def split(x_M: Array, leaf_E: Array) -> Array:
         high = jax.lax.reduce_precision(x_M, exponent_bits=8, mantissa_bits=7)
         parts = jnp.concatenate([high, x_M - high]).astype(jnp.bfloat16)
-        return sum(jnp.split(product(parts, leaf_E), 2, axis))
+        return _added(jnp.split(product(parts, leaf_E), 2, axis))
 
     def converted(x_M: Array, leaf_E: Array) -> Array:
         return product(x_M, leaf_E.astype(jnp.float32))  # CPUs lack some products of bfloat16
@@ -121,7 +123,7 @@ def over_mixtures(leaf_M: Array) -> Array:
 
     def added(leaf_M: Array) -> Array:
         # XLA's sum over a leading dimension takes a CPU many times as long.
-        return sum(leaf_M[m] for m in range(leaf_M.shape[0]))
+        return _added(leaf_M[m] for m in range(leaf_M.shape[0]))
 
     return by_platform(leaf_M, cpu=added, accelerator=lambda x: x.sum(0))
 
@@ -166,11 +168,11 @@ def _update_blocks(
     num = stacks[0].shape[0]
 
     def step(first: Array | int, size: int, stacks: Sequence[Array]) -> tuple[Array, ...]:
-        stacks = list(stacks)
+        done = list(stacks)
         for i, function in enumerate(functions):
-            new = function(first, *(jax.lax.dynamic_slice_in_dim(x, first, size) for x in stacks))
-            stacks[i] = jax.lax.dynamic_update_slice_in_dim(stacks[i], new, first, 0)
-        return tuple(stacks)
+            new = function(first, *(jax.lax.dynamic_slice_in_dim(x, first, size) for x in done))
+            done[i] = jax.lax.dynamic_update_slice_in_dim(done[i], new, first, 0)
+        return tuple(done)
 
     if num <= block_size:
         return step(0, num, stacks)
@@ -180,7 +182,7 @@ def _update_blocks(
     )
     if num % block_size:
         stacks = step(whole * block_size, num % block_size, stacks)
-    return stacks
+    return tuple(stacks)
 
 
 def block_size(num_terms: int, num_experts: int) -> int:
@@ -193,28 +195,19 @@ def block_size(num_terms: int, num_experts: int) -> int:
     return max(8, min(2 * num_terms, num_experts // 4))
 
 
-def columns(coefficient_SE: Array, first: Array | int, size: int) -> Array:
-    """Columns first..first+size-1 of coefficients [S, E]; `first` may be traced.
-
-    By a product, which is exact: a slice would be taken anew for every element by the loop that
-    uses it, and keep that from vector instructions.
-    """
-    if isinstance(first, int):
-        return coefficient_SE[:, first : first + size]
-    expert_E = jnp.arange(coefficient_SE.shape[1])[:, None]
-    chosen = (expert_E == first + jnp.arange(size)).astype(coefficient_SE.dtype)
-    return jnp.dot(coefficient_SE, chosen, precision="highest")
-
-
 def _dot_sum(coefficient_SE: Array, leaf_S: Array, first: Array | int, size: int) -> Array:
     part = jax.lax.dynamic_slice_in_dim(coefficient_SE, first, size, axis=1)
     return jnp.einsum("SE,S...->E...", part, leaf_S, precision="highest")
 
 
 def _fused_sum(coefficient_SE: Array, leaf_S: Array, first: Array | int, size: int) -> Array:
-    part = columns(coefficient_SE, first, size)
+    part = jax.lax.dynamic_slice_in_dim(coefficient_SE, first, size, axis=1)
     part = part.reshape(*part.shape, *[1] * (leaf_S.ndim - 1))
-    return sum(part[s] * leaf_S[s] for s in range(leaf_S.shape[0]))
+    return _added(part[s] * leaf_S[s] for s in range(leaf_S.shape[0]))
+
+
+def _added(terms: Iterable[Array]) -> Array:
+    return functools.reduce(operator.add, terms)
 
 
 def update_stacks(

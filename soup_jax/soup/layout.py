@@ -120,8 +120,8 @@ def to_groups(mesh: Mesh | None, leaf_M: jax.Array, *, gather: bool = True) -> j
     Args:
       gather: False leaves out the last hop: slices over `fsdp`, for `gather_layer`.
     """
-    for spec in _layout_chain(mesh, leaf_M.shape)[: 3 if gather else 2]:
-        leaf_M = jax.lax.with_sharding_constraint(leaf_M, NamedSharding(mesh, spec))
+    for sharding in _layout_chain(mesh, leaf_M.shape)[: 3 if gather else 2]:
+        leaf_M = jax.lax.with_sharding_constraint(leaf_M, sharding)
     return leaf_M
 
 
@@ -131,18 +131,19 @@ def to_slices(mesh: Mesh | None, leaf_M: jax.Array, *, gather: bool = True) -> j
     Args:
       gather: as it was in `to_groups`.
     """
-    for spec in reversed(_layout_chain(mesh, leaf_M.shape)[: 3 if gather else 2]):
-        leaf_M = jax.lax.with_sharding_constraint(leaf_M, NamedSharding(mesh, spec))
+    for sharding in reversed(_layout_chain(mesh, leaf_M.shape)[: 3 if gather else 2]):
+        leaf_M = jax.lax.with_sharding_constraint(leaf_M, sharding)
     return leaf_M
 
 
-def _layout_chain(mesh: Mesh | None, shape: Sequence[int]) -> list[P]:
+def _layout_chain(mesh: Mesh | None, shape: Sequence[int]) -> list[NamedSharding]:
     if mesh is None or mesh.size == 1:
         return []
     replica = "replica" if shape[0] % mesh.shape["replica"] == 0 else None
     dims = slice_dims(shape[1:], mesh)
     inside = {d: ("fsdp",) for d, axes in dims.items() if "fsdp" in axes}
-    return [_spec(dims, None), _spec(inside, replica), _spec({}, replica)]
+    specs = (_spec(dims, None), _spec(inside, replica), _spec({}, replica))
+    return [NamedSharding(mesh, spec) for spec in specs]
 
 
 def gather_layer(mesh: Mesh | None) -> Callable[[Any], Any]:

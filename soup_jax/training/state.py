@@ -14,13 +14,13 @@ from soup_jax.models.base import BaseModel
 from soup_jax.optim import apply
 from soup_jax.optim.bank import bank_optimizer
 from soup_jax.optim.config import OptimizerConfig
-from soup_jax.shapes import Array, Params
+from soup_jax.shapes import Params
 from soup_jax.soup import SoupConfig, layout
 from soup_jax.soup.bank import kind_of
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes.
+    """Everything a step changes: arrays, or what describes them, such as shardings.
 
     Attributes:
       params: the soup.
@@ -32,8 +32,8 @@ class TrainState(NamedTuple):
 
     params: Params
     opt_state: Any
-    step: Array
-    bad_step: Array
+    step: Any
+    bad_step: Any
 
 
 def make_init(
@@ -77,7 +77,7 @@ def state_shardings(mesh: Mesh, abstract: TrainState, optimizer: OptimizerConfig
     def everywhere(t: Any) -> Any:
         return jax.tree.map(lambda _: replicated, t)
 
-    lay = {
+    lay: dict[str, Callable[[Any], Any]] = {
         "experts": functools.partial(layout.storage, mesh, leading=1),
         "merged": functools.partial(layout.storage, mesh),
         "everywhere": everywhere,

@@ -27,8 +27,8 @@ Metrics = dict[str, Array]
 
 def zero_metrics(num_domains: int) -> Metrics:
     """The accumulator before its first step: sums over steps, or over rows of a domain."""
-    scalars = ("steps", "loss", "learning_rate", "grad_norm", "shared_norm", "bank_norm")
-    scalars += ("router_norm", "effective_rate", "alpha_l1", "alpha_l2", "alpha_spread", "targets")
+    scalars = """steps loss learning_rate grad_norm shared_norm bank_norm router_norm
+        effective_rate alpha_l1 alpha_l2 alpha_spread targets""".split()
     metrics = {name: jnp.zeros(()) for name in scalars}
     metrics["grad_norm_max"] = jnp.zeros(())
     for name in ("domain_rows", "domain_loss", "domain_targets"):

@@ -9,9 +9,9 @@ from typing import Any
 
 from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
-from soup_jax.data import corpus as windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data.corpus import FORMAT_VERSION
 from soup_jax.data.embed.base import EMBEDDERS
 from soup_jax.errors import UserError
 
@@ -33,7 +33,7 @@ def make_request(cfg: Any, sources: Iterable[corpus_lib.SourceFile]) -> dict[str
         except OSError:
             digest = None  # reading will report it
         hashed.append({"path": source.path, "sha256": digest})
-    return {"format": windows.FORMAT_VERSION, "parameters": parameters, "sources": hashed}
+    return {"format": FORMAT_VERSION, "parameters": parameters, "sources": hashed}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -19,8 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from soup_jax import storage as files
-from soup_jax.data import corpus as windows
-from soup_jax.data import domains
+from soup_jax.data import domains, windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.data.embed.base import Embedder, load_embedder
