@@ -376,16 +376,16 @@ def _chunks(source: SourceFile) -> Iterator[bytes]:
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Lines without their end, split at b"\\n" only; the last one may lack it."""
-    pending: list[bytes] = []
+    parts: list[bytes] = []
     size = 0
     for chunk in chunks:
         *complete, rest = chunk.split(b"\n")
         for line in complete:
-            yield b"".join([*pending, line])
-            pending, size = [], 0
-        pending.append(rest)
+            yield b"".join([*parts, line])
+            parts, size = [], 0
+        parts.append(rest)
         size += len(rest)
         if size > MAX_LINE_BYTES:
             raise EOFError(f"a line is longer than {MAX_LINE_BYTES} bytes")
     if size:
-        yield b"".join(pending)
+        yield b"".join(parts)
