@@ -2,11 +2,11 @@
 
     python launch/collect_text.py --out runs/quickstart/text [--max-mb 40]
 
-It needs no network, no account and less than half a minute. Read are the standard library, its C
+It needs no network, no account and less than half a minute. It reads the standard library, its C
 headers, the packages that soup_jax depends on (and what they depend on), and, where they exist,
-`/usr/share/doc` and `/usr/share/common-licenses`. Nothing else is: no other installed package, no
-file of yours. Written are `generic/<kind>.jsonl` and `specialists/<name>.jsonl`, one
-{"text", "source"} a line, and last `manifest.json`, which marks a finished collection.
+`/usr/share/doc` and `/usr/share/common-licenses`. It reads no other installed package and no file
+of yours. It writes `generic/<kind>.jsonl` and `specialists/<name>.jsonl`, one {"text", "source"} a
+line, and last `manifest.json`, which marks a finished collection.
 
 A specialist set is a source chosen by a fixed rule (SPECIALISTS) and taken out of the generic
 corpus whole, whatever its size; related text of other sources stays in, as a specialist's domain

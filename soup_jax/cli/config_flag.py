@@ -32,11 +32,11 @@ def resolve(arguments: Sequence[str]) -> list[str]:
 
     folder = pathlib.Path(base.__file__).parent
     resolved = []
-    pending = list(arguments)
-    while pending:
-        argument = pending.pop(0)
-        if argument in ("--config", "-config") and pending:
-            argument = f"{argument}={pending.pop(0)}"
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        if argument in ("--config", "-config") and left:
+            argument = f"{argument}={left.pop(0)}"
         flag, _, value = argument.partition("=")
         if flag in ("--config", "-config") and value:
             path, colon, rest = value.partition(":")

@@ -1,10 +1,10 @@
 """Components of the meta-distribution: each draws domain weights h in a way of its own.
 
 - Sparse: `support_size` domains drawn without replacement, weights uniform on (0, 1) and
-  normalised. Domains are drawn with probability proportional to frequency ** support_exponent: 0 is
-  the paper's uniform draw; 1 makes the tokens of a run follow the corpus on average, which matters
-  when clusters differ much in size. With `min_support_size` below it the size is itself drawn,
-  log-uniformly, so that specialists whose histogram is narrow or wide are both met in training.
+  normalised. The chance of a domain is proportional to frequency ** support_exponent: 0 is the
+  paper's uniform draw; 1 makes the tokens of a run follow the corpus on average, which matters when
+  clusters differ much in size. A `min_support_size` below `support_size` makes the number of
+  domains random too, log-uniform between the two, so that training meets narrow and wide h.
 - Generic: the natural frequencies, always the same h.
 - Dirichlet: Dirichlet(concentration * natural frequencies), dense perturbations of the generic h.
 - Rows: one of the given rows, uniformly. A single row is a fixed h: the CRISP baseline.

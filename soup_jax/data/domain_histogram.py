@@ -1,7 +1,7 @@
 """From a few documents to domain weights (Algorithm 3 of the paper), and how far to trust them.
 
-Embed each document, count nearest centroids: the histogram is h. Documents that lie far from all
-centroids get a nearest one all the same; `DocumentHistogram.warnings` says so.
+Embed each document, count nearest centroids: the histogram is h. A document that lies far from all
+centroids has a nearest one all the same; `DocumentHistogram.warnings` says so.
 """
 
 import dataclasses

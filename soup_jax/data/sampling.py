@@ -1,13 +1,13 @@
 """The sampling plan: which windows every step reads, as a pure function of (seed, step).
 
-For a step, `h_MK` is drawn from the meta-distribution and each row of the batch gets a domain drawn
-from its mixture's `h` (Algorithm 1 of the paper). The windows of a domain are visited without
-replacement, in an order freshly shuffled for each pass over the domain; how often a domain was
-drawn before a step follows from the steps before, so the whole plan is determined by the seed and
-is the same on every process, whatever their number. Nothing here reads data.
+A step draws `h_MK` from the meta-distribution, and for each row of the batch a domain from its
+mixture's `h` (Algorithm 1 of the paper). The windows of a domain are visited without replacement,
+in an order that is shuffled anew for each pass over the domain. How often a domain was drawn before
+a step follows from the steps before. So the seed determines the whole plan, and the plan is the
+same on every process, for any number of processes. Nothing here reads data.
 
-Batches may be left out (`skip_batches`): the plan itself is then the same, but step s of the run
-takes the s-th of its steps that are left.
+`skip_batches` leaves batches out: the plan itself stays the same, and step s of the run takes the
+s-th of the plan's steps that are left.
 
 Randomness: `numpy.random.Philox(key=[seed, step])` for the draws; a keyed Feistel network for the
 order within a domain, so that no permutation of a large domain is ever stored.

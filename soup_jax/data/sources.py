@@ -4,9 +4,9 @@
 2. `read_documents` SourceFile                       -> Document(text, source, line, hash)
 3. `split_of`       hash                             -> "train", "validation" or "held_out"
 
-Reading streams: one line, one Parquet batch or one text file is in memory at a time. Damage never
-stops it; every damaged line or file goes to a `Report` with its place and its reason, and what can
-be read around it is read. This module does not tokenise and does not know domains.
+Memory holds one line, one Parquet batch or one text file at a time. Damage never stops the reading:
+every damaged line or file goes to a `Report` with its place and its reason, and the reading goes on
+around it. This module does not tokenise and does not know domains.
 
 A text file is one document, exactly as its bytes are (a byte-order mark aside). Lines of JSON hold
 an object with the text in one field; lines of white space alone are no damage. Order: sources as
@@ -376,16 +376,16 @@ def _chunks(source: SourceFile) -> Iterator[bytes]:
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Lines without their end, split at b"\\n" only; the last one may lack it."""
-    pending: list[bytes] = []
+    parts: list[bytes] = []
     size = 0
     for chunk in chunks:
         *complete, rest = chunk.split(b"\n")
         for line in complete:
-            yield b"".join([*pending, line])
-            pending, size = [], 0
-        pending.append(rest)
+            yield b"".join([*parts, line])
+            parts, size = [], 0
+        parts.append(rest)
         size += len(rest)
         if size > MAX_LINE_BYTES:
             raise EOFError(f"a line is longer than {MAX_LINE_BYTES} bytes")
     if size:
-        yield b"".join(pending)
+        yield b"".join(parts)

@@ -1,11 +1,11 @@
-"""What the vendors' data sheets say of the accelerators that soups are trained on; one place.
+"""What the vendors' data sheets say of accelerators; no other module holds such numbers.
 
 Rates are peaks: a real step reaches a part of each. Interconnect is what one chip sends in one
 direction: all links of a TPU's torus together, or half of an NVLink total that counts both ways. A
 job with more GPUs than one NVLink domain holds is bound by the network between domains instead.
 
-Cards of one family differ by up to a half in bandwidth, so names are matched whole: a card that is
-not listed is unknown, and not taken for its nearest relative.
+Cards of one family differ by up to a half in bandwidth, so names match only as a whole: a card that
+is not listed is unknown, and does not count as its nearest relative.
 """
 
 import dataclasses

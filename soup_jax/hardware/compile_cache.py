@@ -1,8 +1,8 @@
 """Compiled functions kept on disk between starts, and a log line of what compiling took.
 
 Every command calls `enable`; a program of your own that calls the library may do the same. The
-folder is ~/.cache/soup_jax/xla (or below XDG_CACHE_HOME), in it one of this kind of machine, and
-holds up to 4 GiB. Deleting it is safe. jax's own variables win:
+folder is ~/.cache/soup_jax/xla (or below XDG_CACHE_HOME). It has a folder for each kind of machine,
+which holds up to 4 GiB. You may delete it at any time. jax's own variables win:
 
     JAX_COMPILATION_CACHE_DIR=DIR          another folder, as it is, with no limit but your own
     JAX_ENABLE_COMPILATION_CACHE=false     no cache
@@ -34,7 +34,7 @@ _hits = 0
 def enable() -> pathlib.Path | None:
     """Turn the cache on, unless the user turned it off; returns its folder, None without one.
 
-    To be called before anything is compiled. A folder that cannot be written is a warning.
+    Call it before anything is compiled. A folder that cannot be written is a warning.
     """
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECS)

@@ -1,8 +1,8 @@
 """The shipped network: a Llama-style decoder in Flax Linen.
 
-RMSNorm, rotary positions, SwiGLU, optional grouped-query attention and tied embeddings, layers
-scanned (parameters stacked on a leading N). It knows nothing of soups. Its weights follow the
-layout `x @ w`; the rotary embedding rotates the two halves of a head, as Hugging Face's
+It has RMSNorm, rotary positions, SwiGLU, optional grouped-query attention and tied embeddings, and
+scans its layers (parameters stacked on a leading N). It knows nothing of soups. Its weights follow
+the layout `x @ w`; the rotary embedding rotates the two halves of a head, as Hugging Face's
 `LlamaForCausalLM` does.
 """
 

@@ -1,9 +1,8 @@
-"""The costly parts of the base network, with backward passes of their own: products by weights,
-attention and losses.
+"""The costly parts of the base network: products by weights, attention and losses.
 
-What autodiff makes of the plain formulas gives the same numbers, but keeps and copies more: two
-arrays of attention scores a layer, three of logits, and for each weight gradient a transposed copy
-of the larger operand. `benchmarks/base.py` measures them.
+Each has a backward pass of its own. Autodiff of the plain formulas gives the same numbers, but
+keeps and copies more: two arrays of attention scores a layer, three of logits, and for each weight
+gradient a transposed copy of the larger operand. `benchmarks/base.py` measures them.
 """
 
 from typing import Any

@@ -1,12 +1,12 @@
 """The update of a whole soup: one schedule and one clipping norm for all of its parts.
 
-optax for the shared parameters, the router (see `shared`) and experts with explicit gradients; a
-bank optimizer (see `bank`) for those whose gradients are factored.
+optax moves the shared parameters and the router (see `shared`) and experts with explicit gradients.
+A bank optimizer (see `bank`) moves experts whose gradients are factored.
 
-With Adam every expert moves by about the learning rate however small its coefficient, so the merged
-weights move by about lr * (1 + scale * ||alpha||_1); with `merged` by lr * (1 + scale *
-||alpha||_2^2). `effective_rate` in the metrics reports that factor; of experts with explicit
-gradients, which have Adam always, only if there are no others.
+With Adam every expert moves by about the learning rate, however small its coefficient. So the
+merged weights move by about lr * (1 + scale * ||alpha||_1); with `merged` by lr * (1 + scale *
+||alpha||_2^2). `effective_rate` in the metrics reports that factor. It leaves out experts with
+explicit gradients, which have Adam always, unless there are no others.
 """
 
 from typing import Any, NamedTuple

@@ -1,8 +1,8 @@
 """Optimizers of experts whose gradients are factored (see `soup`), by name.
 
-The measured comparison of both, and the reason for the default: docs/bank_optimizers.md. One of
-your own is a class or function like those here, registered or named by a dotted path, as in
-`--config.optimizer.bank=my_package.optim:Lion`.
+docs/bank_optimizers.md compares "merged" and "adamw" by measurement, and gives the reason for the
+default. One of your own is a class or function like those here, registered or named by a dotted
+path, as in `--config.optimizer.bank=my_package.optim:Lion`.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
 """Experts preconditioned in the merged space: the bank has no state of its size.
 
-One second moment v, of the size of *one* model, of the summed gradient sum_m G_m;
-D_m = G_m / (sqrt(v) + eps); expert e moves by -lr * sum_m alpha_me D_m. Steps are proportional to
+There is one second moment v, of the size of *one* model, of the summed gradient sum_m G_m. Expert e
+moves by -lr * sum_m alpha_me D_m, where D_m = G_m / (sqrt(v) + eps). Steps are proportional to
 alpha, so equal experts separate. A step reads the bank three times (for the merge, for the
 coefficients' gradient and here) and writes it once.
 """

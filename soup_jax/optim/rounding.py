@@ -1,8 +1,8 @@
 """Storing float32 results in fewer bits: nearest, or stochastic rounding.
 
-An update smaller than half a unit in the last place of a bfloat16 number is lost by rounding to the
-nearest, each time. Rounded stochastically (up with the probability that makes the mean right) it is
-kept on average.
+Rounding to the nearest loses every update that is smaller than half a unit in the last place of a
+bfloat16 number. Stochastic rounding, up with the probability that makes the mean right, keeps it on
+average.
 
 The random bits are a hash of an element's index and a seed. They are made inside the fused update:
 no array of random bits of the bank's size exists, and every slice makes its own.

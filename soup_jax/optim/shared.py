@@ -1,8 +1,8 @@
 """Optimizers of the shared parameters and the router: optax transformations by name.
 
-"adamw" and "muon" are here; "optax.NAME" is optax's own of that name, called with the schedule and
-`optimizer.shared_args`, as in `--config.optimizer.shared=optax.lion`; a dotted path such as
-"my_package.optim:chain" is a function of your own like those here.
+"adamw" and "muon" are here. "optax.NAME" is optax's own of that name, called with the schedule and
+`optimizer.shared_args`, as in `--config.optimizer.shared=optax.lion`. A dotted path such as
+"my_package.optim:chain" names a function of your own like those here.
 """
 
 from collections.abc import Callable

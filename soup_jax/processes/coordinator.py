@@ -2,15 +2,15 @@
 
 Process 0 runs a `Coordinator`, a thread behind one TCP port; every process, 0 too, keeps one
 connection to it, a `group.Group`. Messages are JSON lines of at most a few kilobytes, none of them
-on the path of a step. jax has a service of its own for its own needs; what it lacks is here:
+on the path of a step. jax has a service of its own for its own needs; this one adds what it lacks:
 
-* Start-up that is not complete in time names the missing processes.
-* A process that dies closes its connection, one whose machine is gone falls silent: the others are
-  told at once, with its name and where it was last seen, and leave with a non-zero status although
-  their main thread hangs in a collective. An error in one process reaches the others the same way.
+* A start that is not complete in time names the missing processes.
+* A process that dies closes its connection; one whose machine is gone falls silent. The coordinator
+  tells the others its name and where it was last seen, and they leave with a non-zero status
+  although their main thread hangs in a collective. An error in one process reaches them likewise.
 * `meet` is a barrier with a time-out that names who is missing; it compares facts on the way.
 * A signal at one process stops all of them after the same step: all say which step they are in and
-  wait, the coordinator answers with the largest. Nothing is asked of the devices.
+  wait, and the coordinator answers with the largest. The devices take no part in it.
 
 Nobody is authenticated here, as in jax's own service: keep the port inside the cluster.
 """

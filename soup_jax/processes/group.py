@@ -1,6 +1,6 @@
-"""A process's end of the line to the other processes of its run; see `coordinator` for the other.
+"""One process's end of the line to the other processes of its run; `coordinator` is the other end.
 
-`Solo` is the group of a single process. What is written against it runs with many.
+`Solo` is the group of a single process. Code that is written for it runs with many.
 """
 
 import contextlib

@@ -1,14 +1,14 @@
 """Which process of how many this is: from flags, variables, or the launcher's environment.
 
-Explicit settings, of the command line or of the environment, win:
+Explicit settings, on the command line or in the environment, win:
 
     --coordinator=HOST:PORT    SOUP_JAX_COORDINATOR       process 0, any free port of it
     --num_processes=N          SOUP_JAX_NUM_PROCESSES
     --process_id=I             SOUP_JAX_PROCESS_ID
     --local_device_ids=0,1     SOUP_JAX_LOCAL_DEVICE_IDS  devices of this machine; default all
 
-What is not set is taken from Slurm, Open MPI, GKE (the variables that its TPU node pools set) or a
-Cloud TPU VM (its metadata server). A Kubernetes job or JobSet of GPUs sets the first two itself;
+The launcher gives the rest: Slurm, Open MPI, GKE (by the variables of its TPU node pools) or a
+Cloud TPU VM (by its metadata server). A Kubernetes job or JobSet of GPUs sets the first two itself;
 the id is its completion index. Nothing here imports jax or starts anything.
 """
 

@@ -1,20 +1,19 @@
 """Start and end of a run over many processes; what they are to each other in between is a `group`.
 
-    with distributed.processes(cfg, place) as group:   # place: cluster.find_place(...)
-        train.train(cfg, workdir)                       # finds the group by distributed.current()
+    with start.processes(cfg, found) as group:   # found: place.find_place(...)
+        loop.train(cfg, workdir)                 # finds the group by start.current()
 
-In this order, before jax touches a device:
+Before jax touches a device, in this order:
 
-1. All processes connect to the coordinator, a thread of process 0 at the address that was given, or
-   it is said who is missing.
+1. All processes connect to the coordinator, a thread of process 0 at the address that was given. If
+   one does not, the error names it.
 2. They compare code, versions and config, field by field.
-3. jax's own service starts on a free port of the same host, and the devices are found. They must
-   be alike on all processes and of the platform that `mesh.platform` names. Each process prints a
-   line.
+3. jax's own service starts on a free port of the same host and finds the devices. They must be
+   alike on all processes and of the platform that `mesh.platform` names; each process prints them.
 
 At the end all wait for each other. A process that fails tells the others, and all end with a
-non-zero status: nobody is left waiting for it. jax knows only how to abort then, so a process of a
-failed group ends without unwinding.
+non-zero status: nobody waits for it for ever. jax can only abort then, so a process of a failed
+group ends without unwinding.
 """
 
 import contextlib

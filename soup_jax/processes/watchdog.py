@@ -1,8 +1,8 @@
 """Ends a process that makes no progress, and leaves its stacks for whoever looks into it.
 
-A collective that hangs hangs in C++ for ever: no exception, no signal handler, no time-out. What is
-watched is `group.at(...)`, which the training loop calls for each step, evaluation batch and save.
-The host runs ahead of the devices, but never by more than two log intervals.
+A collective that hangs does so in C++ and for ever: no exception, no signal handler, no time-out.
+The watchdog watches `group.at(...)`, which the training loop calls for each step, evaluation batch
+and save. The host runs ahead of the devices, but never by more than two log intervals.
 """
 
 import contextlib

@@ -1,12 +1,12 @@
 """Loss and gradients of a soup, in factored form.
 
-The gradient of the loss of M mixtures is kept as what determines it: the merged gradients G_m
-and the coefficients alpha_me. From them (section 3 of the paper, by the chain rule)
+The merged gradients G_m of M mixtures and the coefficients alpha_me determine the gradient of the
+loss, and they are all that is kept of it. By the chain rule (section 3 of the paper)
 
     dS = sum_m G_m        dE_e = sum_m alpha_me G_m        dalpha_me = <G_m, E_e>
 
 so no array of the bank's size ever holds a gradient. Kinds of experts that are small may have
-explicit ones (see `bank`).
+explicit gradients (see `bank`).
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ def value_and_grad(
         theta_M,
         batch.rows,
         model=model,
-        groups=alpha_ME.shape[0],
+        num_mixtures=alpha_ME.shape[0],
         num_micro=num_micro,
         mesh=mesh,
         to_storage=to_storage,
@@ -135,29 +135,29 @@ def _merged_gradients(
     rows: Mapping[str, Array],
     *,
     model: BaseModel,
-    groups: int,
+    num_mixtures: int,
     num_micro: int,
     mesh: Mesh | None,
     to_storage: Callable[[str, Array], Array],
 ) -> tuple[Array, Array, tuple[Array, Array], Params]:
-    def group_loss(theta: Params, group: Mapping[str, Array]) -> tuple[Array, Any]:
-        losses, weights = model.example_losses(theta, group)
+    def mixture_loss(theta: Params, mixture: Mapping[str, Array]) -> tuple[Array, Any]:
+        losses, weights = model.example_losses(theta, mixture)
         axes = tuple(range(1, losses.ndim))
         row_loss, row_weight = (losses * weights).sum(axes), weights.sum(axes)
         return row_loss.sum(), (row_loss, row_weight)
 
     def micro_loss(theta_M: Params, micro: Mapping[str, Array]) -> tuple[Array, Any]:
-        if groups == 1:  # no batched matmuls where plain ones do
+        if num_mixtures == 1:  # no batched matmuls where plain ones do
             squeeze = jax.tree.map(lambda x: x[0], (theta_M, micro))
-            loss, stats = group_loss(*squeeze)
+            loss, stats = mixture_loss(*squeeze)
             return loss, jax.tree.map(lambda x: x[None], stats)
         axis = "replica" if mesh is not None and mesh.size > 1 else None
-        loss_M, stats = jax.vmap(group_loss, spmd_axis_name=axis)(theta_M, micro)
+        loss_M, stats = jax.vmap(mixture_loss, spmd_axis_name=axis)(theta_M, micro)
         return loss_M.sum(), stats
 
     # [B, ...] -> [micro, M, rows, ...], each micro-batch with rows of every mixture.
     def split(x: Array) -> Array:
-        x = x.reshape(groups, num_micro, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(num_mixtures, num_micro, -1, *x.shape[1:]).swapaxes(0, 1)
         return layout.rows_of_groups(mesh, x)
 
     micros = jax.tree.map(split, dict(rows))
@@ -186,8 +186,8 @@ def _merged_gradients(
 def squared_norms(grads: SoupGrads, bank_params: Params) -> dict[str, Array]:
     """Squared gradient norms of "shared", "router" and "bank".
 
-    Of experts with factored gradients in closed form, ||dE||^2 = sum_{m,m'} (alpha_m . alpha_m')
-    <G_m, G_m'> over their leaves.
+    That of experts with factored gradients has a closed form, ||dE||^2 = sum_{m,m'}
+    (alpha_m . alpha_m') <G_m, G_m'> over their leaves.
     """
 
     def total(t: Params) -> Array:

@@ -1,8 +1,8 @@
 """What a step does with arrays of the bank's size, in the form that suits the platform.
 
-Sums over experts (`combine`), products with experts (`inner`), updates of experts in place
-(`update_stacks`). Where XLA is many times slower with one form on CPUs, or copies the bank with
-another on accelerators, there are two; the comments say what each avoids.
+These are sums over experts (`combine`), products with experts (`inner`) and updates of experts in
+place (`update_stacks`). Some have two forms: XLA is many times slower with one of them on CPUs, or
+copies the bank with the other on accelerators. The comments say what each avoids.
 """
 
 import contextlib

@@ -5,9 +5,9 @@ so that the merge of all experts is local to a slice. Compute: the merged models
 spread over `replica`, whole inside a group. Going from one to the other takes a chain of sharding
 constraints: slices of all M; mixtures over `replica`, slices over `fsdp` (an all-to-all among
 replicas); whole models (an all-gather inside a group). With only the last one, XLA gathers the bank
-instead. Slices are numbered fsdp-major, which is what makes the first hop stay inside the `replica`
-axis. With `mesh.gather` = "layer" the last hop is left to the network, which takes it one layer at
-a time (`gather_layer`), and no device ever holds a whole merged model.
+instead. Slices are numbered fsdp-major, so that the first hop stays inside the `replica` axis. With
+`mesh.gather` = "layer" the network takes the last hop itself, one layer at a time (`gather_layer`),
+and no device ever holds a whole merged model.
 
 The rule for a leaf, first one that fits: its largest dimension that divides by the number of
 devices is cut by both axes; two dimensions are cut by one axis each; one dimension is cut by one
@@ -89,7 +89,7 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 
 def unsliced(mesh: Mesh, tree: Any, *, leading: int = 0) -> list[str]:
-    """Large leaves of which devices hold copies, with size and number of copies, for a report."""
+    """Large leaves that devices hold copies of, with size and number of copies, for a report."""
     lines = []
     for path, leaf in tree_lib.flatten(tree).items():
         dims = slice_dims(leaf.shape[leading:], mesh)

@@ -1,7 +1,7 @@
 """The merge: Theta(h) = S + sum_e alpha_e E_e, for M coefficient vectors at once.
 
 Experts are never split over devices along E, so the sum over experts is local to each device's
-slice; the merged leaf, cast to the compute dtype, is then resharded from slices to mixture groups
+slice; the merged leaf, cast to the compute dtype, is then resharded from slices to device groups
 (see `layout`).
 """
 

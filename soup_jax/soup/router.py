@@ -8,8 +8,8 @@ Centering makes alpha zero at the generic h of a fresh router: there the merged 
 alone, and experts start out as what *distinguishes* a mixture from the corpus.
 
 Normalisations of z: none; softmax; tanh; l2 (unit length); ball (shrunk into the unit ball, left
-alone inside it). With experts at zero, softmax never separates them under Adam: all receive the
-same update. The others give coefficients of both signs, which do.
+alone inside it). Under Adam, softmax never separates experts that start at zero: all receive the
+same update. The others give coefficients of both signs, and these separate them.
 """
 
 import jax

@@ -1,6 +1,6 @@
-"""The numbers of a run: what a line says, and metrics.jsonl, where it always goes.
+"""The numbers of a run: what a line of metrics.jsonl says, and who writes it.
 
-Only process 0 writes; `trackers` is where else they go.
+Only process 0 writes, and it gives the numbers to `trackers` too.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class BatchHash:
 
 
 def summarize(sums: Mapping[str, Any], *, seconds: float, wait_seconds: float) -> dict[str, Any]:
-    """One log line from the sums of `train_step` over the steps since the last one.
+    """One log line from the sums of `step.train_step` over the steps since the last one.
 
     Losses are nats per target, weighted by targets; `domains` maps a domain's number to
     [windows, mean loss].

@@ -1,7 +1,8 @@
 """Trackers: where the numbers of a run go beside metrics.jsonl.
 
-`log.trackers` names them: ours, or `package.module:make` with `make(cfg, *, workdir, start_step)`,
-which returns a `Tracker`. They exist in process 0 only, and one that fails never stops a run.
+`log.trackers` names them: ours by name, or yours as `package.module:make`, where
+`make(cfg, *, workdir, start_step)` returns a `Tracker`. They exist in process 0 only, and one that
+fails never stops a run.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Jobs in processes of their own: what holds the GIL, such as scikit-learn, needs them."""
+"""Jobs in processes of their own, for code that holds the GIL, such as scikit-learn's."""
 
 import os
 import threading

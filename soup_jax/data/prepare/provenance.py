@@ -1,7 +1,7 @@
 """What a corpus is made from: the settings and sources that determine it, and how two differ.
 
 `prepare` records this in the manifest, recognises a finished folder by it and explains a refusal
-with it. Not here: settings that change no byte, such as the number of workers.
+with it. Settings that change no byte, such as the number of workers, are not part of it.
 """
 
 from collections.abc import Iterable

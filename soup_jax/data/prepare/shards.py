@@ -2,10 +2,10 @@
 
     documents/  text, offsets, hash, split; counts and damage       `write_documents`
     encoded/    token ids with EOS, ends, unit vectors              `encode_shard`
-    grouped/    token ids sorted by split and domain; see windows   `group_shard`
+    grouped/    token ids sorted by split and domain (data/corpus)  `group_shard`
 
-Also the choice of documents by hash that tokenizer, embedder and k-means are fitted on. When and
-where these run, and what happens after a kill, is the business of soup_jax/data/prepare/stages.py.
+This module also chooses, by hash, the documents that tokenizer, embedder and k-means are fitted on.
+soup_jax/data/prepare/stages.py says when and where all this runs, and what a kill does.
 """
 
 import functools

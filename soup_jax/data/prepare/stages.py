@@ -11,7 +11,7 @@
 
 A shard is 4,096 documents or 32 MB of text. Every output is a function of the config and of the
 sources' bytes alone, not of the number of workers, and is written atomically under `<dir>/.work`;
-a run that was killed continues after the last finished output and ends with the same bytes.
+a command that was killed continues after the last finished output and ends with the same bytes.
 
 Memory: a few shards per worker; one window file (windows.FILE_BYTES) per worker; the texts of 3,
 `embed.fit_documents` times at most `embed.max_chars`; and about 130 bytes per different document
@@ -68,7 +68,7 @@ def prepare(cfg: Any) -> Corpus:
     with _locked(directory):
         work = _start(cfg, directory, sources, request)
         # The manifest among the staged artefacts says that all of them are there; after that,
-        # moving them is all that is left, whenever the run is killed.
+        # moving them is all that is left, whenever a kill comes.
         if not (work.final / "manifest.json").exists():
             totals = _read(work, report)
             _fit_tokenizer(work)
@@ -134,7 +134,7 @@ def _start(
             say(f"unfinished work is dropped, it was for other settings: {'; '.join(differences)}")
             record.unlink()  # first, so that half-deleted work is never continued
         else:
-            say("continuing the unfinished work of an earlier run")
+            say("continuing the unfinished work of an earlier start")
     if not record.exists():
         shutil.rmtree(record.parent, ignore_errors=True)
         files.write_json(record, request)
