@@ -27,9 +27,6 @@ TPU_SIZES = {"model.dim": 128, "model.hidden_dim": 256, "model.dtype": "bfloat16
 # So many activations that not all fit the chip's vector memory, which does not count.
 LARGE = {"vocab_size": 8192, "seq_len": 512, "batch_size": 64}
 
-# What is moved and kept is decided before code is generated.
-FAST_ON_CPU = {"xla_backend_optimization_level": 0}
-
 
 def tpu_devices():
     if importlib.util.find_spec("libtpu") is None:
@@ -43,8 +40,7 @@ class Compiled:
     def __init__(self, devices, **fields):
         self.cfg = tiny_config(**fields)
         self.step = estimate.abstract_step(self.cfg, mesh.make_mesh(self.cfg, devices))
-        fast = FAST_ON_CPU if devices[0].platform == "cpu" else None
-        compiled = self.step.compile(fast)
+        compiled = self.step.compile()
         self.collectives = hlo.collectives(compiled.as_text())
         self.temporaries = compiled.memory_analysis().temp_size_in_bytes
 
@@ -204,7 +200,7 @@ def test_bank_sized_traffic_is_seen():
     )
     state = many.step.state._replace(params=params)
     lowered = many.step.function.lower(state, many.step.metrics, many.step.batch)
-    many.collectives = hlo.collectives(lowered.compile(compiler_options=FAST_ON_CPU).as_text())
+    many.collectives = hlo.collectives(lowered.compile().as_text())
     assert many.largest_payload() > many.merged_bytes()
 
 

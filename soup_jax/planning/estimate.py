@@ -46,17 +46,17 @@ class AbstractStep:
         """What `function` takes."""
         return self.state, self.metrics, self.batch
 
-    def compile(self, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
-        """Compile for the mesh's devices, which need not be present; `options` are XLA's."""
+    def compile(self) -> jax.stages.Compiled:
+        """Compile for the mesh's devices, which need not be present."""
         lowered = self.function.lower(*self.arguments)
         if self.mesh.devices.flat[0] in jax.devices():
-            return lowered.compile(compiler_options=options)
+            return lowered.compile()
         # jax would keep programs for absent devices in its cache, but cannot read them back.
         name = "jax_persistent_cache_min_compile_time_secs"
         least = getattr(jax.config, name)
         jax.config.update(name, 1e9)
         try:
-            return lowered.compile(compiler_options=options)
+            return lowered.compile()
         finally:
             jax.config.update(name, least)
 
