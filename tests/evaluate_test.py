@@ -35,7 +35,12 @@ def corpus(trained) -> Corpus:
 
 @pytest.fixture(scope="module")
 def evaluator(trained) -> evaluator_lib.Evaluator:
-    return evaluator_lib.Evaluator(trained.cfg, trained.model, trained.mesh)
+    return make_evaluator(trained, batch_size=8)
+
+
+def make_evaluator(trained, *, batch_size: int) -> evaluator_lib.Evaluator:
+    config = trained.config
+    return evaluator_lib.Evaluator(config, trained.model, trained.mesh, batch_size=batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +174,7 @@ def test_loss_is_that_of_the_merged_network_window_by_window(trained, evaluator,
 def test_batch_size_and_padding_do_not_change_the_loss(trained, cooking):
     losses = []
     for size in (3, 8, 24):
-        with trained.cfg.unlocked():
-            cfg = trained.cfg.copy_and_resolve_references()
-            cfg.evaluate.batch_size = size
-        scorer = evaluator_lib.Evaluator(cfg, trained.model, trained.mesh)
+        scorer = make_evaluator(trained, batch_size=size)
         part = sets.TokenSet(cooking.scored.tokens[:7], cooking.scored.num_targets[:7], 100)
         losses.append(scorer.loss(scorer.shared(trained.params), part)["loss"])
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)

@@ -73,12 +73,10 @@ def assert_same_run(lines, expected, bound=LOSS_BOUND):
     np.testing.assert_allclose(losses, wanted, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 4])
-def test_losses_and_batches_do_not_depend_on_the_number_of_devices(whole, num_devices):
-    state, lines = whole(num_devices)
-    assert {d for x in jax.tree.leaves(state) for d in x.devices()} == set(
-        jax.devices()[:num_devices]
-    )
+def test_losses_and_batches_do_not_depend_on_the_number_of_devices(whole):
+    """1 and 8; the next test has 4 and 2."""
+    state, lines = whole(1)
+    assert {d for x in jax.tree.leaves(state) for d in x.devices()} == {jax.devices()[0]}
     assert_same_run(lines, whole(8)[1])
     hashes = [v["batch_hash"] for v in lines]
     assert len(set(hashes)) == NUM_STEPS
