@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import tiny_config
-from train_step_test import make as make_step
+from step_test import make as make_step
 
 from soup_jax import soup, tree
 from soup_jax.data import loader
