@@ -64,9 +64,14 @@ def _set_environment() -> None:
     # Before jax is imported, and in the environment, so that subprocesses of tests have it too.
     if "jax" in sys.modules:
         raise RuntimeError("jax was imported before tests/conftest.py could set the device count")
-    flag = "--xla_force_host_platform_device_count"
-    kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(flag)]
-    os.environ["XLA_FLAGS"] = " ".join([*kept, f"{flag}={NUM_DEVICES}"])
+    # Tests compile much and compute little: without LLVM's optimisations a step compiles in half
+    # the time. What it moves and keeps is decided before.
+    flags = {
+        "--xla_force_host_platform_device_count": str(NUM_DEVICES),
+        "--xla_backend_optimization_level": "0",
+    }
+    kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if f.partition("=")[0] not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([*kept, *("=".join(flag) for flag in flags.items())])
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["MPLBACKEND"] = "agg"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))

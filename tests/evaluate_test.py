@@ -3,7 +3,6 @@
 import json
 import math
 import pathlib
-import shutil
 
 import conftest
 import jax
@@ -11,20 +10,22 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
+from soup_jax import soup
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data.corpus import Corpus
 from soup_jax.errors import UserError
-from soup_jax.evaluation import evaluate
+from soup_jax.evaluation import evaluator as evaluator_lib
+from soup_jax.evaluation import sets, table
 from soup_jax.soup import merge
-from soup_jax.specialists import compare as report
-from soup_jax.specialists import instantiate as specialist
+from soup_jax.specialists import open as open_lib
+from soup_jax.specialists.compare import evaluate_runs
 
 COLUMNS = ("specialist", "generic_h", "shared")
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_run) -> specialist.TrainedSoup:
-    return specialist.load_soup(tiny_run)
+def trained(tiny_run) -> open_lib.Soup:
+    return open_lib.load(tiny_run)
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +34,28 @@ def corpus(trained) -> Corpus:
 
 
 @pytest.fixture(scope="module")
-def evaluator(trained) -> evaluate.Evaluator:
-    return evaluate.Evaluator(trained.cfg, trained.model, trained.mesh)
+def evaluator(trained) -> evaluator_lib.Evaluator:
+    return make_evaluator(trained, batch_size=8)
+
+
+def make_evaluator(trained, *, batch_size: int) -> evaluator_lib.Evaluator:
+    config = trained.config
+    return evaluator_lib.Evaluator(config, trained.model, trained.mesh, batch_size=batch_size)
 
 
 @pytest.fixture(scope="module")
-def cooking(tiny_text, trained) -> evaluate.SpecialistSet:
+def cooking(tiny_text, trained) -> sets.SpecialistSet:
     path = str(tiny_text / "cooking.jsonl")
-    return evaluate.specialist_set("cooking", path, trained.corpus, trained.cfg)
+    return sets.specialist_set("cooking", path, trained.corpus, trained.cfg)
 
 
 def _documents(text: pathlib.Path) -> list[corpus_lib.Document]:
-    return evaluate.read_texts(str(text / "cooking.jsonl"), text_field="text")[0]
+    return sets.read_texts(str(text / "cooking.jsonl"), text_field="text")[0]
 
 
 def test_documents_are_split_by_hash_into_three_parts(tiny_text, trained, monkeypatch):
     seen = {}
-    whole = evaluate.document_histogram, evaluate.pack
+    whole = sets.document_histogram, sets.pack
 
     def histogram(corpus, texts):
         seen["h"] = list(texts)
@@ -59,30 +65,30 @@ def test_documents_are_split_by_hash_into_three_parts(tiny_text, trained, monkey
         seen["scored"] = list(texts)
         return whole[1](corpus, texts, **kwargs)
 
-    monkeypatch.setattr(evaluate, "document_histogram", histogram)
-    monkeypatch.setattr(evaluate, "pack", pack)
+    monkeypatch.setattr(sets, "document_histogram", histogram)
+    monkeypatch.setattr(sets, "pack", pack)
     path = str(tiny_text / "cooking.jsonl")
-    found = evaluate.specialist_set("cooking", path, trained.corpus, trained.cfg)
+    found = sets.specialist_set("cooking", path, trained.corpus, trained.cfg)
     texts = {d.text: corpus_lib.hash_fraction(d.hash) for d in _documents(tiny_text)}
     assert len(texts) == 30
     assert set(seen["h"]) == {t for t, fraction in texts.items() if fraction < 0.5}
     assert found.histogram.num_documents == len(seen["h"])
     final = seen["scored"]
     assert set(final) == {t for t, fraction in texts.items() if fraction >= 0.7}
-    evaluate.specialist_set("cooking", path, trained.corpus, trained.cfg, part="tuning")
+    sets.specialist_set("cooking", path, trained.corpus, trained.cfg, part="tuning")
     # All documents, and none in two parts.
     assert sorted(seen["h"] + seen["scored"] + final) == sorted(texts)
     cfg = trained.cfg.copy_and_resolve_references()
     with cfg.unlocked():
         cfg.evaluate.tuning_fraction = 0.0
-    for part in evaluate.PARTS:
-        evaluate.specialist_set("cooking", path, trained.corpus, cfg, part=part)
+    for part in sets.PARTS:
+        sets.specialist_set("cooking", path, trained.corpus, cfg, part=part)
         assert sorted(seen["h"] + seen["scored"]) == sorted(texts)
 
 
 def test_every_token_is_scored_once(corpus):
     texts = [conftest.topic_text("sailing", i, num_words=5 + 3 * i) for i in range(9)]
-    packed = evaluate.pack(corpus, texts, max_windows=0)
+    packed = sets.pack(corpus, texts, max_windows=0)
     tokenizer = corpus.tokenizer()
     stream = []
     for text in texts:
@@ -101,7 +107,7 @@ def test_every_token_is_scored_once(corpus):
 @pytest.mark.parametrize("num_targets", [31, 32, 33, 64])
 def test_windows_at_the_edges_of_the_length(corpus, num_targets):
     letter = next(c for c in "qzjxv" if len(corpus.tokenizer().encode(c * 40)) == 40)
-    packed = evaluate.pack(corpus, [letter * (num_targets - 1)], max_windows=0)
+    packed = sets.pack(corpus, [letter * (num_targets - 1)], max_windows=0)
     assert len(packed.tokens) == math.ceil(num_targets / 32)
     assert packed.num_targets.sum() == num_targets
     assert (packed.num_targets > 0).all()
@@ -117,28 +123,28 @@ def test_windows_at_the_edges_of_the_length(corpus, num_targets):
     ],
 )
 def test_bytes_are_those_of_the_texts(corpus, texts):
-    packed = evaluate.pack(corpus, texts, max_windows=0)
+    packed = sets.pack(corpus, texts, max_windows=0)
     assert packed.num_bytes == sum(len(t.encode()) for t in texts)
 
 
 def test_bytes_of_characters_cut_by_windows(corpus):
     text = "\u65e5\u672c\u8a9e\u3067\u3059" * 60
-    packed = evaluate.pack(corpus, [text], max_windows=0)
+    packed = sets.pack(corpus, [text], max_windows=0)
     assert len(packed.tokens) > 10
     assert packed.num_bytes == len(text.encode())
 
 
 def test_limit_keeps_windows_spread_over_the_set(corpus):
     texts = [conftest.topic_text("algebra", i) for i in range(8)]
-    whole = evaluate.pack(corpus, texts, max_windows=0)
-    part = evaluate.pack(corpus, texts, max_windows=4)
+    whole = sets.pack(corpus, texts, max_windows=0)
+    part = sets.pack(corpus, texts, max_windows=4)
     kept = (np.arange(4) * len(whole.tokens)) // 4
     np.testing.assert_array_equal(part.tokens, whole.tokens[kept])
     np.testing.assert_array_equal(part.num_targets, whole.num_targets[kept])
     assert part.num_bytes < whole.num_bytes
 
 
-def _direct(model, theta, scored: evaluate.TokenSet) -> float:
+def _direct(model, theta, scored: sets.TokenSet) -> float:
     theta = jax.device_get(theta)
     total = weight = 0.0
     for tokens, n in zip(scored.tokens, scored.num_targets):
@@ -154,8 +160,8 @@ def test_loss_is_that_of_the_merged_network_window_by_window(trained, evaluator,
     made = evaluator.at(trained.params, cooking.histogram.h_K)
     found = evaluator.loss(made, cooking.scored)
     params = jax.device_get(trained.params)
-    theta, _ = specialist.soup.specialist(
-        params, np.asarray(cooking.histogram.h_K, np.float32), trained.config()
+    theta, _ = soup.specialist(
+        params, np.asarray(cooking.histogram.h_K, np.float32), trained.config
     )
     np.testing.assert_allclose(
         found["loss"], _direct(trained.model, theta, cooking.scored), rtol=1e-5
@@ -168,40 +174,30 @@ def test_loss_is_that_of_the_merged_network_window_by_window(trained, evaluator,
 def test_batch_size_and_padding_do_not_change_the_loss(trained, cooking):
     losses = []
     for size in (3, 8, 24):
-        with trained.cfg.unlocked():
-            cfg = trained.cfg.copy_and_resolve_references()
-            cfg.evaluate.batch_size = size
-        scorer = evaluate.Evaluator(cfg, trained.model, trained.mesh)
-        part = evaluate.TokenSet(cooking.scored.tokens[:7], cooking.scored.num_targets[:7], 100)
+        scorer = make_evaluator(trained, batch_size=size)
+        part = sets.TokenSet(cooking.scored.tokens[:7], cooking.scored.num_targets[:7], 100)
         losses.append(scorer.loss(scorer.shared(trained.params), part)["loss"])
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
 def test_nothing_to_score_is_refused(trained, evaluator):
-    empty = evaluate.TokenSet(np.zeros((0, 33), np.int32), np.zeros(0, np.int32), 0)
+    empty = sets.TokenSet(np.zeros((0, 33), np.int32), np.zeros(0, np.int32), 0)
     with pytest.raises(UserError, match="no tokens to score"):
         evaluator.loss(evaluator.shared(trained.params), empty)
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny_run, generic_run, tmp_path_factory):
-    """(result, printed text) of the soup against the generic run."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    shutil.copytree(tiny_run, folder / "soup")
-    shutil.copytree(generic_run, folder / "plain")
-    text, paths = report.evaluate_runs(
-        folder / "soup", against=[folder / "plain"], json_path=str(folder / "numbers.json")
-    )
-    assert paths["numbers"] == folder / "numbers.json"
-    assert paths["learning curve"].exists()
-    return json.loads(paths["numbers"].read_text()), text
+def evaluated(tiny_run, generic_run):
+    """(result, table) of the soup against the generic run."""
+    result = evaluate_runs(tiny_run, against=[generic_run])
+    return result, table.table(result)
 
 
 def test_result_has_the_documented_shape(evaluated, cooking):
     result, _ = evaluated
     assert set(result) == {"specialists", "average", "generic_validation", "part", "runs"}
     assert set(result["specialists"]) == {"cooking", "python"}
-    columns = {*COLUMNS, "plain"}
+    columns = {*COLUMNS, "generic"}
     for row in result["specialists"].values():
         assert set(row) == {"tokens", "bytes", *columns}
         assert all(set(row[c]) == {"loss", "bits_per_byte"} for c in columns)
@@ -210,7 +206,7 @@ def test_result_has_the_documented_shape(evaluated, cooking):
     row = result["specialists"]["cooking"]
     assert row["tokens"] == cooking.scored.num_targets.sum()
     assert row["bytes"] == cooking.scored.num_bytes
-    assert set(result["runs"]) == {"specialist", "plain"}
+    assert set(result["runs"]) == {"specialist", "generic"}
 
 
 def test_average_is_the_mean_over_specialists(evaluated):
@@ -229,18 +225,16 @@ def test_shared_is_the_merge_at_alpha_zero(evaluated, trained, cooking):
 
 
 def test_column_of_another_run_is_its_own_model(evaluated, generic_run, cooking):
-    other = specialist.load_soup(generic_run)
+    other = open_lib.load(generic_run)
     direct = _direct(other.model, other.params["shared"], cooking.scored)
-    found = evaluated[0]["specialists"]["cooking"]["plain"]["loss"]
+    found = evaluated[0]["specialists"]["cooking"]["generic"]["loss"]
     np.testing.assert_allclose(found, direct, rtol=1e-5)
 
 
-def test_training_scores_the_tuning_part(tiny_run, tmp_path):
+def test_training_scores_the_tuning_part(tiny_run):
     from soup_jax.training import metrics
 
-    shutil.copytree(tiny_run, tmp_path / "soup")
-    _, paths = report.evaluate_runs(tmp_path / "soup", part="tuning")
-    evaluated = json.loads(paths["numbers"].read_text())
+    evaluated = evaluate_runs(tiny_run, part="tuning")
     assert evaluated["part"] == "tuning"
 
     last = metrics.read_metrics(tiny_run / "metrics.jsonl", kind="evaluation")[-1]
@@ -260,29 +254,29 @@ def test_table_stars_the_best_of_each_line():
         "generic_validation": {k: v for k, v in row(0, 5.0, 4.0).items() if k != "specialist"},
     }
     cells = {}
-    for line in evaluate.table(result).splitlines():
+    for line in table.table(result).splitlines():
         name = line[: len("generic validation")].strip()
         cells[name] = line[len("generic validation") :].split()
     assert cells["a"] == ["1.0000*", "2.0000", "3.0000"]
     assert cells["b"] == ["3.0000", "1.5000*", "2.0000"]
     assert cells["average"] == ["2.0000", "1.7500*", "2.5000"]
     assert cells["generic validation"] == ["5.0000", "4.0000*"]
-    assert "-3.0000*" in evaluate.table(result, metric="bits_per_byte")
+    assert "-3.0000*" in table.table(result, metric="bits_per_byte")
 
 
 def test_table_of_an_evaluation_names_all_columns(evaluated):
     _, text = evaluated
-    assert text.splitlines()[0].split() == [*COLUMNS, "plain"]
+    assert text.splitlines()[0].split() == [*COLUMNS, "generic"]
 
 
 def test_names_are_those_of_the_files(tiny_text):
-    found = evaluate.document_sets([str(tiny_text / "c*.jsonl"), str(tiny_text / "python.jsonl")])
+    found = sets.document_sets([str(tiny_text / "c*.jsonl"), str(tiny_text / "python.jsonl")])
     assert found == {n: str(tiny_text / f"{n}.jsonl") for n in ("cooking", "python")}
 
 
 def test_pattern_without_a_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no specialist file matches"):
-        evaluate.document_sets([str(tmp_path / "*.jsonl")])
+        sets.document_sets([str(tmp_path / "*.jsonl")])
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
@@ -290,7 +284,7 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "law.jsonl").write_text("{}")
     with pytest.raises(UserError, match="are named 'law'"):
-        evaluate.document_sets([str(tmp_path / "*" / "law.jsonl")])
+        sets.document_sets([str(tmp_path / "*" / "law.jsonl")])
 
 
 @pytest.mark.parametrize("num", [1, 2])
@@ -300,7 +294,7 @@ def test_too_few_documents_are_refused(tmp_path, tiny_text, trained, num):
     path = tmp_path / "few.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in half[:num]))
     with pytest.raises(UserError, match=f"has {num} documents for h and 0 to score"):
-        evaluate.specialist_set("few", str(path), trained.corpus, trained.cfg)
+        sets.specialist_set("few", str(path), trained.corpus, trained.cfg)
 
 
 @pytest.mark.parametrize("content", [b"", b"not json\n", b'{"body": "x"}\n', b"\xff\xfe\n"])
@@ -308,13 +302,13 @@ def test_unreadable_documents_are_refused(tmp_path, trained, content):
     path = tmp_path / "broken.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match="holds no readable document"):
-        evaluate.specialist_set("broken", str(path), trained.corpus, trained.cfg)
+        sets.specialist_set("broken", str(path), trained.corpus, trained.cfg)
 
 
 def test_a_duplicate_counts_once(tmp_path):
     path = tmp_path / "twice.jsonl"
     path.write_text('{"text": "one"}\n{"text": "one"}\n{"text": "two"}\n')
-    documents, damage = evaluate.read_texts(str(path), text_field="text")
+    documents, damage = sets.read_texts(str(path), text_field="text")
     assert [d.text for d in documents] == ["one", "two"]
     assert damage == []
 
@@ -322,9 +316,9 @@ def test_a_duplicate_counts_once(tmp_path):
 def test_columns_of_one_name_and_no_specialists_are_refused(generic_run, tiny_text, tmp_path):
     (tmp_path / "shared").mkdir()
     with pytest.raises(UserError, match="--specialists"):
-        report.evaluate_runs(generic_run)
+        evaluate_runs(generic_run)
     with pytest.raises(UserError, match="not all different"):
-        report.evaluate_runs(
+        evaluate_runs(
             generic_run,
             against=[tmp_path / "shared"],
             specialists=[str(tiny_text / "cooking.jsonl")],
@@ -336,11 +330,11 @@ def test_corpus_without_validation_windows_is_refused(corpus):
 
     empty = {**corpus.offsets, "validation": np.zeros(7, np.int64)}
     with pytest.raises(UserError, match="no validation windows"):
-        evaluate.validation_set(dataclasses.replace(corpus, offsets=empty), max_windows=8)
+        sets.validation_set(dataclasses.replace(corpus, offsets=empty), max_windows=8)
 
 
 def test_validation_set_is_the_split(corpus):
-    whole = evaluate.validation_set(corpus, max_windows=0)
+    whole = sets.validation_set(corpus, max_windows=0)
     total = int(corpus.offsets["validation"][-1])
     assert len(whole.tokens) == total > 0
     assert whole.num_targets.sum() == total * 32 - int(np.sum(corpus.pad["validation"]))

@@ -4,16 +4,20 @@ import dataclasses
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 from conftest import tiny_config
 
+from soup_jax import tree
 from soup_jax.config import schema as config
 from soup_jax.data.corpus import open_corpus
 from soup_jax.data.prepare import provenance
 from soup_jax.errors import UserError
-from soup_jax.specialists import instantiate
+from soup_jax.specialists import recipe as recipe_lib
+from soup_jax.specialists.instantiate import instantiate_to
 from soup_jax.storage import read_format, read_json, write_json
-from soup_jax.training import setup
+from soup_jax.training import formats, setup
 from soup_jax.training.checkpoint import Checkpointer
 
 
@@ -129,18 +133,18 @@ def test_a_corpus_of_a_later_version_is_refused(tiny_corpus, tmp_path):
 def test_recipes_that_cannot_be_read(specialist, change, message):
     edit(specialist / "recipe.json", change)
     with pytest.raises(UserError, match=message):
-        instantiate.load_specialist(specialist)
+        recipe_lib.read(specialist)
 
 
 def test_a_recipe_that_lacks_a_field_has_the_value_from_before_it(specialist):
-    _, expected = instantiate.load_specialist(specialist)
+    expected = recipe_lib.read(specialist)
     edit(specialist / "recipe.json", lambda v: v["model"].pop("attention"))
-    assert instantiate.load_specialist(specialist)[1] == expected
+    assert recipe_lib.read(specialist) == expected
 
 
 @pytest.fixture
 def specialist(tiny_run, tiny_text, tmp_path):
-    instantiate.instantiate_to(tiny_run, str(tiny_text / "cooking.jsonl"), tmp_path / "made")
+    instantiate_to(tiny_run, str(tiny_text / "cooking.jsonl"), tmp_path / "made")
     return tmp_path / "made"
 
 
@@ -159,3 +163,25 @@ def test_a_checkpoint_of_a_later_version_is_refused_not_skipped(tiny_run, tmp_pa
         path.write_text(json.dumps(data | {"format": 99}))
         with pytest.raises(UserError, match=rf"checkpoint .*/{newest} has format 99"):
             reader.restore(run.abstract)
+
+
+def test_a_state_in_the_first_format_comes_back_the_same():
+    """With both kinds of experts, and with each alone; arrays are the same objects."""
+    dense = {"layers": {"up": np.zeros(3)}}
+    factors = {"layers": {"query": {"left": np.ones(2), "right": np.ones(4)}}}
+    for bank in ({"dense": dense, "low_rank": factors}, {"dense": dense}, {"low_rank": factors}):
+        state = {"dense": {"nu": {"layers": {"up": np.full(1, 2.0)}}}, "low_rank": (np.ones(5),)}
+        params = {"shared": {"w": np.zeros(1)}, "bank": bank, "router": {}}
+        items = {
+            "params": params,
+            "opt_state": {"base": {}, "bank": {kind: state[kind] for kind in bank}},
+        }
+        old = formats.to_v1(items)
+        leaves = {"layers/up"} if "dense" in bank else set()
+        leaves |= {"layers/query/left", "layers/query/right"} if "low_rank" in bank else set()
+        assert set(tree.flatten(old["params"]["bank"])) == leaves
+        assert ("factors" in old["opt_state"]["bank"]) == ("low_rank" in bank)
+        for given, wanted in ((items, old), ({"params": params}, {"params": old["params"]})):
+            back = formats.from_v1(wanted, like=given)
+            assert jax.tree.structure(back) == jax.tree.structure(given)
+            assert all(a is b for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(given)))

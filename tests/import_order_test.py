@@ -35,6 +35,7 @@ PACKAGES = (
     "data.prepare",
     "evaluation",
     "training",
+    "specialists.export",
     "specialists",
     "planning",
     "cli",

@@ -9,13 +9,12 @@ import optax
 import pytest
 from conftest import tiny_config
 
-from soup_jax import tree
+from soup_jax import soup, tree
 from soup_jax.data import loader
 from soup_jax.errors import UserError
-from soup_jax.hardware import mesh
 from soup_jax.optim import apply as optimizer
+from soup_jax.optim.config import schedule
 from soup_jax.soup import bank as experts
-from soup_jax.soup import gradients as soup
 from soup_jax.soup import layout as sharding
 from soup_jax.soup import low_rank, merge
 from soup_jax.training import build
@@ -43,34 +42,32 @@ def perturbed(params, seed=7):
 
 def multiplied_out(bank, shared):
     """The dense bank of the same experts."""
-    dense, factors = low_rank.split(bank, shared)
-    leaves = tree.flatten(dense)
-    for path, left in tree.flatten(factors).items():
-        if path.endswith("/left"):
-            base = path.removesuffix("/left")
-            right = tree.flatten(factors)[f"{base}/right"]
-            leaves[base] = jnp.matmul(
-                left.astype(jnp.float32), right.astype(jnp.float32), precision="highest"
-            )
-    return tree.unflatten(leaves)
+    leaves = tree.flatten(bank.get("dense", {}))
+    for path, factors in experts.by_leaf(bank["low_rank"], shared).items():
+        left, right = (factors[side].astype(jnp.float32) for side in ("left", "right"))
+        leaves[path] = jnp.matmul(left, right, precision="highest")
+    return {"dense": tree.unflatten(leaves)}
 
 
 def make(rules=MIXED, **fields):
     cfg = tiny_config(**{"experts.rules": rules} | fields)
     base_model = build.base_model(cfg)
     params = soup.init(
-        jax.random.key(0), base_model.init, soup.soup_config(cfg), frequencies_K=FREQUENCIES
+        jax.random.key(0), base_model.init, build.soup_config(cfg), frequencies_K=FREQUENCIES
     )
     return cfg, base_model, params
 
 
 def make_batch(seed=0, num_mixtures=M):
     rng = np.random.default_rng(seed)
-    return {
-        "tokens": rng.integers(0, 400, (16, 33)).astype(np.int32),
-        "num_targets": rng.integers(1, 33, 16).astype(np.int32),
-        "h": rng.dirichlet(np.ones(K), num_mixtures).astype(np.float32),
-    }
+    return soup.Batch(
+        rows={
+            "tokens": rng.integers(0, 400, (16, 33)).astype(np.int32),
+            "num_targets": rng.integers(1, 33, 16).astype(np.int32),
+        },
+        h_MK=rng.dirichlet(np.ones(K), num_mixtures).astype(np.float32),
+        domain_B=np.zeros(16, np.int32),
+    )
 
 
 def close(a, b, tolerance=2e-5):
@@ -84,22 +81,22 @@ def close(a, b, tolerance=2e-5):
 def test_factors_stand_where_their_leaf_would():
     _, _, params = make()
     shapes = {path: x.shape for path, x in tree.flatten(params["bank"]).items()}
-    assert shapes["embedding/left"] == (E, 400, 3)
-    assert shapes["embedding/right"] == (E, 3, 32)
-    assert shapes["layers/attention/query/left"] == (E, 2, 32, 3)
-    assert shapes["layers/mlp/up"] == (E, 2, 32, 48)
-    dense, factors = low_rank.split(params["bank"], params["shared"])
-    assert not any(path.endswith(("left", "right")) for path in tree.flatten(dense))
-    close(low_rank.join(dense, factors), params["bank"], 0)
+    assert shapes["low_rank/embedding/left"] == (E, 400, 3)
+    assert shapes["low_rank/embedding/right"] == (E, 3, 32)
+    assert shapes["low_rank/layers/attention/query/left"] == (E, 2, 32, 3)
+    assert shapes["dense/layers/mlp/up"] == (E, 2, 32, 48)
+    factors = experts.by_leaf(params["bank"]["low_rank"], params["shared"])
+    assert "embedding" in factors
+    assert all(set(pair) == {"left", "right"} for pair in factors.values())
 
 
 def test_leaves_of_a_network_may_be_called_left_and_right():
     shared = {"arm": {"left": jnp.ones((4, 5)), "right": jnp.ones((5, 6))}}
     rules = (("arm/left", "low_rank:2"), (".*", "dense"))
     bank = experts.init_bank(jax.random.key(0), shared, num_experts=E, rules=rules, init_scale=0.1)
-    dense, factors = low_rank.split(bank, shared)
-    assert set(tree.flatten(dense)) == {"arm/right"}
-    assert set(tree.flatten(factors)) == {"arm/left/left", "arm/left/right"}
+    paths = {"dense/arm/right", "low_rank/arm/left/left", "low_rank/arm/left/right"}
+    assert set(tree.flatten(bank)) == paths
+    assert set(experts.by_leaf(bank["low_rank"], shared)) == {"arm/left"}
     bank, alpha_ME = perturbed(bank), jnp.ones((M, E))
     close(
         merge.merge_many(shared, bank, alpha_ME),
@@ -109,7 +106,7 @@ def test_leaves_of_a_network_may_be_called_left_and_right():
 
 def test_the_merged_model_starts_as_the_shared_one():
     _, _, params = make(ALL)
-    left = params["bank"]["embedding"]["left"]
+    left = params["bank"]["low_rank"]["embedding"]["left"]
     np.testing.assert_allclose(left.std(), 3**-0.5, rtol=0.05)
     assert not np.allclose(left[0], left[1])
     close(merge.merge(params["shared"], params["bank"], jnp.ones(E)), params["shared"], 0)
@@ -130,12 +127,12 @@ def test_merge_is_that_of_the_experts_multiplied_out(dtype, num_mixtures):
 
 def plain_loss(params, batch, base_model, config):
     """The definition, with experts multiplied out."""
-    alpha_ME = soup.coefficients(params, batch["h"], config)
+    alpha_ME = soup.coefficients(params, batch.h_MK, config)
     bank = multiplied_out(params["bank"], params["shared"])
     total, weight = 0.0, 0.0
     for m in range(M):
         theta = merge.merge(params["shared"], bank, alpha_ME[m])
-        rows = {k: v[m * 8 : m * 8 + 8] for k, v in batch.items() if k != "h"}
+        rows = {k: v[m * 8 : m * 8 + 8] for k, v in batch.rows.items()}
         losses, weights = base_model.example_losses(theta, rows)
         total, weight = total + (losses * weights).sum(), weight + weights.sum()
     return total / weight
@@ -144,25 +141,24 @@ def plain_loss(params, batch, base_model, config):
 @pytest.mark.parametrize("rules", [MIXED, ALL])
 def test_gradients_are_those_of_the_plain_loss(rules):
     cfg, base_model, params = make(rules)
-    config, batch = soup.soup_config(cfg), make_batch()
+    config, batch = build.soup_config(cfg), make_batch()
     params = params | {"bank": perturbed(params["bank"])}
     loss, expected = jax.jit(
         jax.value_and_grad(lambda p: plain_loss(p, batch, base_model, config))
     )(params)
-    (ours, _), grads, alpha_ME = jax.jit(
+    (ours, _), grads = jax.jit(
         lambda p: soup.value_and_grad(p, batch, model=base_model, config=config)
     )(params)
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     close(grads.shared, expected["shared"])
     close(grads.router, expected["router"])
-    dense, factors = low_rank.split(expected["bank"], params["shared"])
-    close(grads.factors, factors)
+    close(grads.explicit, {"low_rank": expected["bank"]["low_rank"]})
     merged = tree.flatten(grads.merged)
-    for path, g in tree.flatten(dense).items():
+    for path, g in tree.flatten(expected["bank"].get("dense", {})).items():
         np.testing.assert_allclose(
-            jnp.einsum("ME,M...->E...", alpha_ME, merged[path]), g, atol=1e-6
+            jnp.einsum("ME,M...->E...", grads.alpha_ME, merged[path]), g, atol=1e-6
         )
-    norms = soup.squared_norms(grads, list(tree.flatten(dense)))
+    norms = soup.squared_norms(grads, params["bank"])
     direct = sum(jnp.sum(x**2) for x in jax.tree.leaves(expected["bank"]))
     np.testing.assert_allclose(norms["bank"], direct, rtol=1e-3)
 
@@ -181,7 +177,7 @@ def random_grads(params, step):
         router=like(params["router"], key[1]),
         merged=merged,
         alpha_ME=jax.random.normal(key[2], (M, E)),
-        factors=like(low_rank.split(params["bank"], params["shared"])[1], key[3]),
+        explicit={"low_rank": like(params["bank"]["low_rank"], key[3])},
     )
 
 
@@ -191,7 +187,8 @@ def test_updates_of_factors_are_those_of_optax(rules):
     fields = {"optimizer.bank": "adamw", "optimizer.clip_norm": 0.5, "num_steps": 100}
     cfg, _, ours = make(rules, **fields)
     ours = ours | {"bank": perturbed(ours["bank"])}
-    o, rate = cfg.optimizer, optimizer.schedule(cfg)
+    config = build.optimizer_config(cfg)
+    o, rate = cfg.optimizer, schedule(config)
 
     def decaying(params):
         return tree.map_named(lambda path, _: "norm/scale" not in path, params)
@@ -214,18 +211,17 @@ def test_updates_of_factors_are_those_of_optax(rules):
     plain = optax.chain(
         optax.clip_by_global_norm(0.5), optax.partition(parts, {name: name for name in parts})
     )
-    theirs, state, their_state = ours, optimizer.init_state(cfg, ours), plain.init(ours)
-    update = jax.jit(functools.partial(optimizer.apply_update, cfg))
+    theirs, state, their_state = ours, optimizer.init_state(config, ours), plain.init(ours)
+    update = jax.jit(functools.partial(optimizer.apply_update, config))
 
     @jax.jit
     def reference(params, state, grads):
-        dense, _ = low_rank.split(params["bank"], params["shared"])
         merged = tree.flatten(grads.merged)
         dense = {
             path: jnp.einsum("ME,M...->E...", grads.alpha_ME, merged[path])
-            for path in tree.flatten(dense)
+            for path in tree.flatten(params["bank"].get("dense", {}))
         }
-        bank = low_rank.join(tree.unflatten(dense), grads.factors)
+        bank = dict(grads.explicit) | ({"dense": tree.unflatten(dense)} if dense else {})
         full = {"shared": grads.shared, "router": grads.router, "bank": bank}
         updates, state = plain.update(full, state, params)
         return optax.apply_updates(params, updates), state
@@ -238,41 +234,25 @@ def test_updates_of_factors_are_those_of_optax(rules):
     per_expert = jnp.abs(grads.alpha_ME).sum(-1).mean()
     np.testing.assert_allclose(info.effective_rate, 1 + o.bank_lr_scale * per_expert, rtol=1e-6)
     # A gradient that is not finite changes nothing.
-    bad = grads._replace(factors=jax.tree.map(lambda g: g * jnp.nan, grads.factors))
+    bad = grads._replace(explicit=jax.tree.map(lambda g: g * jnp.nan, grads.explicit))
     after = update(ours, state, bad, jnp.asarray(20))[:2]
     jax.tree.map(np.testing.assert_array_equal, after, (ours, state))
-
-
-@pytest.mark.parametrize("rules", [MIXED, ALL])
-def test_deferred_updates_leave_factors_alone(rules):
-    fields = {"num_steps": 100}
-    cfg, _, params = make(rules, **fields)
-    late_cfg, _, _ = make(rules, **fields, **{"optimizer.flush_every": 3})
-    late = params
-    state, late_state = optimizer.init_state(cfg, params), optimizer.init_state(late_cfg, params)
-    update, late_update = (
-        jax.jit(functools.partial(optimizer.apply_update, c)) for c in (cfg, late_cfg)
-    )
-    for i in range(4):
-        grads = random_grads(params, i)
-        params, state, _ = update(params, state, grads, jnp.asarray(i))
-        late, late_state, _ = late_update(late, late_state, grads, jnp.asarray(i))
-    assert (optimizer.pending(late_cfg, late_state) is None) == (rules == ALL)
-    flushed, late_state = optimizer.flush(late_cfg, late, late_state, jnp.asarray(4))
-    close(flushed, params, 1e-5)
-    assert "factors" in late_state["bank"]
 
 
 def test_equal_experts_separate():
     """Positive coefficients, as from a softmax, and products that are all zero at the start."""
     cfg, _, params = make(ALL)
-    state = optimizer.init_state(cfg, params)
-    update = jax.jit(functools.partial(optimizer.apply_update, cfg))
+    config, alpha_ME = build.optimizer_config(cfg), jnp.full((M, E), 1 / E)
+    state = optimizer.init_state(config, params)
+
+    @jax.jit
+    def update(params, state, grads, step):
+        _, explicit = experts.gradients(grads.merged, params["bank"], alpha_ME)
+        grads = grads._replace(alpha_ME=alpha_ME, explicit=explicit)
+        return optimizer.apply_update(config, params, state, grads, step)
+
     for i in range(5):
-        grads = random_grads(params, i)._replace(alpha_ME=jnp.full((M, E), 1 / E))
-        bank = params["bank"]
-        dfactors, _ = soup.factor_gradients(grads.merged, bank, grads.alpha_ME)
-        params, state, _ = update(params, state, grads._replace(factors=dfactors), jnp.asarray(i))
+        params, state, _ = update(params, state, random_grads(params, i), jnp.asarray(i))
     for path, x in tree.flatten(multiplied_out(params["bank"], params["shared"])).items():
         assert float((x.std(0) / abs(x).mean(0)).mean()) > 0.3, path
 
@@ -281,8 +261,14 @@ def test_adam_moves_the_product_by_about_its_rate():
     """Whatever the rank."""
     moved = []
     for rank in (1, 4, 16):
-        factors = low_rank.init_factors(
-            jax.random.key(0), "w", (32, 64), num_experts=E, rank=rank, dtype="float32"
+        factors = low_rank.LowRank().init(
+            jax.random.key(0),
+            "w",
+            jnp.zeros((32, 64)),
+            num_experts=E,
+            argument=str(rank),
+            init_scale=0.0,
+            dtype="float32",
         )
         step = 0.01 * jnp.sign(jax.random.normal(jax.random.key(1), factors["right"].shape))
         moved.append(float(jnp.std(factors["left"] @ (factors["right"] - step))))
@@ -292,15 +278,18 @@ def test_adam_moves_the_product_by_about_its_rate():
 def run(num_devices, steps=3, **fields):
     cfg = tiny_config(**fields)
     base_model = build.base_model(cfg)
-    m = mesh.make_mesh(cfg, jax.devices()[:num_devices])
-    init = train_state.make_init(cfg, base_model, frequencies_K=FREQUENCIES)
-    shardings = train_state.state_shardings(m, jax.eval_shape(init))
+    m = build.make_mesh(cfg, jax.devices()[:num_devices])
+    config, optimizer_config = build.soup_config(cfg), build.optimizer_config(cfg)
+    init = train_state.make_init(
+        config, optimizer_config, base_model, seed=cfg.seed, frequencies_K=FREQUENCIES
+    )
+    shardings = train_state.state_shardings(m, jax.eval_shape(init), optimizer_config)
     state = jax.jit(init, out_shardings=shardings)()
     step = train_step.compile_step(cfg, base_model, m, shardings)
     sums = jax.device_put(train_step.zero_metrics(K), sharding.replicated(m))
     for i in range(steps):
-        batch = make_batch(i, cfg.num_mixtures) | {"domain": np.zeros(16, np.int32)}
-        state, sums = step(state, sums, loader.to_device(batch, m))
+        batch = loader.to_device(make_batch(i, cfg.num_mixtures), m)
+        state, sums = step(state, sums, batch)
     return state, sums
 
 
@@ -317,9 +306,9 @@ def test_every_mesh_computes_the_same(rules):
         for path, x in tree.flatten(reference.params).items():
             y = tree.flatten(state.params)[path]
             np.testing.assert_allclose(x, y, atol=2e-5, err_msg=path)
-    stored = tree.flatten(state.params["bank"])["layers/attention/query/right"]
+    stored = state.params["bank"]["low_rank"]["layers"]["attention"]["query"]["right"]
     assert stored.addressable_shards[0].data.size == stored.size / 8
-    moments = tree.flatten(state.opt_state["bank"]["factors"])
+    moments = tree.flatten(state.opt_state["bank"]["low_rank"])
     nu = next(x for p, x in moments.items() if p.endswith("nu/layers/attention/query/right"))
     assert nu.sharding.is_equivalent_to(stored.sharding, nu.ndim)
 
@@ -329,12 +318,14 @@ def test_factors_in_bfloat16_stay_close_to_float32():
     exact, exact_sums = run(1, steps=6, **fields)
     state, sums = run(1, steps=6, **fields, **{"experts.dtype": "bfloat16"})
     np.testing.assert_allclose(sums["loss"], exact_sums["loss"], rtol=1e-3)
-    right = tree.flatten(state.params["bank"])["layers/attention/query/right"]
+    right, want = (
+        s.params["bank"]["low_rank"]["layers"]["attention"]["query"]["right"]
+        for s in (state, exact)
+    )
     assert right.dtype == jnp.bfloat16
-    want = tree.flatten(exact.params["bank"])["layers/attention/query/right"]
     error = np.linalg.norm(np.asarray(right - want, np.float32)) / np.linalg.norm(want)
     assert 0 < error < 0.1
-    moments = jax.tree.leaves(state.opt_state["bank"]["factors"])
+    moments = jax.tree.leaves(state.opt_state["bank"]["low_rank"])
     assert {x.dtype for x in moments} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
@@ -344,7 +335,7 @@ def test_factors_in_bfloat16_stay_close_to_float32():
         (((".*", "low_rank:4"),), r"leaf 'final_norm/scale' \(32,\) is no matrix .*'dense' or"),
         (((r"layers/.*", "low_rank:1"), (".*", "none")), r"norm/scale' \(2, 32\) is no matrix"),
         (((r".*/mlp/up", "low_rank:32"), (".*", "none")), r"\(2, 32, 48\): .* less than 32"),
-        ((("embedding", "low_rnk:4"), (".*", "none")), "did you mean 'low_rank:4'"),
+        ((("embedding", "low_rnk:4"), (".*", "none")), r"\(did you mean low_rank\?\)"),
     ],
 )
 def test_rules_that_do_not_fit_the_leaf_are_refused(rules, message):

@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 
-from soup_jax.specialists import compare as report
-from soup_jax.training import metrics
+from soup_jax.training import learning_curve, metrics
 
 
 def _copy(run: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
@@ -57,7 +56,7 @@ def test_fixture_has_what_the_pictures_need(tiny_run, generic_run):
 
 def test_picture_of_an_evaluated_run(tiny_run, tmp_path, labels):
     run = _copy(tiny_run, tmp_path / "soup")
-    path = report.learning_curve(run)
+    path = learning_curve.draw(run)
     assert path == run / "learning_curve.png"
     _check_picture(path)
     drawn = {label: (x, y) for label, x, y in labels["lines"]}
@@ -74,7 +73,7 @@ def test_picture_of_an_evaluated_run(tiny_run, tmp_path, labels):
 
 
 def test_picture_without_evaluations_says_so(generic_run, tmp_path, labels):
-    path = report.learning_curve(_copy(generic_run, tmp_path / "alone"))
+    path = learning_curve.draw(_copy(generic_run, tmp_path / "alone"))
     _check_picture(path)
     assert [label for label, _, _ in labels["lines"]] == ["alone"]
     assert labels["texts"] == ["evaluate.every_steps is 0"]
@@ -82,7 +81,7 @@ def test_picture_without_evaluations_says_so(generic_run, tmp_path, labels):
 
 def test_picture_of_two_runs(tiny_run, generic_run, tmp_path, labels):
     soup = _copy(tiny_run, tmp_path / "soup")
-    path = report.learning_curve(soup, against=[_copy(generic_run, tmp_path / "other")])
+    path = learning_curve.draw(soup, against=[_copy(generic_run, tmp_path / "other")])
     assert path.parent == soup
     _check_picture(path)
     assert {"soup", "other"} < {label for label, _, _ in labels["lines"]}
@@ -98,19 +97,19 @@ def test_a_run_without_experts_has_one_line_where_its_columns_are_one_model(tmp_
     run = tmp_path / "generic"
     run.mkdir()
     (run / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
-    report.learning_curve(run)
+    learning_curve.draw(run)
     assert labels["lines"] == [("generic", [2.0], [5.0]), ("generic", [2.0], [4.5])]
 
 
 def test_a_second_picture_replaces_the_first_and_leaves_nothing_else(tiny_run, tmp_path):
     run = _copy(tiny_run, tmp_path / "soup")
     (run / "learning_curve.png").write_bytes(b"old")
-    _check_picture(report.learning_curve(run))
+    _check_picture(learning_curve.draw(run))
     assert sorted(p.name for p in run.iterdir()) == ["learning_curve.png", "metrics.jsonl"]
 
 
 def test_run_without_metrics_still_gets_a_picture(tmp_path):
-    _check_picture(report.learning_curve(tmp_path))
+    _check_picture(learning_curve.draw(tmp_path))
 
 
 def test_evaluation_of_a_step_without_a_log_line_is_left_out(tiny_run, tmp_path, labels):
@@ -118,6 +117,6 @@ def test_evaluation_of_a_step_without_a_log_line_is_left_out(tiny_run, tmp_path,
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [v for v in lines if (v["kind"], v["step"]) != ("train", 8)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in kept))
-    _check_picture(report.learning_curve(run))
+    _check_picture(learning_curve.draw(run))
     drawn = {label: x for label, x, _ in labels["lines"]}
     assert drawn["soup: shared"] == [12 * 16 * 32 / 1e6]

@@ -33,6 +33,9 @@ def test_another_config_in_the_same_folder_is_refused_with_the_difference(tiny_c
     for name, value in (("optimizer.learning_rate", 0.123), ("seed", 7), ("batch_size", 32)):
         with pytest.raises(UserError, match=rf"another config[\s\S]*{name}[\s\S]*{value}"):
             start(tmp_path, tiny_corpus, **{name: value})
+    allowed = r"num_steps: 12 -> 3 \(with --accept_changes\)"
+    with pytest.raises(UserError, match=rf"seed: 0 -> 7 \(never in [\s\S]*{allowed}"):
+        start(tmp_path, tiny_corpus, seed=7, num_steps=3)
     assert (tmp_path / "config.json").read_text() == text
 
 

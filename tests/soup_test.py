@@ -8,7 +8,6 @@ import pytest
 from soup_jax import soup, tree
 from soup_jax.data import loader
 from soup_jax.experiments import base
-from soup_jax.hardware import mesh
 from soup_jax.soup import merge
 from soup_jax.training import build
 
@@ -99,7 +98,7 @@ def test_gradients_on_a_mesh_equal_those_on_one_device(batch):
     (loss, _), expected = soup.value_and_grad(params, batch, model=base_model, config=config)
     for replica in (1, 2, 4):
         cfg.mesh.replica = replica
-        m = mesh.make_mesh(cfg, jax.devices()[:4])
+        m = build.make_mesh(cfg, jax.devices()[:4])
         f = jax.jit(
             lambda p, b, m=m: soup.value_and_grad(p, b, model=base_model, config=config, mesh=m)
         )

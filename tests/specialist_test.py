@@ -13,7 +13,9 @@ from soup_jax import storage as files
 from soup_jax import tree
 from soup_jax.data.corpus import open_corpus
 from soup_jax.errors import UserError
-from soup_jax.specialists import instantiate as specialist
+from soup_jax.specialists import open as open_lib
+from soup_jax.specialists.instantiate import instantiate_to
+from soup_jax.specialists.specialist import Specialist
 
 FILES = {"params.safetensors", "recipe.json", "tokenizer.json"}
 
@@ -24,22 +26,27 @@ def documents(tiny_text) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_run) -> specialist.TrainedSoup:
-    return specialist.load_soup(tiny_run)
+def trained(tiny_run) -> open_lib.Soup:
+    return open_lib.load(tiny_run)
 
 
 @pytest.fixture(scope="module")
 def made(tiny_run, documents, tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("made") / "cooking"
-    specialist.instantiate_to(tiny_run, documents, out)
+    instantiate_to(tiny_run, documents, out)
     return out
+
+
+def _load(folder: pathlib.Path):
+    found = Specialist.load(folder)
+    return found.params, found.recipe
 
 
 def _bytes(folder: pathlib.Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def _params(run: specialist.TrainedSoup) -> dict[str, dict[str, np.ndarray]]:
+def _params(run: open_lib.Soup) -> dict[str, dict[str, np.ndarray]]:
     return {k: tree.flatten(jax.device_get(v)) for k, v in run.params.items()}
 
 
@@ -79,7 +86,7 @@ def test_saved_parameters_are_shared_plus_weighted_experts(made, trained):
 
 
 def test_load_gives_what_was_saved(made):
-    params, recipe = specialist.load_specialist(made)
+    params, recipe = _load(made)
     saved = load_file(made / "params.safetensors")
     assert set(tree.flatten(params)) == set(saved)
     for path, leaf in tree.flatten(params).items():
@@ -95,7 +102,7 @@ def test_changed_parameters_are_refused(made, tmp_path):
     leaves[name] = leaves[name] + 1
     save_file(leaves, folder / "params.safetensors")
     with pytest.raises(UserError, match="make it again"):
-        specialist.load_specialist(folder)
+        _load(folder)
 
 
 def test_changed_tokenizer_is_refused(made, tmp_path):
@@ -104,7 +111,7 @@ def test_changed_tokenizer_is_refused(made, tmp_path):
     with (folder / "tokenizer.json").open("a") as f:
         f.write("\n")
     with pytest.raises(UserError, match=r"tokenizer\.json .*make it again"):
-        specialist.load_specialist(folder)
+        _load(folder)
 
 
 @pytest.mark.parametrize("name", ["params.safetensors", "recipe.json", "tokenizer.json"])
@@ -113,18 +120,18 @@ def test_missing_file_is_refused(made, tmp_path, name):
     shutil.copytree(made, folder)
     (folder / name).unlink()
     with pytest.raises(UserError, match=name):
-        specialist.load_specialist(folder)
+        _load(folder)
 
 
 def test_twice_the_same_is_the_same_bytes(made, tiny_run, documents, tmp_path):
-    specialist.instantiate_to(tiny_run, documents, tmp_path / "again")
+    instantiate_to(tiny_run, documents, tmp_path / "again")
     assert _bytes(tmp_path / "again") == _bytes(made)
 
 
 def test_other_documents_give_another_specialist(made, tiny_run, tiny_text, tmp_path):
-    _, nearest = specialist.instantiate_to(tiny_run, str(tiny_text / "python.jsonl"), tmp_path)
-    _, cooking = specialist.load_specialist(made)
-    _, python = specialist.load_specialist(tmp_path)
+    _, nearest = instantiate_to(tiny_run, str(tiny_text / "python.jsonl"), tmp_path)
+    _, cooking = _load(made)
+    _, python = _load(tmp_path)
     assert cooking["h"] != python["h"]
     assert cooking["alpha"] != python["alpha"]
     weights = dict(zip(python["domains"], python["h"]))
@@ -151,9 +158,9 @@ def moved(tiny_run, tiny_corpus, tmp_path) -> tuple[pathlib.Path, pathlib.Path]:
 def test_moved_corpus_and_no_optimizer_state(made, moved, documents, tmp_path):
     run, corpus = moved
     with pytest.raises(UserError, match="gone"):
-        specialist.instantiate_to(run, documents, tmp_path / "out")
+        instantiate_to(run, documents, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    specialist.instantiate_to(run, documents, tmp_path / "out", corpus_dir=str(corpus))
+    instantiate_to(run, documents, tmp_path / "out", corpus_dir=str(corpus))
     for name in ("params.safetensors", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (made / name).read_bytes()
 
@@ -164,26 +171,26 @@ def test_another_corpus_is_refused(moved, documents, tmp_path):
     manifest["fingerprint"] = "0" * 64
     (corpus / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="trained on another corpus"):
-        specialist.instantiate_to(run, documents, tmp_path / "out", corpus_dir=str(corpus))
+        instantiate_to(run, documents, tmp_path / "out", corpus_dir=str(corpus))
 
 
 def test_an_earlier_step_can_be_taken(tiny_run, documents, made, tmp_path):
-    specialist.instantiate_to(tiny_run, documents, tmp_path / "early", step=10)
-    params, recipe = specialist.load_specialist(tmp_path / "early")
-    last, _ = specialist.load_specialist(made)
+    instantiate_to(tiny_run, documents, tmp_path / "early", step=10)
+    params, recipe = _load(tmp_path / "early")
+    last, _ = _load(made)
     assert recipe["step"] == 10
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(last))
     assert any((a != b).any() for a, b in pairs)
     with pytest.raises(UserError, match="step 7"):
-        specialist.load_soup(tiny_run, step=7)
+        open_lib.load(tiny_run, step=7)
 
 
 def test_run_without_experts_gives_its_shared_parameters(generic_run, documents, tmp_path):
-    made, _ = specialist.instantiate_to(generic_run, documents, tmp_path / "generic")
+    made, _ = instantiate_to(generic_run, documents, tmp_path / "generic")
     assert made.alpha_E.shape == (0,)
-    params, recipe = specialist.load_specialist(tmp_path / "generic")
+    params, recipe = _load(tmp_path / "generic")
     assert recipe["alpha"] == []
-    shared = _params(specialist.load_soup(generic_run))["shared"]
+    shared = _params(open_lib.load(generic_run))["shared"]
     found = tree.flatten(params)
     assert set(found) == set(shared)
     for path, leaf in shared.items():
@@ -192,34 +199,34 @@ def test_run_without_experts_gives_its_shared_parameters(generic_run, documents,
 
 def test_foreign_folder_is_not_overwritten(trained, tmp_path):
     (tmp_path / "thesis.txt").write_text("ten years")
-    made = specialist.instantiate(trained, ["butter flour oven"])
+    made = trained.instantiate(["butter flour oven"])
     with pytest.raises(UserError, match="is not a specialist"):
-        specialist.save(trained, made, tmp_path)
+        made.save(tmp_path)
     assert _bytes(tmp_path) == {"thesis.txt": b"ten years"}
 
 
 def test_file_in_the_place_of_the_folder_is_refused(trained, tmp_path):
     (tmp_path / "out").write_text("a file")
-    made = specialist.instantiate(trained, ["butter flour oven"])
+    made = trained.instantiate(["butter flour oven"])
     with pytest.raises(UserError, match="is not a specialist"):
-        specialist.save(trained, made, tmp_path / "out")
+        made.save(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "a file"
 
 
 def test_a_specialist_is_replaced(made, trained, tiny_text, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(made, folder)
-    specialist.save(trained, specialist.instantiate(trained, ["def return import"]), folder)
-    _, recipe = specialist.load_specialist(folder)
+    trained.instantiate(["def return import"]).save(folder)
+    _, recipe = _load(folder)
     assert recipe["num_documents"] == 1
     assert {p.name for p in folder.iterdir()} == FILES
 
 
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a run"):
-        specialist.load_soup(tmp_path / "nowhere")
+        open_lib.load(tmp_path / "nowhere")
 
 
 def test_no_documents_are_refused(trained):
     with pytest.raises(UserError, match="no documents"):
-        specialist.instantiate(trained, [])
+        trained.instantiate([])

@@ -22,9 +22,10 @@ from processes import start, write_config
 from train_test import assert_same_state, final_state
 
 from soup_jax.data import loader
-from soup_jax.evaluation import evaluate
+from soup_jax.evaluation import evaluator
+from soup_jax.evaluation import sets as sets_lib
+from soup_jax.training import build, metrics
 from soup_jax.training import loop as train
-from soup_jax.training import metrics
 from soup_jax.training import setup as run_lib
 from soup_jax.training.checkpoint import Checkpointer
 
@@ -72,12 +73,10 @@ def assert_same_run(lines, expected, bound=LOSS_BOUND):
     np.testing.assert_allclose(losses, wanted, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 4])
-def test_losses_and_batches_do_not_depend_on_the_number_of_devices(whole, num_devices):
-    state, lines = whole(num_devices)
-    assert {d for x in jax.tree.leaves(state) for d in x.devices()} == set(
-        jax.devices()[:num_devices]
-    )
+def test_losses_and_batches_do_not_depend_on_the_number_of_devices(whole):
+    """1 and 8; the next test has 4 and 2."""
+    state, lines = whole(1)
+    assert {d for x in jax.tree.leaves(state) for d in x.devices()} == {jax.devices()[0]}
     assert_same_run(lines, whole(8)[1])
     hashes = [v["batch_hash"] for v in lines]
     assert len(set(hashes)) == NUM_STEPS
@@ -177,12 +176,14 @@ def test_many_processes_stopped_killed_and_resumed_make_the_run_of_one(
 def assert_evaluates_to(line, cfg, workdir, state, path):
     """Two processes evaluated as one does: float32 sums of a few hundred rows, in another order."""
     run = run_lib.setup(cfg, workdir)
-    again = evaluate.evaluate(
-        evaluate.Evaluator(cfg, run.model, run.mesh),
+    again = evaluator.evaluate(
+        evaluator.Evaluator(
+            build.soup_config(cfg), run.model, run.mesh, batch_size=cfg.evaluate.batch_size
+        ),
         state.params,
-        run.corpus,
-        specialists=[evaluate.specialist_set("cooking", path, run.corpus, cfg, part="tuning")],
-        validation=evaluate.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows),
+        run.corpus.domain_frequencies,
+        specialists=[sets_lib.specialist_set("cooking", path, run.corpus, cfg, part="tuning")],
+        validation=sets_lib.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows),
     )
     for name in ("average", "generic_validation"):
         assert line[name].keys() == again[name].keys()

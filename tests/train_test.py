@@ -17,9 +17,11 @@ import pytest
 from conftest import tiny_config
 
 from soup_jax import tree
+from soup_jax.config import schema as config
 from soup_jax.data import loader
-from soup_jax.evaluation import evaluate
-from soup_jax.specialists import instantiate as specialist
+from soup_jax.errors import UserError
+from soup_jax.evaluation import evaluator
+from soup_jax.specialists import open as open_lib
 from soup_jax.training import build, metrics
 from soup_jax.training import loop as train
 from soup_jax.training import setup as run_lib
@@ -63,7 +65,8 @@ def fed(monkeypatch):
 
     def to_device(batch, mesh):
         seen.at.pop(len(seen) + 1, lambda: None)()
-        seen.append(hashlib.sha256(b"".join(v.tobytes() for v in batch.values())).hexdigest())
+        whole = b"".join(x.tobytes() for x in jax.tree.leaves(batch))
+        seen.append(hashlib.sha256(whole).hexdigest())
         return original(batch, mesh)
 
     monkeypatch.setattr(loader, "to_device", to_device)
@@ -177,47 +180,15 @@ def test_a_stopped_run_with_low_rank_experts_ends_bit_identical(make_cfg, tmp_pa
     with pytest.raises(train.Interrupted):
         train.train(cfg, tmp_path / "cut")
     assert_same_state(train.train(cfg, tmp_path / "cut"), whole)
-    trained = specialist.load_soup(tmp_path / "cut")
-    made = specialist.instantiate(trained, [(tiny_text / "cooking.jsonl").read_text()])
+    trained = open_lib.load(tmp_path / "cut")
+    made = trained.instantiate([(tiny_text / "cooking.jsonl").read_text()])
     shared, merged = tree.flatten(trained.params["shared"]), tree.flatten(made.params)
     assert {p: x.shape for p, x in merged.items()} == {p: x.shape for p, x in shared.items()}
-    factors = tree.flatten(trained.params["bank"])
+    factors = tree.flatten(trained.params["bank"]["low_rank"])
     left, right = (np.asarray(factors[f"embedding/{n}"], np.float64) for n in ("left", "right"))
     expected = shared["embedding"] + np.einsum("e,ear,erb->ab", made.alpha_E, left, right)
     np.testing.assert_allclose(merged["embedding"], expected, atol=1e-5)
     assert abs(merged["embedding"] - shared["embedding"]).max() > 1e-5
-
-
-def test_deferred_updates_are_in_every_checkpoint(make_cfg, tmp_path, fed):
-    """A run that dies between two flushes continues from a whole bank, and ends bit-identical; one
-    that a signal stopped elsewhere than at a periodic save ends equal to rounding, as the eager
-    one does."""
-    # Adam's eps: without it, gradients that cancel to noise move weights by the full rate.
-    cfg = make_cfg(**{"optimizer.flush_every": 3, "optimizer.eps": 1e-4})
-    whole = train.train(cfg, tmp_path / "whole")
-    assert not np.asarray(whole.opt_state["bank"]["weight_SE"]).any()
-
-    def die():
-        raise ConnectionError("the machine is gone")
-
-    fed.clear()
-    fed.at = {7: die}
-    with pytest.raises(ConnectionError):
-        train.train(cfg, tmp_path / "killed")
-    saved, data = final_state(cfg, tmp_path / "killed")
-    assert data["step"] == 4
-    assert not np.asarray(saved.opt_state["bank"]["weight_SE"]).any()
-    assert_same_state(train.train(cfg, tmp_path / "killed"), whole)
-    fed.clear()
-    fed.at = {6: terminate}
-    with pytest.raises(train.Interrupted):
-        train.train(cfg, tmp_path / "stopped")
-    stopped = train.train(cfg, tmp_path / "stopped")
-    eager = train.train(make_cfg(**{"optimizer.eps": 1e-4}), tmp_path / "eager")
-    for other in (stopped, eager):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other.params, whole.params
-        )
 
 
 def test_the_step_is_compiled_once_a_run(make_cfg, tmp_path, monkeypatch, fed):
@@ -275,10 +246,112 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_cfg, tmp_path):
     assert data["step"] == bad
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.opt_state)))
     assert all(np.isfinite(line[1]) for line in losses(tmp_path))
-    # Sound: with the poison gone it continues, to where a run without it ends.
-    resumed = train.train(cfg, tmp_path, model=poisoned(-np.ones_like(poison)))
+    # With the batch left out, as the message says, it continues.
+    assert '--accept_changes --config.skip_batches="((7, 7),)"' in str(e.value)
+    assert f"init_from={tmp_path} --config.checkpoint.init_step=4 " in str(e.value)
+    cfg = make_cfg(skip_batches=((bad, bad),))
+    resumed = train.train(cfg, tmp_path, model=poisoned(poison), accept_changes=True)
     whole = train.train(cfg, tmp_path / "whole", model=poisoned(-np.ones_like(poison)))
     assert_same_state(resumed, whole)
+
+
+def test_a_batch_left_out_and_a_rate_changed_on_the_way_hold_from_there_on(make_cfg, tmp_path, fed):
+    """As in a run that had the skipped batch in its config from the start and was killed."""
+    skip = {"skip_batches": ((5, 6), (9, 9))}
+    whole = train.train(make_cfg(**skip), tmp_path / "whole")
+    batches = list(fed)
+    train.train(make_cfg(num_steps=15), tmp_path / "every")
+    plain = fed[len(batches) :]
+    assert batches == [plain[i] for i in (*range(5), 7, 8, *range(10, 15))]
+
+    fed.clear()
+    fed.at = {5: terminate}
+    with pytest.raises(train.Interrupted):
+        train.train(make_cfg(), tmp_path / "cut")
+    with pytest.raises(UserError, match=r"skip_batches: \(\) -> .*with --accept_changes\)"):
+        train.train(make_cfg(**skip), tmp_path / "cut")
+    fed.at = {len(fed) + 3: terminate}
+    with pytest.raises(train.Interrupted):
+        train.train(make_cfg(**skip), tmp_path / "cut", accept_changes=True)
+    state = train.train(make_cfg(**skip), tmp_path / "cut")
+    assert list(fed) == batches
+    assert_same_state(state, whole)
+    (line,) = changes(tmp_path / "cut")
+    assert (line["step"], line["field"], line["new"]) == (5, "skip_batches", [[5, 6], [9, 9]])
+
+    late = {"skip_batches": ((5, 6), (8, 9))}
+    with pytest.raises(UserError, match="batches that the run has trained on"):
+        train.train(make_cfg(**late), tmp_path / "cut", accept_changes=True)
+    assert changes(tmp_path / "cut") == [line]
+    with pytest.raises(UserError, match=r"num_steps = 6, but the run has done 12 steps"):
+        train.train(make_cfg(**skip, num_steps=6), tmp_path / "cut", accept_changes=True)
+
+
+def changes(workdir):
+    return [json.loads(line) for line in (workdir / "changes.jsonl").read_text().splitlines()]
+
+
+def test_a_rate_lowered_on_the_way_is_used_from_then_on(make_cfg, tmp_path, fed):
+    cfg = {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0, "log.every_steps": 1}
+    fed.at = {4: terminate}
+    with pytest.raises(train.Interrupted):
+        train.train(make_cfg(**cfg), tmp_path)
+    lowered = make_cfg(**cfg, **{"optimizer.learning_rate": 1e-4, "num_steps": 14})
+    state = train.train(lowered, tmp_path, accept_changes=True)
+    lines = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    rates = [line["learning_rate"] for line in lines]
+    np.testing.assert_allclose(rates, [3e-3] * 4 + [1e-4] * 10, rtol=1e-6)
+    assert int(state.step) == 14
+    made = {line["field"]: (line["step"], line["old"], line["new"]) for line in changes(tmp_path)}
+    expected = {"optimizer.learning_rate": (4, 3e-3, 1e-4), "num_steps": (4, 12, 14)}
+    assert made == expected
+    assert config.diff(config.load(tmp_path / "config.json"), lowered) == {}
+    assert_same_state(train.train(lowered, tmp_path), state)  # the same command goes on
+
+
+def test_a_new_run_starts_from_the_parameters_of_another(make_cfg, tmp_path, tiny_corpus):
+    train.train(make_cfg(), tmp_path / "source")
+    cfg = make_cfg(
+        **{
+            "checkpoint.init_from": str(tmp_path / "source"),
+            "checkpoint.init_step": 8,
+            "optimizer.bank": "adamw",
+            "num_steps": 4,
+        }
+    )
+    run = run_lib.setup(cfg, tmp_path / "new")
+    run_lib.read_initial(run)
+    with Checkpointer(tmp_path / "new" / "checkpoints", cfg) as checkpointer:
+        state = run_lib.restore_or_init(run, checkpointer)
+    fresh = run.init()
+    with Checkpointer(tmp_path / "source" / "checkpoints") as reader:
+        params, _ = reader.restore_params(run.abstract.params, step=8)
+    assert_same_state(state, fresh._replace(params=params))
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, fresh)
+
+    train.train(cfg, tmp_path / "new")
+    (line,) = changes(tmp_path / "new")
+    assert (line["step"], line["field"], line["new"]["step"]) == (0, "checkpoint.init_from", 8)
+    # The run has checkpoints of its own now: the other is not looked at.
+    (tmp_path / "source").rename(tmp_path / "moved")
+    assert int(train.train(cfg, tmp_path / "new").step) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"checkpoint.init_from": "nowhere"}, "nowhere is not a run"),
+        ({"checkpoint.init_step": 3}, "no checkpoint of step 3"),
+        ({"num_experts": 3}, r"does not fit this config[\s\S]*params/bank"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_refused_before_work(
+    fields, message, tiny_run, make_cfg, tmp_path
+):
+    cfg = make_cfg(**({"checkpoint.init_from": str(tiny_run)} | fields))
+    with pytest.raises(UserError, match=message):
+        train.train(cfg, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def evaluating(tiny_text):
@@ -306,7 +379,7 @@ def evaluations(workdir):
 
 @pytest.mark.parametrize("step", [6, 12])
 def test_an_evaluation_cut_by_sigterm_is_made_up(step, make_cfg, tiny_text, tmp_path, monkeypatch):
-    cfg, original = make_cfg(**evaluating(tiny_text)), evaluate.Evaluator.shared
+    cfg, original = make_cfg(**evaluating(tiny_text)), evaluator.Evaluator.shared
     expected = train.train(cfg, tmp_path / "whole")
     workdir, left = tmp_path / "cut", [step // 6]
 
@@ -317,7 +390,7 @@ def test_an_evaluation_cut_by_sigterm_is_made_up(step, make_cfg, tiny_text, tmp_
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate.Evaluator, "shared", shared)
+        patch.setattr(evaluator.Evaluator, "shared", shared)
         with pytest.raises(train.Interrupted, match=f"saved step {step} of 12"):
             train.train(cfg, workdir)
     assert final_state(cfg, workdir)[1]["step"] == step

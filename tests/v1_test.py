@@ -21,8 +21,9 @@ import pytest
 
 from soup_jax.config import schema as config
 from soup_jax.data.prepare.stages import prepare
-from soup_jax.specialists import compare, instantiate
-from soup_jax.specialists.generate import generate
+from soup_jax.specialists.compare import evaluate_runs
+from soup_jax.specialists.instantiate import instantiate_to
+from soup_jax.specialists.specialist import Specialist
 from soup_jax.training import loop
 
 ARCHIVE = pathlib.Path(__file__).parent / "artifacts" / "v1.tar.xz"
@@ -72,25 +73,20 @@ def test_run_goes_on_as_if_never_killed(name):
 
 
 def test_evaluation():
-    compare.evaluate_runs(
-        pathlib.Path("soup"), specialists=["text/cooking.jsonl"], json_path="now.json"
-    )
-    found, expected = (
-        json.loads(pathlib.Path(p).read_text()) for p in ("now.json", "evaluation.json")
-    )
-    _assert_close(found, expected, rtol=1e-5)
+    found = evaluate_runs("soup", specialists=["text/cooking.jsonl"])
+    _assert_close(found, _json("evaluation.json"), rtol=1e-5)
 
 
 def test_instantiation():
-    made, _ = instantiate.instantiate_to("soup", "text/cooking.jsonl", "made")
+    made, _ = instantiate_to("soup", "text/cooking.jsonl", "made")
     np.testing.assert_allclose(made.alpha_E, _json("expected.json")["alpha"], rtol=1e-5)
-    new, old = (instantiate.load_specialist(folder) for folder in ("made", "specialist"))
-    assert new[1]["h"] == old[1]["h"]
-    _assert_close(new[0], old[0], rtol=1e-5, atol=1e-7)
+    new, old = (Specialist.load(folder) for folder in ("made", "specialist"))
+    assert new.recipe["h"] == old.recipe["h"]
+    _assert_close(new.params, old.params, rtol=1e-5, atol=1e-7)
 
 
 def test_generation():
-    text = generate("specialist", "butter", max_tokens=12, temperature=0.0, seed=0)
+    text = Specialist.load("specialist").generate("butter", max_tokens=12, temperature=0.0, seed=0)
     assert text == _json("expected.json")["generated"]
 
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from soup_jax.cli import start
 from soup_jax.errors import UserError
-from soup_jax.storage import write_text
+from soup_jax.storage import write_json, write_text
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -41,20 +40,28 @@ def run(values: flags.FlagValues) -> int:
     """Evaluate the run and print the table; returns the exit status."""
     if not values.workdir:
         raise UserError("--workdir=RUN is required: the run to evaluate")
-    start.start_jax()
-    from soup_jax.specialists import compare
+    from soup_jax.hardware import compile_cache
 
-    table, paths = compare.evaluate_runs(
-        pathlib.Path(values.workdir),
-        against=[pathlib.Path(p) for p in values.against],
+    compile_cache.enable()
+    from soup_jax.evaluation import table
+    from soup_jax.specialists.compare import evaluate_runs
+    from soup_jax.training import learning_curve
+
+    workdir, against = pathlib.Path(values.workdir), [pathlib.Path(p) for p in values.against]
+    result = evaluate_runs(
+        workdir,
+        against=against,
         specialists=list(values.specialists),
-        json_path=values.json,
         step=values.step,
         max_windows=values.max_windows,
         part=values.part,
     )
-    text = "\n".join([table, *(f"{name}: {path}" for name, path in paths.items())])
-    print(text)
+    text = f"{table.table(result)}\n{table.verdict(result)}"
+    print(text)  # before anything is written: what was computed must not be lost
+    numbers = pathlib.Path(values.json) if values.json else workdir / "evaluation.json"
+    write_json(numbers, result)
+    where = f"numbers: {numbers}\nlearning curve: {learning_curve.draw(workdir, against=against)}"
+    print(where)
     if values.text:
-        write_text(values.text, text + "\n")
+        write_text(values.text, f"{text}\n{where}\n")
     return 0

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from soup_jax.cli import config_flag, start
+from soup_jax.cli import config_flag
 from soup_jax.errors import UserError
 
 
@@ -22,6 +22,12 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     config_flag.define(values, argv)
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
     string("workdir", "", "the run's folder; continued if it holds one", flag_values=values)
+    flags.DEFINE_boolean(
+        "accept_changes",
+        False,
+        "continue the run with the config's values of tunable fields, where they differ",
+        flag_values=values,
+    )
     flags.DEFINE_enum(
         "distributed",
         "auto",
@@ -56,23 +62,29 @@ def run(values: flags.FlagValues) -> int:
         None if ids is None else place_lib.device_ids(ids),
     )
     place = place_lib.find_place(values.distributed, given)
-    start.start_jax()
+    from soup_jax.hardware import compile_cache
+
+    compile_cache.enable()
     from soup_jax.processes import start as processes
 
     with processes.processes(cfg, place) as group:
-        return _train_here(cfg, pathlib.Path(values.workdir), show=group.process_id == 0)
+        return _train_here(
+            cfg,
+            pathlib.Path(values.workdir),
+            accept_changes=values.accept_changes,
+            show=group.process_id == 0,
+        )
 
 
-def _train_here(cfg: ConfigDict, workdir: pathlib.Path, *, show: bool) -> int:
-    from soup_jax.specialists import compare
-    from soup_jax.training import loop
+def _train_here(cfg: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool, show: bool) -> int:
+    from soup_jax.training import learning_curve, loop
 
     def tell(text: str, **where: Any) -> None:
         if show:
             print(text, **where)
 
     try:
-        loop.train(cfg, workdir)
+        loop.train(cfg, workdir, accept_changes=accept_changes)
     except loop.Interrupted as e:
         tell(f"soup-jax: {e}")
         return 0
@@ -80,5 +92,5 @@ def _train_here(cfg: ConfigDict, workdir: pathlib.Path, *, show: bool) -> int:
         tell(f"soup-jax: error: {e}", file=sys.stderr)
         return 1
     if show:
-        tell(f"trained: {workdir} (learning curve: {compare.learning_curve(workdir)})")
+        tell(f"trained: {workdir} (learning curve: {learning_curve.draw(workdir)})")
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from soup_jax.config.fields import nearest
+from soup_jax.config.fields import Change, nearest
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
 from soup_jax.storage import read_format, read_json, write_json
@@ -199,6 +199,11 @@ def _check_combinations(cfg: ConfigDict) -> None:
         all(isinstance(r, tuple) and [type(x) for x in r] == [str, str] for r in cfg.experts.rules),
         f"experts.rules must be a tuple of (regex, rule) pairs, not {cfg.experts.rules!r}",
     )
+    need(
+        bool(cfg.checkpoint.init_from) or not cfg.checkpoint.init_step,
+        f"checkpoint.init_step = {cfg.checkpoint.init_step} is a step of the run "
+        "checkpoint.init_from, which is empty",
+    )
     ends = [-1]
     for pair in cfg.skip_batches:
         need(
@@ -228,23 +233,11 @@ def _divides(cfg: ConfigDict, small: str, large: str) -> None:
         raise UserError(f"config: {small} = {values[small]} must divide {large} = {values[large]}")
 
 
-def changed(
-    old: ConfigDict, new: ConfigDict, *, change: str | None = None
-) -> dict[str, tuple[Any, Any]]:
-    """{name: (old value, new value)} of the fields that differ, of one kind of `Field.change`."""
+def diff(old: ConfigDict, new: ConfigDict, *kinds: Change) -> dict[str, tuple[Any, Any]]:
+    """{name: (old value, new value)} of the fields that differ, of these kinds; none given: all."""
     before, after = dict(flat_items(old)), dict(flat_items(new))
     return {
         name: (before[name], after[name])
-        for name in before
-        if before[name] != after[name] and change in (None, FIELDS[name].change)
+        for name, field in FIELDS.items()
+        if before[name] != after[name] and (not kinds or field.change in kinds)
     }
-
-
-def diff(old: ConfigDict, new: ConfigDict, *, ignore: Collection[str] = ()) -> list[str]:
-    """One line per field whose value differs, but for the names in `ignore`."""
-    before, after = dict(flat_items(old)), dict(flat_items(new))
-    return [
-        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
-        for name in sorted(before | after)
-        if before.get(name) != after.get(name) and name not in ignore
-    ]

@@ -104,6 +104,8 @@ class MetaDistribution:
         rows = None if self.rows_RK is None else self.rows_RK.tolist()
         value = [self.probabilities, self.frequencies_K.tolist(), self.min_support_size]
         value += [self.support_size, self.concentration, rows, self.support_exponent]
+        if self.probabilities[2] > 0:
+            value.append("draws of Dirichlet without a floor")  # the first version had one
         if self.others:
             value.append([[p, component.fingerprint()] for p, component in self.others])
         return sha256_bytes(json.dumps(value).encode())

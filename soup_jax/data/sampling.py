@@ -88,6 +88,18 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x
 
 
+def plan_index(step: int, skip: Sequence[tuple[int, int]]) -> int:
+    """The step of the plan that a run's `step` takes: the `step`-th, from 0, of those not skipped.
+
+    `skip` holds (first, last) of skipped plan steps, ascending, both included.
+    """
+    for first, last in skip:
+        if step < first:
+            break
+        step += last - first + 1
+    return step
+
+
 class SamplingPlan:
     """`plan[step]` is the StepPlan of a run's step; safe to use from several threads.
 
@@ -136,12 +148,8 @@ class SamplingPlan:
         return sha256_bytes(json.dumps(value).encode())
 
     def index(self, step: int) -> int:
-        """The step of the plan that a run's step takes: the plan steps skipped before it count."""
-        for first, last in self.skip:
-            if step < first:
-                break
-            step += last - first + 1
-        return step
+        """The step of the plan that a run's `step` takes."""
+        return plan_index(step, self.skip)
 
     def __getitem__(self, step: int) -> StepPlan:
         """The plan of a run's `step`."""

@@ -48,7 +48,8 @@ def adamw(
 def muon(
     rate: Schedule, config: OptimizerConfig, *, weight_decay: float, **args: Any
 ) -> optax.GradientTransformation:
-    """Muon for matrices, also those stacked by layer, but embeddings; AdamW for the rest.
+    """Muon for matrices but embeddings, each layer of a stack by itself; Adam for the rest, with
+    Nesterov's momentum, and without decay unless `args` give `adam_weight_decay`.
 
     `consistent_rms` = 0.2, unless `args` say otherwise, makes an update about as large as AdamW's,
     so that one learning rate serves both (Liu et al., "Muon is Scalable for LLM Training", 2025).

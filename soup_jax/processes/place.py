@@ -20,6 +20,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from typing import Any
 
 from soup_jax.errors import UserError
 
@@ -131,7 +132,7 @@ def find_place(mode: str, flags: Settings, env: Mapping[str, str] = os.environ) 
 
 
 def _checked(wanted: Settings, found: Place | None) -> Place | None:
-    def pick(name: str) -> object:
+    def pick(name: str) -> Any:
         value = getattr(wanted, name)
         return getattr(found, name) if value is None and found else value
 

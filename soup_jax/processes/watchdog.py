@@ -29,7 +29,7 @@ def dump_stacks() -> str:
     """Write the stacks of all threads to stderr and to the file of `watch`; returns its path."""
     sys.stderr.flush()
     with contextlib.suppress(Exception):  # pytest's stderr has no descriptor
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
     path = _stacks["path"]
     if path is None:
         return ""
@@ -67,7 +67,7 @@ def watch(
             idle = time.monotonic() - group.moved
             left = max(allowed - idle, 0.0) + _BACKSTOP_SECS
             with contextlib.suppress(Exception):  # a notebook's stderr may have no descriptor
-                faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__ or 2)
             if idle > allowed:
                 _give_up(group, idle, allowed)
 

@@ -9,7 +9,6 @@ the merge leaves the leaf as it is), or a kind's name and, after a colon, what t
 "my_package.experts:Diagonal", or a name that you `register`. Zero experts is an empty bank.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -78,9 +77,11 @@ def parse_rule(rule: str) -> tuple[str, str]:
     """
     if rule == "none":
         return "", ""
-    # A dotted path has a colon of its own.
-    match = re.fullmatch(r"((?:\w+\.)+\w+:\w+|[^:]*)(?::(.*))?", rule)
-    name, argument = (match[1], match[2] or "") if match else (rule, "")
+    name, _, argument = rule.partition(":")
+    if name not in KINDS.names() and argument[:1].isidentifier():
+        # A dotted path has a colon of its own.
+        attribute, _, argument = argument.partition(":")
+        name = f"{name}:{attribute}"
     try:
         kind_of(name)
     except UserError as e:

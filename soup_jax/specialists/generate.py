@@ -1,56 +1,129 @@
-"""Continue a prompt from a specialist's folder, with a key-value cache.
+"""Continue token ids with a base network: with its cache if it has one, else without.
 
-    soup-jax generate --model=DIR --prompt=TEXT
-
-It compiles two functions, whatever the prompt: one reads the padded prompt, one adds a token.
+With a cache there are two compiled functions whatever the prompt: prefill over the padded prompt,
+and one token at a time. Without, each token takes a pass over the last `seq_len` tokens.
 """
 
 import functools
-import pathlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soup_jax.data.tokenizer import load_tokenizer
 from soup_jax.errors import UserError
-from soup_jax.models.llama import Llama, LlamaConfig
+from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Array, Params
-from soup_jax.specialists import instantiate as specialist
 
 
-@functools.partial(jax.jit, static_argnames=("module", "temperature"), donate_argnames="cache")
-def _decode(
+def _sample(logits_V: Array, key: Array, temperature: float) -> Array:
+    if temperature == 0:
+        return jnp.argmax(logits_V)
+    return jax.random.categorical(key, logits_V / temperature)
+
+
+@functools.partial(jax.jit, static_argnames=("decode", "cache_len"))
+def _prefill(
+    params: Params, tokens_L: Array, *, decode: Callable[..., Any], cache_len: int
+) -> tuple[Any, Array]:
+    logits, cache = decode(params, tokens_L[None], 0, None, cache_len=cache_len)
+    return cache, logits[0]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("decode", "cache_len", "temperature"), donate_argnames="cache"
+)
+def _next_by_cache(
     params: Params,
     cache: Any,
     token: Array,
     position: Array,
     key: Array,
     *,
-    module: Llama,
+    decode: Callable[..., Any],
+    cache_len: int,
     temperature: float,
 ) -> tuple[Any, Array]:
-    logits, updated = module.apply(
-        {"params": params, "cache": cache}, token[None, None], position[None, None], mutable="cache"
-    )
-    logits_V = logits[0, -1]
-    if temperature == 0:
-        return updated["cache"], jnp.argmax(logits_V)
-    return updated["cache"], jax.random.categorical(key, logits_V / temperature)
+    logits, cache = decode(params, token[None, None], position, cache, cache_len=cache_len)
+    return cache, _sample(logits[0, -1], key, temperature)
 
 
-@functools.partial(jax.jit, static_argnames=("module",))
-def _prefill(params: Params, tokens_L: Array, *, module: Llama) -> tuple[Any, Array]:
-    logits, updated = module.apply({"params": params}, tokens_L[None], mutable="cache")
-    return updated["cache"], logits[0]
+@functools.partial(jax.jit, static_argnames=("logits", "temperature"))
+def _next(
+    params: Params,
+    tokens_L: Array,
+    last: Array,
+    key: Array,
+    *,
+    logits: Callable[[Params, Array], Array],
+    temperature: float,
+) -> Array:
+    return _sample(logits(params, tokens_L[None])[0, last], key, temperature)
+
+
+def _by_cache(
+    decode: Callable[..., Any],
+    params: Params,
+    prompt_ids: list[int],
+    key: Array,
+    max_tokens: int,
+    temperature: float,
+) -> Iterator[Array]:
+    # Padded to powers of two so that prompts of many lengths share few compilations.
+    padded = 1 << max(len(prompt_ids) - 1, 7).bit_length()
+    static = {"decode": decode, "cache_len": 1 << (padded + max_tokens - 1).bit_length()}
+    tokens_L = np.zeros(padded, np.int32)
+    tokens_L[: len(prompt_ids)] = prompt_ids
+    # Padding lies behind the prompt: causal attention never sees it, and decoding overwrites it.
+    cache, logits_LV = _prefill(params, tokens_L, **static)
+    token = _sample(logits_LV[len(prompt_ids) - 1], jax.random.fold_in(key, 0), temperature)
+    for i in itertools.count():
+        yield token
+        cache, token = _next_by_cache(
+            params,
+            cache,
+            token,
+            jnp.asarray(len(prompt_ids) + i),
+            jax.random.fold_in(key, i + 1),
+            temperature=temperature,
+            **static,
+        )
+
+
+def _without_cache(
+    logits: Callable[[Params, Array], Array],
+    params: Params,
+    prompt_ids: list[int],
+    key: Array,
+    seq_len: int,
+    temperature: float,
+) -> Iterator[Array]:
+    ids = list(prompt_ids)
+    for i in itertools.count():
+        window = ids[-seq_len:]
+        tokens_L = np.zeros(seq_len, np.int32)
+        tokens_L[: len(window)] = window
+        token = _next(
+            params,
+            tokens_L,
+            jnp.asarray(len(window) - 1),
+            jax.random.fold_in(key, i),
+            logits=logits,
+            temperature=temperature,
+        )
+        yield token
+        ids.append(int(token))
 
 
 def generate_ids(
+    model: BaseModel,
     params: Params,
-    config: LlamaConfig,
     prompt_ids: list[int],
     *,
+    seq_len: int,
     max_tokens: int,
     temperature: float = 0.8,
     seed: int = 0,
@@ -59,62 +132,25 @@ def generate_ids(
     """Ids that continue `prompt_ids`, up to `max_tokens` or the end-of-text token.
 
     Args:
+      seq_len: the tokens that a network without a cache sees at once.
       temperature: 0 takes the likeliest token.
       seed: of the sampling; the same call gives the same ids.
-    """
-    # Padded to powers of two so that prompts of many lengths share few compilations.
-    padded = 1 << max(len(prompt_ids) - 1, 7).bit_length()
-    cache_len = 1 << (padded + max_tokens - 1).bit_length()
-    module = Llama(config, cache_len=cache_len)
-    tokens_L = np.zeros(padded, np.int32)
-    tokens_L[: len(prompt_ids)] = prompt_ids
-    # Padding lies behind the prompt: causal attention never sees it, and decoding overwrites it.
-    cache, logits_LV = _prefill(params, tokens_L, module=module)
-    key = jax.random.key(seed)
-    first = logits_LV[len(prompt_ids) - 1]
-    if temperature == 0:
-        token = jnp.argmax(first)
-    else:
-        token = jax.random.categorical(jax.random.fold_in(key, 0), first / temperature)
-    ids: list[int] = []
-    for i in range(max_tokens):
-        ids.append(int(token))
-        if ids[-1] == eos_id or i + 1 == max_tokens:
-            break
-        cache, token = _decode(
-            params,
-            cache,
-            token,
-            jnp.asarray(len(prompt_ids) + i),
-            jax.random.fold_in(key, i + 1),
-            module=module,
-            temperature=temperature,
-        )
-    return ids
-
-
-def generate(
-    folder: str | pathlib.Path, prompt: str, *, max_tokens: int, temperature: float, seed: int
-) -> str:
-    """The text that the specialist in `folder` adds to `prompt`.
 
     Raises:
-      UserError: not a specialist's folder, or its model is not a decoder.
+      UserError: the network is no language model, or the temperature is negative or not finite.
     """
-    params, recipe = specialist.load_specialist(folder)
-    if recipe["model"].get("kind") != "llama":
-        raise UserError(f"{folder}: cannot generate from model kind {recipe['model'].get('kind')}")
-    fields = {k: v for k, v in recipe["model"].items() if k != "kind"}
-    config = LlamaConfig(vocab_size=recipe["vocab_size"], **fields)
-    tokenizer = load_tokenizer(pathlib.Path(folder) / "tokenizer.json")
-    # Training windows start after an end-of-text token, and so does the prompt.
-    ids = generate_ids(
-        params,
-        config,
-        [recipe["eos_id"], *tokenizer.encode(prompt)],
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        eos_id=recipe["eos_id"],
-    )
-    return tokenizer.decode([i for i in ids if i != recipe["eos_id"]])
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"temperature = {temperature} must be finite and at least 0")
+    key = jax.random.key(seed)
+    if model.decode is not None:
+        found = _by_cache(model.decode, params, prompt_ids, key, max_tokens, temperature)
+    elif model.logits is not None:
+        found = _without_cache(model.logits, params, prompt_ids, key, seq_len, temperature)
+    else:
+        raise UserError("this network cannot generate: its BaseModel has no `logits`")
+    ids: list[int] = []
+    for token in itertools.islice(found, max_tokens):
+        ids.append(int(token))
+        if ids[-1] == eos_id:
+            break
+    return ids

@@ -2,11 +2,9 @@
 
     soup-jax train --config=experiments/quickstart.py --workdir=runs/soup
 
-Where the state comes from: the newest checkpoint of the workdir, else the config's seed. A run that
-is killed and started again with the same command continues and ends bit-identical to one that was
-never killed. SIGTERM (and SIGINT) save at the current step and end with
-status 0; with many processes (see `distributed`) a signal at one stops all of them after the same
-step.
+A run that is killed and started again with the same command continues and ends bit-identical to one
+that was never killed. SIGTERM (and SIGINT) save at the current step and end with status 0; with
+many processes (see `processes`) a signal at one stops all of them after the same step.
 """
 
 import logging
@@ -17,23 +15,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from soup_jax import tree
 from soup_jax.data import loader
 from soup_jax.data.sampling import StepPlan
-from soup_jax.evaluation import evaluate
+from soup_jax.evaluation import evaluator as evaluator_lib
+from soup_jax.evaluation import sets as sets_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import watchdog
 from soup_jax.processes.stop import stop_requests
 from soup_jax.soup import layout as sharding
 from soup_jax.storage import write_json
-from soup_jax.training import build, metrics
+from soup_jax.training import build, divergence, metrics
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training import step as train_step
-from soup_jax.training.setup import Run, claim_workdir, compile_together, restore_or_init, setup
+from soup_jax.training.setup import (
+    Run,
+    claim_workdir,
+    compile_together,
+    read_initial,
+    restore_or_init,
+    settle,
+    setup,
+)
 from soup_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -91,12 +97,14 @@ def train(
     *,
     model: BaseModel | None = None,
     devices: Sequence[jax.Device] | None = None,
+    accept_changes: bool = False,
 ) -> TrainState:
     """Train to `cfg.num_steps` and return the final state.
 
     Args:
       model: a base network of your own; by default the config's.
       devices: to train on; default: all of all processes.
+      accept_changes: whether tunable fields may differ from those of the run in `workdir`.
 
     Raises:
       UserError: before work starts, for anything the user can fix.
@@ -105,7 +113,8 @@ def train(
     """
     run = setup(cfg, pathlib.Path(workdir), model=model, devices=devices)
     specialists, validation = _evaluation_sets(run)
-    claim_workdir(run)
+    read_initial(run)
+    claim_workdir(run, accept_changes=accept_changes)
     checkpoints = run.workdir / "checkpoints"
     saving = cfg.checkpoint.async_timeout_secs
     compiling = watchdog.COMPILE_SECS
@@ -118,6 +127,7 @@ def train(
     ):
         state = restore_or_init(run, checkpointer)
         start = int(state.step)
+        settle(run, start)
         _announce(run, start)
         writer = metrics.MetricsWriter(
             cfg, workdir=run.workdir, start_step=start, active=run.group.process_id == 0
@@ -131,15 +141,15 @@ def train(
             writer.close()
 
 
-def _evaluation_sets(run: Run) -> tuple[list[evaluate.SpecialistSet], Any]:
+def _evaluation_sets(run: Run) -> tuple[list[sets_lib.SpecialistSet], Any]:
     cfg = run.cfg
     if not cfg.evaluate.every_steps:
         return [], None
     sets = [
-        evaluate.specialist_set(name, path, run.corpus, cfg, part="tuning")
-        for name, path in evaluate.document_sets(cfg.evaluate.specialists).items()
+        sets_lib.specialist_set(name, path, run.corpus, cfg, part="tuning")
+        for name, path in sets_lib.document_sets(cfg.evaluate.specialists).items()
     ]
-    validation = evaluate.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows)
+    validation = sets_lib.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows)
     return sets, validation
 
 
@@ -174,7 +184,7 @@ class _Loop:
         run: Run,
         checkpointer: checkpoint_lib.Checkpointer,
         writer: metrics.MetricsWriter,
-        specialists: list[evaluate.SpecialistSet],
+        specialists: list[sets_lib.SpecialistSet],
         validation: Any,
     ):
         self.run_, self.checkpointer, self.writer = run, checkpointer, writer
@@ -182,7 +192,7 @@ class _Loop:
         shardings = jax.tree.map(lambda a: a.sharding, run.abstract)
         self.step_fn = train_step.compile_step(run.cfg, run.model, run.mesh, shardings)
         self.evaluator = (
-            evaluate.Evaluator(
+            evaluator_lib.Evaluator(
                 build.soup_config(run.cfg),
                 run.model,
                 run.mesh,
@@ -262,18 +272,7 @@ class _Loop:
         bad = int(state.bad_step)
         if bad < 0:
             return
-        plan = self.run_.plan[bad]
-        rows, counts = np.unique(plan.domain_B, return_counts=True)
-        report = {
-            "step": bad,
-            "domains": {
-                str(k): {"label": self.run_.corpus.label(int(k)), "windows": int(n)}
-                for k, n in zip(rows, counts)
-            },
-            "h": plan.h_MK.tolist(),
-            "domain": plan.domain_B.tolist(),
-            "window": plan.window_B.tolist(),
-        }
+        report = divergence.report(self.run_, bad)
         path = self.run_.workdir / f"nonfinite_{bad}.json"
         if self.group.process_id == 0:
             write_json(path, report)
@@ -284,8 +283,8 @@ class _Loop:
         raise FloatingPointError(
             f"loss or gradient of step {bad} is not finite (domains: {labels}); its domain weights "
             f"and windows are in {path}, the state before it is saved in "
-            f"{self.checkpointer.directory}. Lower optimizer.learning_rate or "
-            "optimizer.bank_lr_scale, or look at these windows"
+            f"{self.checkpointer.directory}.\n"
+            + divergence.advice(self.run_, bad, saved=self.checkpointer.steps())
         )
 
     def _save(self, state: TrainState, done: int) -> None:
@@ -343,10 +342,10 @@ class _Loop:
         self.group.at("compiling")
         self.run_.evaluation_due = True
         try:
-            result = evaluate.evaluate(
+            result = evaluator_lib.evaluate(
                 self.evaluator,
                 state.params,
-                self.run_.corpus,
+                self.run_.corpus.domain_frequencies,
                 specialists=self.specialists,
                 validation=self.validation,
                 between=self._poll,

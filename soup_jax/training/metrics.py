@@ -47,8 +47,8 @@ def summarize(sums: Mapping[str, Any], *, seconds: float, wait_seconds: float) -
     """
     sums = {name: np.asarray(value) for name, value in sums.items()}
     steps = max(float(sums["steps"]), 1.0)
-    means = ("learning_rate", "grad_norm", "shared_norm", "bank_norm", "router_norm")
-    means += ("effective_rate", "alpha_l1", "alpha_l2", "alpha_spread")
+    means = ["learning_rate", "grad_norm", "shared_norm", "bank_norm", "router_norm"]
+    means += ["effective_rate", "alpha_l1", "alpha_l2", "alpha_spread"]
     line: dict[str, Any] = {name: float(sums[name]) / steps for name in means}
     line["steps"] = int(steps)  # averaged here; fewer than usual after a stop between two lines
     line["loss"] = float(sums["domain_loss"].sum() / max(sums["domain_targets"].sum(), 1.0))

@@ -1,11 +1,12 @@
 """A training run, set up and checked before its first step.
 
-Where the state comes from: the newest checkpoint of the workdir, else the config's seed. Config,
-corpus, mesh, workdir and checkpoint are compared with each other, and any mismatch is refused with
-both sides shown.
+Where the state comes from: the newest checkpoint of the workdir; without one, parameters from the
+run `checkpoint.init_from`; without that, the config's seed. Config, corpus, mesh, workdir and
+checkpoint are compared with each other, and any mismatch is refused with both sides shown.
 """
 
 import dataclasses
+import logging
 import pathlib
 import time
 from collections.abc import Sequence
@@ -25,14 +26,17 @@ from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
 from soup_jax.hardware import compile_cache
-from soup_jax.hardware.mesh import make_mesh
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
+from soup_jax.shapes import Params
 from soup_jax.training import build, trackers
+from soup_jax.training import changes as changes_lib
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import TrainState, make_init, state_shardings
+
+_log = logging.getLogger(__name__)
 
 # A network file system may remember for so long that a file was not there.
 _SEE_FILE_SECS = 60
@@ -52,6 +56,8 @@ class Run:
     init: Any  # () -> TrainState, sharded
     group: Solo  # the processes of the run
     evaluation_due: bool = False  # that of the restored step was cut short
+    changes: changes_lib.Changes = dataclasses.field(default_factory=dict)  # since the last start
+    initial: Params | None = None  # read from checkpoint.init_from
 
     def fingerprint(self) -> dict[str, Any]:
         """What must agree for the data of a resumed run to continue the old data."""
@@ -65,9 +71,11 @@ class Run:
 
     def data_state(self, step: int) -> dict[str, Any]:
         """The `data` item of a checkpoint."""
+        index = self.plan.index(step)
         return {
             "step": step,
-            "cursors": self.plan.cursors(step).tolist(),
+            "plan_step": index,
+            "cursors": self.plan.cursors(index).tolist(),
             "fingerprint": self.fingerprint(),
             "evaluation_due": self.evaluation_due,
         }
@@ -95,7 +103,7 @@ def setup(
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
     )
-    mesh = make_mesh(cfg, devices)
+    mesh = build.make_mesh(cfg, devices)
     meta = domain_weights.from_config(cfg, corpus.domain_frequencies)
     plan = SamplingPlan(
         meta,
@@ -103,6 +111,7 @@ def setup(
         batch_size=cfg.batch_size,
         num_mixtures=cfg.num_mixtures,
         seed=cfg.seed,
+        skip=cfg.skip_batches,
     )
     model = model or build.base_model(cfg)
     if cfg.mesh.gather == "layer" and model.with_gather is None:
@@ -134,8 +143,37 @@ def setup(
     )
 
 
-def claim_workdir(run: Run) -> None:
+def read_initial(run: Run) -> None:
+    """Read the parameters of `checkpoint.init_from`, unless the workdir has a checkpoint.
+
+    Raises:
+      UserError: no run or checkpoint there, or its parameters have another structure.
+    """
+    cfg = run.cfg.checkpoint
+    if not cfg.init_from:
+        return
+    with checkpoint_lib.Checkpointer(run.workdir / "checkpoints") as own:
+        lead, _ = run.group.meet("own checkpoints", {"steps": own.steps()})
+    if lead["steps"]:
+        return
+    source = pathlib.Path(cfg.init_from)
+    config = source / "config.json"
+    if not config.exists():
+        raise UserError(f"checkpoint.init_from = {source} is not a run: it has no config.json")
+    with checkpoint_lib.Checkpointer(source / "checkpoints") as reader:
+        wanted = cfg.init_step or None
+        run.initial, step = reader.restore_params(run.abstract.params, step=wanted)
+        corpus = reader.data(step)["fingerprint"]["corpus"]
+    if corpus != run.corpus.fingerprint:
+        _log.warning("%s was trained on another corpus: its domains meant other text", source)
+    origin = {"run": str(source.absolute()), "step": step, "config": files.sha256_file(config)}
+    run.changes = {"checkpoint.init_from": ("", origin)}
+
+
+def claim_workdir(run: Run, *, accept_changes: bool = False) -> None:
     """Write the config and the parameters' list into the workdir; only process 0 writes.
+
+    A config with accepted changes is written by `settle`, once their step is known.
 
     Raises:
       UserError: it holds a run with another config, or the processes have different data or see
@@ -143,20 +181,14 @@ def claim_workdir(run: Run) -> None:
     """
     timeout = run.cfg.distributed.init_timeout_secs
     path = run.workdir / "config.json"
-    if path.exists():
-        free = {name for name, field in config_lib.FIELDS.items() if field.change == "free"}
-        changes = config_lib.diff(config_lib.load(path), run.cfg, ignore=free)
-        if changes:
-            raise UserError(
-                f"{run.workdir} holds a run with another config (old -> new):\n  "
-                + "\n  ".join(changes)
-                + "\nUse the old values to continue it, or another --workdir"
-            )
+    changes = changes_lib.compare(run.workdir, run.cfg, accept=accept_changes)
+    run.changes = {**run.changes, **changes}
     # Nobody writes before everybody has compared.
     run.group.require_same("data", run.fingerprint(), timeout=timeout)
     if run.group.process_id == 0:
         run.workdir.mkdir(parents=True, exist_ok=True)
-        config_lib.save(run.cfg, path)
+        if not changes:
+            config_lib.save(run.cfg, path)
         leaves = tree.flatten(run.abstract.params)
         lines = [f"{p} {x.dtype}{list(x.shape)} {x.sharding.spec}\n" for p, x in leaves.items()]
         (run.workdir / "parameters.txt").write_text("".join(lines), encoding="utf-8")
@@ -164,6 +196,19 @@ def claim_workdir(run: Run) -> None:
         run.group.meet("workdir written", timeout=timeout)
         seen = {"config.json": _seen(path), "workdir": str(run.workdir.resolve())}
         run.group.require_same("workdir, which must be on a disk that all share", seen)
+
+
+def settle(run: Run, start: int) -> None:
+    """Record the run's changes, which hold from its step `start` on, and its config with them.
+
+    Raises:
+      UserError: they change what was done before that step.
+    """
+    changes_lib.check(run.changes, start=start)
+    if run.group.process_id == 0:
+        changes_lib.record(run.workdir, run.changes, start=start)
+        if run.changes:
+            config_lib.save(run.cfg, run.workdir / "config.json")
 
 
 def _seen(path: pathlib.Path) -> str:
@@ -188,14 +233,15 @@ def compile_together(group: Solo, name: str, jitted: Any, *arguments: Any) -> An
 
 
 def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> TrainState:
-    """The newest checkpoint of the workdir, its data checked against the run's; else a new state.
+    """The newest checkpoint of the workdir, its data checked against the run's; else a new state,
+    with the parameters that `read_initial` read, if it did.
 
     Raises:
       UserError: the checkpoint's structure or its data fingerprint differs; both sides are shown.
     """
     restored = checkpointer.restore(run.abstract)
     if restored is None:
-        return compile_together(run.group, "init", run.init)()
+        return _init(run)
     state, data = restored
     ours = run.fingerprint()
     differences = [
@@ -209,5 +255,16 @@ def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> Trai
             + "\n  ".join(differences)
         )
     run.evaluation_due = bool(data.get("evaluation_due"))
-    run.plan.restore(data["step"], np.asarray(data["cursors"], np.int64))
+    # The first version left out no batches.
+    index = data.get("plan_step", data["step"])
+    run.plan.restore(index, np.asarray(data["cursors"], np.int64))
     return state
+
+
+def _init(run: Run) -> TrainState:
+    if run.initial is None:
+        return compile_together(run.group, "init", run.init)()
+    # Only the rest: parameters that are replaced at once would need their memory all the same.
+    shardings = jax.tree.map(lambda a: a.sharding, run.abstract._replace(params={}))
+    init = jax.jit(lambda: run.init()._replace(params={}), out_shardings=shardings)
+    return compile_together(run.group, "init", init)()._replace(params=run.initial)

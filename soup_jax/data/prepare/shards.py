@@ -31,7 +31,7 @@ SHARD_BYTES = 32 << 20
 class _ShardBuilder:
     """Documents (whole ones or pieces) of the shard that is being filled."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.texts: list[bytes] = []
         self.hashes: list[bytes] = []
         self.splits: list[int] = []
@@ -59,8 +59,7 @@ class _ShardBuilder:
             "split": np.array(self.splits, np.uint8),
         }
         state = {"counts": self.counts, "report": report.take().to_json()}
-        state |= {"end": list(end), "last": last}
-        save(path, tensors, state)
+        save(path, tensors, state | {"end": list(end), "last": last})
 
 
 def write_documents(
@@ -76,7 +75,8 @@ def write_documents(
     `cfg` is the config's `corpus` section; `progress` passes documents on and shows how many.
     """
     seen: set[bytes] = set()
-    end, last, number, totals = [0, 0], False, 0, {}
+    end, last, number = [0, 0], False, 0
+    totals: dict[str, int] = {}
 
     def account(path: pathlib.Path) -> dict[str, Any]:
         state = state_of(path)
@@ -95,7 +95,7 @@ def write_documents(
         return totals
     index = {source.path: i for i, source in enumerate(sources)}
     found, shard = corpus_lib.Report(), _ShardBuilder()
-    documents = corpus_lib.read_documents(sources, cfg.text_field, found, start=tuple(end))
+    documents = corpus_lib.read_documents(sources, cfg.text_field, found, start=(end[0], end[1]))
     for document in progress(documents):
         shard.counts["documents"] += 1
         if len(document.text) < cfg.min_chars:

@@ -1,0 +1,156 @@
+"""What is scored: held-out documents of specialists, and the generic validation split.
+
+A specialist is a file (or glob) of documents. They are split by document hash into three parts: one
+gives the histogram h; `tuning` is scored during training, for choosing settings; `final` is what
+`soup-jax evaluate` scores, so that what it reports was used for no choice.
+"""
+
+import dataclasses
+import glob
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from soup_jax.data import sources as corpus_lib
+from soup_jax.data.corpus import Corpus
+from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
+from soup_jax.data.loader import num_targets
+from soup_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSet:
+    """Windows to score: tokens [n, L + 1], real targets of each [n], bytes those stand for."""
+
+    tokens: np.ndarray
+    num_targets: np.ndarray
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialistSet:
+    """One specialist: its domain weights from one part of its documents, windows of the other."""
+
+    name: str
+    histogram: DocumentHistogram
+    scored: TokenSet
+
+
+def document_sets(patterns: Sequence[str]) -> dict[str, str]:
+    """Name -> path of the specialist files; the name is the file's without its suffixes.
+
+    Raises:
+      UserError: a pattern matches nothing, or two files have one name.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        paths = sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            raise UserError(f"no specialist file matches {pattern!r}")
+        for path in paths:
+            name = pathlib.Path(path).name.split(".")[0]
+            if found.setdefault(name, path) != path:
+                raise UserError(f"two specialist files are named {name!r}: {found[name]}, {path}")
+    return found
+
+
+def read_texts(path: str, *, text_field: str) -> tuple[list[corpus_lib.Document], list[str]]:
+    """Documents of a specialist file, exact duplicates removed, and lines on what was damaged.
+
+    Raises:
+      UserError: no document could be read.
+    """
+    report = corpus_lib.Report()
+    files = corpus_lib.find_files([path], report)
+    documents = {d.hash: d for d in corpus_lib.read_documents(files, text_field, report)}
+    if not documents:
+        raise UserError(f"{path} holds no readable document: {report.lines()}")
+    return list(documents.values()), report.lines()
+
+
+PARTS = ("final", "tuning")
+
+
+def specialist_set(
+    name: str, path: str, corpus: Corpus, cfg: ConfigDict, *, part: str = "final"
+) -> SpecialistSet:
+    """Read, split, histogram and tokenise one specialist.
+
+    Args:
+      part: of the documents, to score: one of PARTS. With `evaluate.tuning_fraction` = 0 there is
+        no tuning part, and both names mean all documents that do not give h.
+
+    Raises:
+      UserError: a part of the split is empty.
+    """
+    documents, _ = read_texts(path, text_field=cfg.corpus.text_field)
+    end_h = cfg.evaluate.histogram_fraction
+    start, end = end_h + cfg.evaluate.tuning_fraction, 1.0
+    if part == "tuning" and cfg.evaluate.tuning_fraction:
+        start, end = end_h, start
+    place = {d.text: corpus_lib.hash_fraction(d.hash) for d in documents}
+    for_h = [text for text, at in place.items() if at < end_h]
+    scored = [text for text, at in place.items() if start <= at < end]
+    if not for_h or not scored:
+        raise UserError(
+            f"specialist {name!r} ({path}) has {len(for_h)} documents for h and {len(scored)} to "
+            f"score (part {part!r}); both need some: give more documents or change "
+            "evaluate.histogram_fraction and evaluate.tuning_fraction"
+        )
+    return SpecialistSet(
+        name,
+        document_histogram(corpus, for_h),
+        pack(corpus, scored, max_windows=cfg.evaluate.max_windows),
+    )
+
+
+def pack(corpus: Corpus, texts: Sequence[str], *, max_windows: int) -> TokenSet:
+    """Texts as windows of the corpus's length; every token of the kept windows is scored once."""
+    tokenizer, length = corpus.tokenizer(), corpus.seq_len
+    stream = [corpus.eos_id]
+    for ids in tokenizer.encode_batch(list(texts)):
+        stream += [*ids, corpus.eos_id]
+    count = max(math.ceil((len(stream) - 1) / length), 1)
+    padded = np.full(count * length + 1, corpus.eos_id, np.int32)
+    padded[: len(stream)] = stream
+    tokens = np.stack([padded[i * length : (i + 1) * length + 1] for i in range(count)])
+    real = np.full(count, length, np.int32)
+    real[-1] = len(stream) - 1 - (count - 1) * length
+    return _token_set(corpus, tokens, real, max_windows)
+
+
+def validation_set(corpus: Corpus, *, max_windows: int) -> TokenSet:
+    """The generic validation split, or `max_windows` of it evenly spread over all domains.
+
+    Raises:
+      UserError: the corpus has no validation windows.
+    """
+    offsets = corpus.offsets["validation"]
+    total = int(offsets[-1])
+    if not total:
+        raise UserError(
+            f"{corpus.path} has no validation windows; prepare with a larger "
+            "corpus.validation_fraction"
+        )
+    ids = _spread(total, max_windows)
+    domain = np.searchsorted(offsets, ids, side="right") - 1
+    tokens = corpus.read_windows("validation", ids)
+    real = num_targets(corpus, "validation", domain, ids - offsets[domain])
+    return _token_set(corpus, tokens, real, 0)
+
+
+def _spread(total: int, most: int) -> np.ndarray:
+    if not most or total <= most:
+        return np.arange(total)
+    return (np.arange(most) * total) // most
+
+
+def _token_set(corpus: Corpus, tokens: np.ndarray, real: np.ndarray, max_windows: int) -> TokenSet:
+    kept = _spread(len(tokens), max_windows)
+    tokens, real = tokens[kept], real[kept]
+    tokenizer = corpus.tokenizer()
+    num_bytes = sum(tokenizer.num_bytes(row[1 : 1 + n]) for row, n in zip(tokens, real))
+    return TokenSet(tokens, real, num_bytes)

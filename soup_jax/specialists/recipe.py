@@ -1,0 +1,52 @@
+"""The recipe of a specialist: what it is, and what reproduces it. In its folder, recipe.json."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from soup_jax import storage as files
+from soup_jax.config import schema as config_lib
+from soup_jax.errors import UserError
+from soup_jax.models.base import ModelSettings
+
+FORMAT = 1  # the format that is written, and the newest that is read
+_FIELDS = ("alpha", "eos_id", "h", "hashes", "model", "seq_len", "vocab_size")
+
+
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """The recipe of a specialist's folder; the files that it describes are compared by hash.
+
+    Its `model` has today's fields, whichever version wrote it.
+
+    Raises:
+      UserError: not such a folder, of a newer format, incomplete, or changed since it was written.
+    """
+    path = folder / "recipe.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder} is not a specialist: {path} does not exist (see `soup-jax instantiate`)"
+        )
+    recipe = files.read_json(path)
+    files.read_format(recipe, path, newest=FORMAT)
+    missing = [name for name in _FIELDS if name not in recipe]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: make the specialist again")
+    for file in ("params.safetensors", "tokenizer.json"):
+        written = folder / file
+        expected = recipe["hashes"].get(file.split(".")[0])
+        if not written.exists() or files.sha256_file(written) != expected:
+            raise UserError(
+                f"{written} is missing or not what its recipe.json describes; make it again"
+            )
+    return {**recipe, "model": config_lib.restore_section("model", recipe["model"], where=path)}
+
+
+def settings(recipe: Mapping[str, Any]) -> ModelSettings:
+    """What its network is made from.
+
+    Raises:
+      UserError: fields that this version does not know, or some that are missing.
+    """
+    return ModelSettings.from_mapping(
+        recipe["model"], vocab_size=recipe["vocab_size"], seq_len=recipe["seq_len"]
+    )

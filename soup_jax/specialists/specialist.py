@@ -1,0 +1,110 @@
+"""A specialist: one merged model, an ordinary small network that knows nothing of soups."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from soup_jax import tree
+from soup_jax.data.domain_histogram import DocumentHistogram
+from soup_jax.data.tokenizer import Tokenizer, load_tokenizer
+from soup_jax.models import base as models
+from soup_jax.models.base import BaseModel
+from soup_jax.shapes import Params
+from soup_jax.specialists import recipe as recipe_lib
+from soup_jax.specialists.export import export
+from soup_jax.specialists.generate import generate_ids
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Specialist:
+    """Parameters, the network they belong to, and where they came from.
+
+    Attributes:
+      params: Theta(h), of the base network.
+      model: the base network.
+      recipe: what reproduces the specialist, as in its recipe.json.
+      tokenizer_path: its tokenizer.json.
+      histogram: of the documents that gave h, if documents did and it was not read from a folder.
+    """
+
+    params: Params
+    model: BaseModel
+    recipe: Mapping[str, Any]
+    tokenizer_path: pathlib.Path
+    histogram: DocumentHistogram | None = None
+
+    @classmethod
+    def load(cls, folder: str | pathlib.Path, *, model: BaseModel | None = None) -> "Specialist":
+        """Read a folder that `save` wrote in the format "soup_jax".
+
+        Args:
+          model: the base network; default: the one that the recipe names.
+
+        Raises:
+          UserError: not such a folder, incomplete or changed, or its network cannot be made.
+        """
+        folder = pathlib.Path(folder)
+        made = recipe_lib.read(folder)
+        return cls(
+            params=tree.unflatten(load_file(folder / "params.safetensors")),
+            model=model or models.make(made["model"].get("kind", ""), recipe_lib.settings(made)),
+            recipe=made,
+            tokenizer_path=folder / "tokenizer.json",
+        )
+
+    @property
+    def h_K(self) -> np.ndarray:
+        """The domain weights it was merged at, float64."""
+        return np.asarray(self.recipe["h"], np.float64)
+
+    @property
+    def alpha_E(self) -> np.ndarray:
+        """The coefficients of the experts, float32; none for a model without experts."""
+        return np.asarray(self.recipe["alpha"], np.float32)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back."""
+        return load_tokenizer(self.tokenizer_path)
+
+    def save(self, folder: str | pathlib.Path, *, format: str = "soup_jax") -> None:
+        """Write it to a folder; one that holds a specialist is replaced.
+
+        Args:
+          format: one of `export.FORMATS`, or the dotted path of an exporter.
+
+        Raises:
+          UserError: the folder holds something else, or there is no such format.
+        """
+        export(self, pathlib.Path(folder), format=format)
+
+    def generate(
+        self, prompt: str, *, max_tokens: int = 100, temperature: float = 0.8, seed: int = 0
+    ) -> str:
+        """The text that it adds to `prompt`.
+
+        Args:
+          temperature: 0 takes the likeliest token.
+          seed: of the sampling; the same call gives the same text.
+
+        Raises:
+          UserError: its network is no language model.
+        """
+        # Training windows start after an end-of-text token, and so does the prompt.
+        eos_id = self.recipe["eos_id"]
+        ids = generate_ids(
+            self.model,
+            self.params,
+            [eos_id, *self.tokenizer.encode(prompt)],
+            seq_len=self.recipe["seq_len"],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            eos_id=eos_id,
+        )
+        return self.tokenizer.decode([i for i in ids if i != eos_id])

@@ -1,0 +1,102 @@
+"""What a started run changes in its config: refused, or accepted and recorded with the step.
+
+`changes.jsonl` of a run has a line {"step", "time", "field", "old", "new"} for every tunable field
+that was changed, and for where its first parameters came from: the new value holds from that step
+on. config.json holds the newest values.
+"""
+
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from soup_jax.config import schema as config_lib
+from soup_jax.data.sampling import plan_index
+from soup_jax.errors import UserError
+from soup_jax.storage import write_text
+
+_log = logging.getLogger(__name__)
+
+Changes = Mapping[str, tuple[Any, Any]]  # field -> (old, new)
+
+
+def compare(workdir: pathlib.Path, cfg: ConfigDict, *, accept: bool) -> Changes:
+    """The tunable fields in which `cfg` differs from the run in `workdir`; none for a new run.
+
+    Raises:
+      UserError: fixed fields differ, or tunable ones and `accept` is False; each is listed.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return {}
+    old = config_lib.load(path)
+    fixed = config_lib.diff(old, cfg, "fixed")
+    tunable = config_lib.diff(old, cfg, "tunable")
+    if not fixed and (accept or not tunable):
+        return tunable
+    kinds = (("never in a started run", fixed), ("with --accept_changes", tunable))
+    lines = [
+        f"{name}: {before!r} -> {now!r} ({allowed})"
+        for allowed, changes in kinds
+        for name, (before, now) in changes.items()
+    ]
+    advice = "Use the old values to continue it, or another --workdir"
+    if fixed:
+        advice += f" (with --config.checkpoint.init_from={workdir} a new run starts from its end)"
+    else:
+        advice += ", or --accept_changes to go on with the new ones"
+    raise UserError(
+        f"{workdir} holds a run with another config (old -> new):\n  "
+        + "\n  ".join(lines)
+        + f"\n{advice}"
+    )
+
+
+def check(changes: Changes, *, start: int) -> None:
+    """Refuse changes of what a run has done before its step `start`.
+
+    Raises:
+      UserError: num_steps below `start`, or other batches left out of the steps before.
+    """
+    _, num_steps = changes.get("num_steps", (0, start))
+    if num_steps < start:
+        raise UserError(
+            f"num_steps = {num_steps}, but the run has done {start} steps: set "
+            f"--config.num_steps={start} to end it here"
+        )
+    old, new = changes.get("skip_batches", ((), ()))
+    done = plan_index(start - 1, old) + 1 if start else 0
+    if _below(old, done) != _below(new, done):
+        raise UserError(
+            f"skip_batches: {old!r} -> {new!r} changes batches that the run has trained on: leave "
+            f"out steps of the plan from {done} on, or start a new run from an earlier checkpoint "
+            "(--config.checkpoint.init_from, init_step)"
+        )
+
+
+def _below(skip: Sequence[tuple[int, int]], end: int) -> list[tuple[int, int]]:
+    return [(first, min(last, end - 1)) for first, last in skip if first < end]
+
+
+def record(workdir: pathlib.Path, changes: Changes, *, start: int) -> None:
+    """Add `changes`, which hold from step `start` on, to the run's changes.jsonl.
+
+    Those of later steps, which a start from an earlier checkpoint undid, hold from `start` on too.
+    """
+    path = workdir / "changes.jsonl"
+    if not changes and not path.exists():
+        return
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    lines = [line | {"step": min(line["step"], start)} for line in lines]
+    # A start that was killed before its first save is repeated.
+    lines = [line for line in lines if line["step"] < start or line["field"] not in changes]
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    for field, (old, new) in changes.items():
+        _log.info("from step %d on: %s: %r -> %r", start, field, old, new)
+        lines.append({"step": start, "time": now, "field": field, "old": old, "new": new})
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,49 @@
+"""What is told of a step whose loss or gradient was not finite, and what the user can do then."""
+
+from typing import Any
+
+import numpy as np
+
+from soup_jax.training.setup import Run
+
+
+def report(run: Run, step: int) -> dict[str, Any]:
+    """What the bad step read: its domains, domain weights and windows, and its step of the plan."""
+    plan = run.plan[step]
+    domains, counts = np.unique(plan.domain_B, return_counts=True)
+    return {
+        "step": step,
+        "plan_step": run.plan.index(step),
+        "domains": {
+            str(k): {"label": run.corpus.label(int(k)), "windows": int(n)}
+            for k, n in zip(domains, counts)
+        },
+        "h": plan.h_MK.tolist(),
+        "domain": plan.domain_B.tolist(),
+        "window": plan.window_B.tolist(),
+    }
+
+
+def advice(run: Run, step: int, *, saved: list[int]) -> str:
+    """Commands that go on: without the batch, or from an earlier step of those `saved`.
+
+    The state before the bad step is saved, and its gradient depends on no rate: with the same batch
+    it would fail again.
+    """
+    index, rate = run.plan.index(step), f"--config.optimizer.learning_rate={_half_rate(run)}"
+    skip = tuple(sorted([*run.cfg.skip_batches, (index, index)]))
+    lines = [
+        "The same command continues without this batch, at half the rate, if you add",
+        f'  --accept_changes --config.skip_batches="{skip}" {rate}',
+    ]
+    if earlier := [s for s in saved if s < step]:
+        lines += [
+            "If the loss had grown before, a new run starts from an earlier step with",
+            f"  --workdir=NEW --config.checkpoint.init_from={run.workdir} "
+            f"--config.checkpoint.init_step={earlier[-1]} {rate}",
+        ]
+    return "\n".join(lines)
+
+
+def _half_rate(run: Run) -> str:
+    return f"{run.cfg.optimizer.learning_rate / 2:.3g}"
