@@ -1,4 +1,7 @@
-"""The Python of README and docs runs as it stands there, and what they name exists."""
+"""The Python of README and docs runs as it stands there, and what they name exists.
+
+docs/python.md needs runs: tests/public_face_test.py has them.
+"""
 
 import contextlib
 import os
@@ -24,7 +27,7 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-@pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if blocks(text)])
+@pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if blocks(text) and name != "docs/python.md"])
 def test_python_blocks_run(page, tmp_path):
     namespace = {}
     with contextlib.chdir(tmp_path):
