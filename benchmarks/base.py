@@ -9,20 +9,14 @@ step: forward, and both of the backward pass; the peak is that of one large floa
 alternated round by round. Medians of milliseconds on the wall and of CPU time (user and system, all
 threads: other work on the machine disturbs it less), GFLOP/s by `llama_flops`, which counts causal
 attention as half of its square, and `/ needed`, ratios to the products alone. Random tokens, random
-parameters. `--give_back` leaves freed memory to the C library, as a plain Python process does.
+parameters. Run it with and without the MALLOC_ variables of launch/local.sh to see what they bring.
 """
 
 import argparse
 import ast
 import dataclasses
 import statistics
-import sys
 import time
-
-from soup_jax.hardware import host_memory
-
-if "--give_back" not in sys.argv:
-    host_memory.keep_freed()
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +170,6 @@ def main():
     parser.add_argument("--sizes", default="small,medium")
     parser.add_argument("--mixtures", default="1,16")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--give_back", action="store_true")
     args = parser.parse_args()
     for size in args.sizes.split(","):
         for mixtures in args.mixtures.split(","):

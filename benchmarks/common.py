@@ -5,22 +5,18 @@ import dataclasses
 import runpy
 from typing import Any
 
-from soup_jax.hardware import host_memory
+import jax
+import numpy as np
 
-host_memory.keep_freed()  # as `soup-jax` does, before the threads that importing jax starts
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-
-from soup_jax.config import schema as config_lib  # noqa: E402
-from soup_jax.data import loader  # noqa: E402
-from soup_jax.hardware import mesh  # noqa: E402
-from soup_jax.planning import estimate  # noqa: E402
-from soup_jax.soup import Batch  # noqa: E402
-from soup_jax.soup import layout as sharding  # noqa: E402
-from soup_jax.training import build as build_lib  # noqa: E402
-from soup_jax.training import state as train_state  # noqa: E402
-from soup_jax.training import step as train_step  # noqa: E402
+from soup_jax.config import schema as config_lib
+from soup_jax.data import loader
+from soup_jax.planning.abstract import AbstractStep, abstract_step
+from soup_jax.soup import Batch
+from soup_jax.soup import layout as sharding
+from soup_jax.training import build as build_lib
+from soup_jax.training import state as train_state
+from soup_jax.training import step as train_step
+from soup_jax.training.build import make_mesh
 
 
 def read_config(path, overrides=()):
@@ -49,7 +45,7 @@ class Training:
     """State and metrics that `advance` replaces, and what they were built from."""
 
     cfg: Any
-    abstract: estimate.AbstractStep
+    abstract: AbstractStep
     state: train_state.TrainState
     sums: dict
     batch: Batch
@@ -62,7 +58,7 @@ class Training:
 def build(cfg):
     """A Training on all devices, from the config's seed."""
     config_lib.check(cfg)
-    step = estimate.abstract_step(cfg, mesh.make_mesh(cfg))
+    step = abstract_step(cfg, make_mesh(cfg))
     frequencies = np.full(cfg.num_domains, 1 / cfg.num_domains)
     init = train_state.make_init(
         build_lib.soup_config(cfg),

@@ -22,9 +22,8 @@ import common
 import jax
 import jax.numpy as jnp
 
-from soup_jax.hardware import mesh as mesh_lib
 from soup_jax.optim.bank import bank_optimizer
-from soup_jax.planning import estimate
+from soup_jax.planning import abstract, roofline
 from soup_jax.soup import bank as experts_lib
 from soup_jax.soup import layout as sharding
 from soup_jax.soup import merge
@@ -91,7 +90,7 @@ def piece_seconds(training, repeats):
     if not experts:
         return {}
     state = training.state.opt_state["bank"]["dense"]
-    groups = mesh_lib.num_groups(cfg)
+    groups = build.num_groups(cfg)
     optimizer = bank_optimizer(build.optimizer_config(cfg))
     alpha_ME = jax.device_put(
         jax.random.normal(jax.random.key(1), (groups, cfg.num_experts)), sharding.replicated(mesh)
@@ -141,7 +140,7 @@ def measure(cfg, *, num_steps, trace):
     first, single, together = run_steps(training, num_steps, trace)
     # Before the pieces: they hold merged gradients beside the state.
     memory = device.memory_stats() or {}
-    flops = estimate.step_flops(cfg, training.abstract)["base network"]
+    flops = roofline.step_flops(cfg, training.abstract)["base network"]
     peak = cfg.log.peak_tflops or metrics.peak_tflops(device.device_kind)
     pieces = piece_seconds(training, repeats=min(num_steps, 10))
     loss = float(training.sums["loss"] / training.sums["steps"])
@@ -153,7 +152,7 @@ def measure(cfg, *, num_steps, trace):
         "step with waiting, ms": 1e3 * single,
         "tokens per second": cfg.batch_size * cfg.seq_len / together,
         "MFU": flops / together / (peak * 1e12 * jax.device_count()) if peak else None,
-        "state, GB per device": sum(estimate.state_bytes(training.abstract).values()) / 1e9,
+        "state, GB per device": sum(abstract.state_bytes(training.abstract).values()) / 1e9,
         "peak memory, GB": memory["peak_bytes_in_use"] / 1e9 if memory else None,
         "memory limit, GB": memory["bytes_limit"] / 1e9 if "bytes_limit" in memory else None,
         **{f"{name}, ms": 1e3 * seconds for name, seconds in pieces.items()},

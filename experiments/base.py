@@ -15,7 +15,7 @@ The first word of a declaration says what a run that has started may do with the
                of sums on another mesh
 """
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from soup_jax.config.fields import fixed, free, new_config, tunable
 
@@ -234,8 +234,3 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     cfg = new_config(FIELDS)
     set_model(cfg, preset)
     return cfg.lock()
-
-
-def frozen(cfg: ConfigDict) -> FrozenConfigDict:
-    """The hashable, read-only form that jitted functions may close over."""
-    return FrozenConfigDict(cfg)

@@ -14,17 +14,17 @@ sums. What a chip sends in a step hardly depends on the experts (`--config.num_e
          32    410.835     0.098
         128    410.846     0.109
 
-Single GPUs were planned only, from shapes (`soup-jax plan --num_devices=1`, `--chip` and the flags
-below, with `--config.experts.dtype=bfloat16` in all; GB):
+The state alone on a single GPU, exact, by `soup-jax plan --num_devices=1`, `--chip` and the flags
+below, with `--config.experts.dtype=bfloat16` in all (GB). Merged models, their gradients and
+activations come on top; only the chip's compiler can tell how much these are:
 
-    network  bank    --chip       state  in all   further flags
-    110M     merged  H100 (80)     29.8    64.1   --config.optimizer.grad_accumulation=8
-    110M     adamw   H200 (141)    85.4   111.5   the same, --config.optimizer.moment_dtype=bfloat16
-                                                  --config.model.remat=full
-    335M     merged  H200 (141)    91.5   125.6   --config.num_mixtures=8
-                                                  --config.optimizer.grad_accumulation=16
-                                                  --config.model.remat=full, and the sizes of
-                                                  base.py's preset 335m, one by one
+    network  bank    --chip        state  further flags
+    110M     merged  H100 (80)      29.8  none
+    110M     adamw   H200 (141)     85.4  --config.optimizer.moment_dtype=bfloat16
+    335M     merged  H200 (141)     91.5  the sizes of base.py's preset 335m, one by one
+
+`--config.optimizer.grad_accumulation`, `--config.model.remat=full` and fewer mixtures make what
+comes on top smaller.
 
 `experiments/generic_110m.py` is its baseline: same network, same tokens, no experts. Neither has
 been trained by us: the sizes are the paper's, the optimizer settings are those that the small runs

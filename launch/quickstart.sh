@@ -49,6 +49,13 @@ if [[ ! -x "$venv/bin/soup-jax" ]]; then
 fi
 soup_jax=$venv/bin/soup-jax
 
+# On a CPU: keep freed memory for the next step (glibc), about a fifth of its CPU time.
+if ! compgen -e MALLOC_ && ! compgen -G '/dev/nvidia[0-9]*' && ! compgen -G '/dev/accel*' &&
+  ! compgen -G '/dev/vfio/[0-9]*' && ! compgen -G /dev/kfd; then
+  export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0
+  export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=67108864
+fi >/dev/null
+
 stage "collect text" "$venv/bin/python" launch/collect_text.py --out "$dir/text"
 stage "prepare the corpus" "$soup_jax" prepare --config="$soup" "$corpus" \
   --config.corpus.sources="$dir/text/generic"

@@ -3,7 +3,7 @@ import pathlib
 import pytest
 
 from soup_jax.config import schema as config
-from soup_jax.config.fields import Field
+from soup_jax.config.fields import Field, to_markdown
 from soup_jax.errors import UserError
 from soup_jax.experiments import base, generic_110m, minipile, quickstart, soup_110m
 
@@ -22,6 +22,12 @@ SHIPPED = {
     "soup_110m": soup_110m.get_config(),
     "generic_110m": generic_110m.get_config(),
 }
+HEAD = """# Config fields
+
+Generated from `experiments/base.py` by `pytest tests/config_test.py --update-golden`. In a started
+run a `fixed` field never changes, a `tunable` one with `soup-jax train --accept_changes`, a `free`
+one at every start.
+"""
 
 
 def changed(**fields):
@@ -40,6 +46,16 @@ def test_shipped_config_is_valid_and_as_recorded(name, request):
     assert config.to_text(cfg) == path.read_text(encoding="utf-8"), (
         f"the resolved config {name} changed; if that is meant, run "
         "`pytest tests/config_test.py --update-golden` and commit the difference"
+    )
+
+
+def test_the_reference_of_fields_is_that_of_the_declarations(request):
+    path = pathlib.Path(__file__).parents[1] / "docs" / "config.md"
+    text = HEAD + to_markdown(base.FIELDS)
+    if request.config.getoption("--update-golden"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), (
+        "fields changed; run `pytest tests/config_test.py --update-golden`"
     )
 
 

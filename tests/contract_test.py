@@ -4,6 +4,7 @@ Compiled from shapes alone, on eight CPU devices and, where libtpu is installed 
 the TPU compiler for a real slice.
 """
 
+import collections
 import importlib.util
 import logging
 
@@ -14,10 +15,10 @@ from conftest import tiny_config
 
 from soup_jax import tree
 from soup_jax.data import loader
-from soup_jax.hardware import mesh
-from soup_jax.planning import estimate, hlo, target
+from soup_jax.planning import abstract, hlo, target
 from soup_jax.soup import Batch
 from soup_jax.soup import layout as sharding
+from soup_jax.training import build
 from soup_jax.training import loop as train
 from soup_jax.training import step as train_step
 
@@ -34,12 +35,20 @@ def tpu_devices():
     return target.find_target(tiny_config(), topology="v5e:2x4").devices
 
 
+def signature(collectives):
+    """How often each (kind, shapes, group size) runs: what two programs are compared by."""
+    counts = collections.Counter()
+    for c in collectives:
+        counts[c.kind, c.shapes, c.group_size] += c.times
+    return counts
+
+
 class Compiled:
     """A step for the given devices, its collectives and its memory."""
 
     def __init__(self, devices, **fields):
         self.cfg = tiny_config(**fields)
-        self.step = estimate.abstract_step(self.cfg, mesh.make_mesh(self.cfg, devices))
+        self.step = abstract.abstract_step(self.cfg, build.make_mesh(self.cfg, devices))
         compiled = self.step.compile()
         self.collectives = hlo.collectives(compiled.as_text())
         self.temporaries = compiled.memory_analysis().temp_size_in_bytes
@@ -47,11 +56,11 @@ class Compiled:
     def moved(self):
         """The signature without alpha's gradient [E, M], the one thing with experts in it, and
         without the gradients' Gram matrix [M, M], which looks the same if M = E."""
-        groups, num_experts = mesh.num_groups(self.cfg), self.cfg.num_experts
+        groups, num_experts = build.num_groups(self.cfg), self.cfg.num_experts
         small = {f"f32[{groups},{groups}]", f"f32[{groups},{num_experts}]"}
         small.add(f"f32[{num_experts},{groups}]")
         left = {}
-        for (kind, shapes, size), times in hlo.signature(self.collectives).items():
+        for (kind, shapes, size), times in signature(self.collectives).items():
             key = (kind, tuple(s for s in shapes if s not in small), size)
             if key[1]:
                 left[key] = left.get(key, 0) + times
@@ -63,11 +72,11 @@ class Compiled:
     def merged_bytes(self):
         """Of the merged models of a device's group, float32: what a collective may carry."""
         base_size = tree.num_params(self.step.state.params["shared"])
-        return 4 * base_size * mesh.num_groups(self.cfg) // self.step.mesh.shape["replica"]
+        return 4 * base_size * build.num_groups(self.cfg) // self.step.mesh.shape["replica"]
 
     def largest_bank_leaf(self):
         return max(
-            estimate.device_bytes(x) for x in jax.tree.leaves(self.step.state.params["bank"])
+            abstract.device_bytes(x) for x in jax.tree.leaves(self.step.state.params["bank"])
         )
 
 
@@ -84,7 +93,7 @@ def check_communication(few, many):
     # not add them up first.
     leaves = len(jax.tree.leaves(many.step.state.params["bank"]))
     grown = [sum(hlo.total_bytes(c.collectives).values()) for c in (few, many)]
-    alpha_bytes = 4 * mesh.num_groups(many.cfg) * (MANY - FEW)
+    alpha_bytes = 4 * build.num_groups(many.cfg) * (MANY - FEW)
     assert 0 < grown[1] - grown[0] <= 2 * leaves * alpha_bytes
 
 
@@ -126,7 +135,7 @@ def test_what_low_rank_experts_move():
     # The rest is as of dense experts.
     leaves = len(jax.tree.leaves(many.step.state.params["shared"]))
     exchanged = [
-        {key: n for key, n in hlo.signature(c.collectives).items() if key[0] == "all-to-all"}
+        {key: n for key, n in signature(c.collectives).items() if key[0] == "all-to-all"}
         for c in (few, many)
     ]
     assert exchanged[0] == exchanged[1]
@@ -214,7 +223,7 @@ def test_a_run_compiles_its_step_once(tiny_corpus, tmp_path, caplog):
 
 def test_no_transfer_between_host_and_device_inside_the_steps():
     cfg = tiny_config(num_mixtures=8)
-    step = estimate.abstract_step(cfg, mesh.make_mesh(cfg))
+    step = abstract.abstract_step(cfg, build.make_mesh(cfg))
     where = jax.tree.map(lambda leaf: leaf.sharding, step.state)
     state = jax.jit(
         lambda: jax.tree.map(lambda leaf: jax.numpy.ones(leaf.shape, leaf.dtype), step.state),

@@ -184,11 +184,10 @@ def test_nested_loops_multiply_and_unused_computations_do_not_count():
     assert not hlo.collectives(program("  %c = f32[] constant(1)", computations=inner))
 
 
-def test_totals_and_signature():
+def test_totals():
     gather = "  %a = f32[8]{0} all-gather(%x), replica_groups=[1,8]<=[8]"
     found = hlo.collectives(program(gather, gather.replace("%a", "%b")))
     assert hlo.total_bytes(found) == {"all-gather": 56}
-    assert hlo.signature(found) == {("all-gather", ("f32[8]",), 8): 2}
     assert hlo.num_scalars("(f32[8,2]{1,0}, s32[])") == 17
 
 

@@ -317,6 +317,23 @@ def test_local_is_one_process_outside_any_cluster(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("script", ["local.sh", "quickstart.sh"])
+def test_a_cpu_keeps_freed_memory_unless_told_otherwise(script):
+    text = (ROOT / "launch" / script).read_text("utf-8")
+    block = text[text.index("if ! compgen -e MALLOC_") : text.index("\nfi >/dev/null")]
+    block = re.sub(r"&&\s+! compgen -G [^\s;]+", "", block)
+    program = block + "\nfi >/dev/null\nenv"  # as on a machine without an accelerator
+
+    def settings(**env):
+        command = ["bash", "-euc", program]
+        lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        return [line for line in lines.splitlines() if line.startswith("MALLOC_")]
+
+    path = os.environ["PATH"]
+    assert len(settings(PATH=path)) == 4
+    assert settings(PATH=path, MALLOC_TOP_PAD_="1") == ["MALLOC_TOP_PAD_=1"]
+
+
 def test_local_deals_out_gpus_and_names_the_processes(tmp_path):
     commands = dry_run(
         tmp_path, "launch/local.sh", "c.py", "w", PROCESSES="2", CUDA_VISIBLE_DEVICES="1,3,4,6"

@@ -8,8 +8,8 @@ from soup_jax.data import loader
 from soup_jax.data import meta_distribution as domain_weights
 from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
-from soup_jax.hardware import mesh
 from soup_jax.soup import layout as sharding
+from soup_jax.training import build
 
 B = 16
 
@@ -84,7 +84,7 @@ def test_only_the_last_window_of_a_domain_has_padding(corpus):
 
 
 def test_device_arrays_are_the_batch_with_rows_over_the_whole_mesh(corpus):
-    m = mesh.make_mesh(tiny_config())
+    m = build.make_mesh(tiny_config())
     rows = loader.process_rows(sharding.batch(m), B)
     np.testing.assert_array_equal(rows, np.arange(B))
     batch = read(corpus, rows, stop=1)[0]

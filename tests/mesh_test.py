@@ -4,10 +4,11 @@ from conftest import tiny_config
 
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh
+from soup_jax.training import build
 
 
 def shape(**fields):
-    return dict(mesh.make_mesh(tiny_config(**fields)).shape)
+    return dict(build.make_mesh(tiny_config(**fields)).shape)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_sizes_can_be_given():
 )
 def test_refuses(fields, message):
     with pytest.raises(UserError, match=message):
-        mesh.make_mesh(tiny_config(**fields))
+        build.make_mesh(tiny_config(**fields))
 
 
 def test_device_table_counts_devices_by_process():

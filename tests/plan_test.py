@@ -15,8 +15,8 @@ from conftest import tiny_config
 from soup_jax import tree
 from soup_jax.cli import main
 from soup_jax.errors import UserError
-from soup_jax.hardware import chips, mesh
-from soup_jax.planning import estimate, plan, target
+from soup_jax.hardware import chips
+from soup_jax.planning import abstract, plan, roofline, target, text
 from soup_jax.training import build
 from soup_jax.training import state as train_state
 
@@ -53,7 +53,7 @@ def test_no_two_chips_share_a_name():
 
 def small_step(**fields):
     cfg = tiny_config(**fields)
-    return cfg, estimate.abstract_step(cfg, mesh.make_mesh(cfg, jax.devices()))
+    return cfg, abstract.abstract_step(cfg, build.make_mesh(cfg, jax.devices()))
 
 
 @pytest.mark.parametrize("bank", ["merged", "adamw"])
@@ -62,14 +62,14 @@ def test_state_bytes_are_those_of_the_real_state(bank):
     init = train_state.make_init(
         build.soup_config(cfg),
         build.optimizer_config(cfg),
-        step.model,
+        build.base_model(cfg),
         seed=cfg.seed,
         frequencies_K=np.full(cfg.num_domains, 1 / cfg.num_domains),
     )
     where = jax.tree.map(lambda leaf: leaf.sharding, step.state)
     state = jax.jit(init, out_shardings=where)()
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-    counted = estimate.state_bytes(step)
+    counted = abstract.state_bytes(step)
     rest = counted.pop("batch and metrics")
     counters = 8  # step and bad_step
     assert sum(counted.values()) == held - counters
@@ -81,13 +81,13 @@ def test_state_bytes_are_those_of_the_real_state(bank):
 def test_flops_and_traffic_of_the_bank():
     cfg, step = small_step(num_mixtures=4)
     bank = tree.num_params(step.state.params["bank"])
-    flops = estimate.step_flops(cfg, step)
+    flops = roofline.step_flops(cfg, step)
     assert flops["merge, alpha's gradient and bank update"] == 6 * 4 * bank
     assert flops["base network"] == step.model.flops_per_row * 16
     adamw_cfg, adamw = small_step(num_mixtures=4, **{"optimizer.bank": "adamw"})
-    grown = estimate.bank_traffic(adamw_cfg, adamw) - estimate.bank_traffic(cfg, step)
+    grown = roofline.bank_traffic(adamw_cfg, adamw) - roofline.bank_traffic(cfg, step)
     # Two moments are read twice and written, less the one of a single model.
-    bank, one = (estimate.device_bytes(step.state.params[name]) for name in ("bank", "shared"))
+    bank, one = (abstract.device_bytes(step.state.params[name]) for name in ("bank", "shared"))
     assert grown == pytest.approx(6 * bank - 2 * one, rel=0.02)
 
 
@@ -100,31 +100,13 @@ def test_passes_over_the_bank_are_those_of_the_compiled_step(bank, passes):
     moved, held = [], []
     for num_experts in (4, 8):
         cfg = tiny_config(num_experts=num_experts, **fields)
-        step = estimate.abstract_step(cfg, mesh.make_mesh(cfg, jax.devices()[:1]))
+        step = abstract.abstract_step(cfg, build.make_mesh(cfg, jax.devices()[:1]))
         moved.append(step.compile().cost_analysis()["bytes accessed"])
-        held.append(estimate.state_bytes(step)["bank"])
-    counted = estimate.bank_passes(cfg)
+        held.append(abstract.state_bytes(step)["bank"])
+    counted = roofline.bank_passes(cfg)
     of_size = 2 * (bank == "adamw")
     assert counted["bank"] + of_size * counted["moments"] == passes
     assert (moved[1] - moved[0]) / (held[1] - held[0]) == pytest.approx(passes, rel=0.1)
-
-
-def test_temporaries_are_those_of_the_larger_phase():
-    def parts(**fields):
-        cfg = tiny_config(num_mixtures=4, **fields)
-        step = estimate.abstract_step(cfg, mesh.make_mesh(cfg, jax.devices()[:1]))
-        return estimate.temporary_bytes(cfg, step), estimate.merged_bytes(cfg, step)
-
-    backward, merged = parts(seq_len=64, batch_size=64)
-    assert backward["merged models"] == merged["merged models"]
-    assert "sum over micro-batches" not in backward
-    summed, _ = parts(seq_len=64, batch_size=64, **{"optimizer.grad_accumulation": 2})
-    assert summed["sum over micro-batches"] == merged["their float32 slices"]
-    kept, less = "activations kept", parts(seq_len=64, batch_size=64, **{"model.remat": "full"})[0]
-    assert less[kept] < backward[kept]
-    small = {"model.dtype": "bfloat16", "model.hidden_dim": 512, "model.remat": "full"}
-    update, _ = parts(seq_len=16, batch_size=4, **small)
-    assert "update of the bank's largest leaf" in update
 
 
 def test_flops_of_low_rank_experts_are_their_ranks_times_those_of_dense_ones():
@@ -132,44 +114,61 @@ def test_flops_of_low_rank_experts_are_their_ranks_times_those_of_dense_ones():
     for rule in ("dense", "low_rank:5"):
         rules = ((".*/mlp/.*", rule), (".*", "none"))
         cfg, step = small_step(**{"experts.rules": rules})
-        flops[rule] = estimate.step_flops(cfg, step)["merge, alpha's gradient and bank update"]
+        flops[rule] = roofline.step_flops(cfg, step)["merge, alpha's gradient and bank update"]
     assert flops["low_rank:5"] == 5 * flops["dense"]
     # Bytes are those of the factors and of Adam's two moments, on eight devices.
-    parts, bank = estimate.state_bytes(step), tree.num_bytes(step.state.params["bank"])
+    parts, bank = abstract.state_bytes(step), tree.num_bytes(step.state.params["bank"])
     assert parts["bank"] == pytest.approx(bank / 8, rel=0.01)
     assert parts["moments of the bank"] == pytest.approx(2 * bank / 8, rel=0.01)
 
 
 def test_roofline_is_bounded_by_its_parts():
     cfg, step = small_step()
-    r = estimate.roofline(cfg, step, H200, moved=450e9)
+    r = roofline.roofline(cfg, step, H200, moved=450e9)
     assert r["exchange"] == 1.0
     assert r["seconds_at_least"] == max(r["compute"], r["bank"], r["exchange"])
     assert r["seconds_in_turn"] == r["compute"] + r["bank"] + r["exchange"]
     assert 0 < r["mfu"] < 1
 
 
-def test_savings_are_computed_from_the_config():
+def test_changes_save_state_exactly_or_are_named_without_a_number():
     fields = {"optimizer.bank": "adamw", "num_experts": 64}
     cfg, step = small_step(**fields)
-    changes = {next(iter(c.fields)): c for c in estimate.savings(cfg, jax.devices())}
-    parts = estimate.state_bytes(step)
-    _, merged = small_step(num_experts=64)
-    saved = parts["moments of the bank"] - estimate.state_bytes(merged)["moments of the bank"]
+    changes = {change.field: change for change in plan.changes(cfg, step)}
+    parts = abstract.state_bytes(step)
+    merged_cfg, merged = small_step(num_experts=64)
+    saved = parts["moments of the bank"] - abstract.state_bytes(merged)["moments of the bank"]
     assert changes["optimizer.bank"].saves == saved
     assert changes["experts.dtype"].saves == parts["bank"] / 2
     assert str(changes["optimizer.bank"]) == "--config.optimizer.bank=merged"
-    merged_cfg = tiny_config(num_experts=64)
-    assert "optimizer.bank" not in {
-        name for c in estimate.savings(merged_cfg, jax.devices()) for name in c.fields
-    }
+    assert changes["model.remat"].saves == 0
+    assert "optimizer.bank" not in {c.field for c in plan.changes(merged_cfg, merged)}
 
 
-def test_more_devices_are_counted_as_far_as_the_batch_divides():
-    cfg, step = small_step(batch_size=64)
-    assert estimate.devices_needed(cfg, step, 1e9, 0.6e9) == 16
-    assert estimate.devices_needed(cfg, step, 1e9, 0.2e9) == 64
-    assert estimate.devices_needed(cfg, step, 1e9, 0.1e9) is None
+def test_merged_models_of_layers_gathered_one_at_a_time():
+    fields = {"num_mixtures": 2, "model.num_layers": 4}
+    cfg, step = small_step(**fields)
+    scalars = tree.num_params(step.state.params["shared"])
+    merged = abstract.merged_bytes(cfg, step)
+    assert merged["merged models"] == 4 * scalars  # one of two on either half of the devices
+    assert merged["their gradients in float32 slices"] == 4 * 2 * scalars // 8
+    layer_cfg, layer_step = small_step(**fields, **{"mesh.gather": "layer"})
+    layers = tree.num_params(step.state.params["shared"]["layers"])
+    fewer = abstract.merged_bytes(layer_cfg, layer_step)["merged models"]
+    assert fewer == 4 * (scalars - layers + layers // 4 + layers // 4)
+
+
+def test_a_network_that_says_nothing_of_itself(approximate):
+    cfg = tiny_config(num_mixtures=8)
+    silent = dataclasses.replace(build.base_model(cfg), flops_per_row=0.0, layers="")
+    where = target.find_target(cfg, chip="H200", num_devices=8)
+    made = plan.make_plan(cfg, where, model=silent)
+    assert made.state == approximate.state
+    assert made.roofline["mfu"] is None
+    printed = text.to_text(made)
+    assert "recomputation included    not known" in printed
+    assert "MFU" not in printed
+    assert "UNEXPECTED" not in printed
 
 
 @pytest.fixture(scope="module")
@@ -179,28 +178,29 @@ def approximate():
     return plan.make_plan(cfg, target.find_target(cfg, chip="H200", num_devices=8))
 
 
-def test_plan_for_absent_gpus_says_that_it_estimates(approximate):
-    text = plan.to_text(approximate)
-    assert "ESTIMATE: no H200 and no compiler for it is here. The state is exact" in text
-    assert "collectives are those of a program for 8 CPU devices" in text
-    assert "all-to-all" in text
-    assert "merged embedding" in text
-    assert "UNEXPECTED" not in text
-    assert text.splitlines()[-1].startswith("fits by estimate: 141.00 GB")
+def test_plan_for_absent_gpus_says_what_is_not_known(approximate):
+    printed = text.to_text(approximate)
+    assert "NOT COMPILED: no H200 and no compiler for it is here. The state is exact" in printed
+    assert "collectives are those of a program for 8 CPU devices" in printed
+    assert "all-to-all" in printed
+    assert "merged embedding" in printed
+    assert "UNEXPECTED" not in printed
+    assert "activations: not known" in printed
+    assert printed.splitlines()[-1].startswith("state fits: 141.00 GB")
     assert approximate.fits
-    state, temporaries = sum(approximate.state.values()), sum(approximate.temporaries.values())
-    assert approximate.total_bytes == approximate.estimated_bytes == state + temporaries
-    values = json.loads(json.dumps(plan.to_json(approximate)))
+    assert approximate.total_bytes == sum(approximate.state.values())
+    values = json.loads(json.dumps(text.to_json(approximate)))
     assert values["fits"] is True
-    assert values["memory"]["arguments"] == state
+    assert values["memory"]["arguments"] == approximate.total_bytes
+    assert values["memory"]["temporaries"] is None
     assert {c["what"].split()[0] for c in values["collectives"]} == {"merged", "small:"}
 
 
 def test_bank_time_is_at_the_rate_of_float32():
     cfg, step = small_step(num_mixtures=8)
     slow = dataclasses.replace(H200, float32_tflops=1e-6, memory_gbs=1e9)
-    seconds = estimate.roofline(cfg, step, slow, 0.0)["bank"]
-    flops = estimate.step_flops(cfg, step)["merge, alpha's gradient and bank update"]
+    seconds = roofline.roofline(cfg, step, slow, 0.0)["bank"]
+    flops = roofline.step_flops(cfg, step)["merge, alpha's gradient and bank update"]
     assert seconds == pytest.approx(flops / (8 * 1e6))
     # TPUs multiply float32 in six passes, GPUs at less than a tenth of their bfloat16 rate.
     assert all(c.peak_tflops / c.float32_tflops >= 6 for c in chips.CHIPS)
@@ -211,9 +211,9 @@ def test_plan_names_the_traffic_of_low_rank_factors():
     fields["experts.rules"] = ((r"layers/mlp/.*", "low_rank:16"), (".*", "none"))
     cfg = tiny_config(num_mixtures=8, num_experts=16, **fields)
     made = plan.make_plan(cfg, target.find_target(cfg, chip="H200", num_devices=8))
-    kinds = {c["kind"]: c["what"] for c in plan.to_json(made)["collectives"]}
+    kinds = {c["kind"]: c["what"] for c in text.to_json(made)["collectives"]}
     assert kinds["reduce-scatter"].startswith("factors layers/mlp/")
-    assert "UNEXPECTED" not in plan.to_text(made)
+    assert "UNEXPECTED" not in text.to_text(made)
 
 
 class NoCollectives:
@@ -222,29 +222,41 @@ class NoCollectives:
 
 
 def test_one_absent_gpu_needs_no_compiler(monkeypatch):
-    monkeypatch.setattr(estimate.AbstractStep, "compile", None)
+    monkeypatch.setattr(abstract.AbstractStep, "compile", None)
     cfg = tiny_config(**{"experts.dtype": "bfloat16"})
     made = plan.make_plan(cfg, target.find_target(cfg, chip="H100-80GB"))
-    text = plan.to_text(made)
-    assert "1 x H100" in text
-    assert "collectives: none" in text
-    assert "MEM_FRACTION" not in text
-    full = dataclasses.replace(made, total_bytes=int(0.9 * made.memory_bytes))
-    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in plan.to_text(full)
+    printed = text.to_text(made)
+    assert "1 x H100" in printed
+    assert "collectives: none" in printed
+
+
+def test_a_compiled_plan_that_fills_a_gpu_says_how_to_get_all_of_it(approximate):
+    compiled = dataclasses.replace(
+        approximate, approximate="", memory={**approximate.memory, "outputs": 1, "aliased": 1}
+    )
+    assert "MEM_FRACTION" not in text.to_text(compiled)
+    full = dataclasses.replace(compiled, total_bytes=int(0.9 * compiled.memory_bytes))
+    printed = text.to_text(full)
+    assert "\nfits: 14.10 GB per device are left" in printed
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in printed
 
 
 def test_a_plan_that_does_not_fit_names_changes(approximate, monkeypatch):
     tiny = chips.Chip("tiny", (), "gpu", approximate.total_bytes * 0.9e-9, 1, 1, 1, 1)
     monkeypatch.setattr(chips, "CHIPS", (tiny,))
-    monkeypatch.setattr(estimate.AbstractStep, "compile", lambda step: NoCollectives())
+    monkeypatch.setattr(abstract.AbstractStep, "compile", lambda step: NoCollectives())
     cfg = tiny_config(num_mixtures=8)
     made = plan.make_plan(cfg, target.find_target(cfg, chip="tiny", num_devices=8))
     assert not made.fits
-    assert made.changes
-    text = plan.to_text(made)
-    assert "does not fit by estimate:" in text
-    assert all(str(change) in text for change in made.changes)
-    assert "or 16 devices instead of 8" in text
+    printed = text.to_text(made)
+    assert "does not fit: the state alone takes 0.00 GB per device too much. To try:" in printed
+    for change in made.changes:  # what leaves the state as it is cannot help here
+        assert (str(change) in printed) == (change.saves > 0)
+    assert "--config.experts.dtype=bfloat16: 0.00 GB less state" in printed
+    compiled = dataclasses.replace(
+        made, approximate="", memory={**made.memory, "outputs": 1, "aliased": 1}
+    )
+    assert "--config.model.remat=full: less beside it" in text.to_text(compiled)
 
 
 def test_a_compiler_that_runs_out_of_memory_tells_how_much_it_wanted():

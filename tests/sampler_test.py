@@ -11,7 +11,9 @@ NUM_WINDOWS = np.array([7, 1, 40, 0, 130])
 FREQUENCIES = NUM_WINDOWS / NUM_WINDOWS.sum()
 
 
-def plan(*, probabilities=(0.6, 0.2, 0.2, 0.0), seed=1, batch_size=12, num_mixtures=3, rows=None):
+def plan(
+    *, probabilities=(0.6, 0.2, 0.2, 0.0), seed=1, batch_size=12, num_mixtures=3, rows=None, skip=()
+):
     meta = MetaDistribution(probabilities, FREQUENCIES, 1, 3, 5.0, rows)
     return SamplingPlan(
         meta,
@@ -19,6 +21,7 @@ def plan(*, probabilities=(0.6, 0.2, 0.2, 0.0), seed=1, batch_size=12, num_mixtu
         batch_size=batch_size,
         num_mixtures=num_mixtures,
         seed=seed,
+        skip=skip,
     )
 
 
@@ -110,6 +113,19 @@ def test_restored_cursors_continue_the_plan():
     fresh.restore(30, p.cursors(30))
     assert all(same(fresh[s], expected[s]) for s in range(30, 50))
     assert same(fresh[3], expected[3])
+
+
+@pytest.mark.parametrize("skip", [((0, 0),), ((2, 3), (4, 4), (9, 700)), ((49, 60),)])
+def test_skipped_steps_of_the_plan_are_left_out_and_nothing_else_changes(skip):
+    whole, left = plan(), plan(skip=skip)
+    skipped = {i for first, last in skip for i in range(first, last + 1)}
+    kept = [i for i in range(800) if i not in skipped]
+    assert [left.index(step) for step in range(60)] == kept[:60]
+    assert all(same(left[step], whole[kept[step]]) for step in (*range(60), 3, 0))
+    # Cursors taken before a range was left out continue with it, and without it again.
+    for resumed, index in ((plan(skip=skip), kept.__getitem__), (plan(), lambda step: step)):
+        resumed.restore(5, whole.cursors(5))
+        assert all(same(resumed[step], whole[index(step)]) for step in (7, 6, 30))
 
 
 def test_asking_out_of_order_draws_no_step_twice():

@@ -10,15 +10,15 @@ from conftest import tiny_config
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from soup_jax.hardware import mesh as mesh_lib
 from soup_jax.soup import layout as sharding
+from soup_jax.training import build
 
 
 def make(replica: int, fsdp: int) -> jax.sharding.Mesh:
     cfg = tiny_config(
         **{"num_mixtures": 8, "batch_size": 64, "mesh.replica": replica, "mesh.fsdp": fsdp}
     )
-    return mesh_lib.make_mesh(cfg, jax.devices()[: replica * fsdp])
+    return build.make_mesh(cfg, jax.devices()[: replica * fsdp])
 
 
 @pytest.mark.parametrize(

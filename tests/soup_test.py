@@ -9,7 +9,6 @@ import pytest
 from soup_jax import soup, tree
 from soup_jax.data import loader
 from soup_jax.experiments import base
-from soup_jax.hardware import mesh
 from soup_jax.soup import merge
 from soup_jax.training import build
 
@@ -105,7 +104,7 @@ def test_gradients_on_a_mesh_equal_those_on_one_device(batch):
     (loss, _), expected = value_and_grad(params, batch, model=base_model, config=config)
     for replica in (1, 2):
         cfg.mesh.replica = replica
-        m = mesh.make_mesh(cfg, jax.devices()[:4])
+        m = build.make_mesh(cfg, jax.devices()[:4])
         on_mesh = loader.to_device(batch, m)
         (ours, _), grads = value_and_grad(params, on_mesh, model=base_model, config=config, mesh=m)
         np.testing.assert_allclose(ours, loss, rtol=1e-5)

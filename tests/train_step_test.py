@@ -12,7 +12,6 @@ from conftest import tiny_config
 from soup_jax import soup, tree
 from soup_jax.data import loader
 from soup_jax.errors import UserError
-from soup_jax.hardware import mesh
 from soup_jax.soup import layout as sharding
 from soup_jax.training import build
 from soup_jax.training import state as train_state
@@ -26,7 +25,7 @@ def compiled(num_devices, **fields):
     """(config, mesh, init, step): traced and compiled once for all tests of a process."""
     cfg = tiny_config(**fields)
     base_model = build.base_model(cfg)
-    m = mesh.make_mesh(cfg, jax.devices()[:num_devices])
+    m = build.make_mesh(cfg, jax.devices()[:num_devices])
     config, optimizer = build.soup_config(cfg), build.optimizer_config(cfg)
     init = train_state.make_init(
         config, optimizer, base_model, seed=cfg.seed, frequencies_K=FREQUENCIES

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from soup_jax.cli import start
 from soup_jax.errors import UserError
 from soup_jax.storage import write_json, write_text
 
@@ -41,7 +40,9 @@ def run(values: flags.FlagValues) -> int:
     """Evaluate the run and print the table; returns the exit status."""
     if not values.workdir:
         raise UserError("--workdir=RUN is required: the run to evaluate")
-    start.start_jax()
+    from soup_jax.hardware import compile_cache
+
+    compile_cache.enable()
     from soup_jax.evaluation import table
     from soup_jax.specialists.compare import evaluate_runs
     from soup_jax.training import learning_curve

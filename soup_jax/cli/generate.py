@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from soup_jax.cli import start
 from soup_jax.errors import UserError
 
 
@@ -29,7 +28,9 @@ def run(values: flags.FlagValues) -> int:
     """Print the prompt and its continuation; returns the exit status."""
     if not values.model:
         raise UserError("--model=DIR is required: a folder that `soup-jax instantiate` wrote")
-    start.start_jax()
+    from soup_jax.hardware import compile_cache
+
+    compile_cache.enable()
     from soup_jax.specialists.specialist import Specialist
 
     continuation = Specialist.load(values.model).generate(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from soup_jax.cli import start
 from soup_jax.errors import UserError
 
 
@@ -29,7 +28,9 @@ def run(values: flags.FlagValues) -> int:
     for name in ("run", "documents", "out"):
         if not values[name].value:
             raise UserError(f"--{name} is required")
-    start.start_jax()
+    from soup_jax.hardware import compile_cache
+
+    compile_cache.enable()
     from soup_jax.specialists.instantiate import instantiate_to
 
     made, nearest = instantiate_to(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from soup_jax.cli import config_flag, start
+from soup_jax.cli import config_flag
 from soup_jax.storage import write_json
 
 
@@ -29,20 +29,23 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def run(values: flags.FlagValues) -> int:
     """Print the plan; returns the exit status, 1 if the run does not fit."""
     cfg = config_flag.checked(values)
-    start.start_jax()
+    from soup_jax.hardware import compile_cache
+
+    compile_cache.enable()
     if values.topology:
         # The slice is not this machine: no accelerator here is taken, none that fails disturbs.
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-    from soup_jax.planning import plan as plan_lib
+    from soup_jax.planning import text
+    from soup_jax.planning.plan import make_plan
     from soup_jax.planning.target import find_target
 
     target = find_target(
         cfg, topology=values.topology, chip=values.chip, num_devices=values.num_devices
     )
-    plan = plan_lib.make_plan(cfg, target)
-    print(plan_lib.to_text(plan))
+    plan = make_plan(cfg, target)
+    print(text.to_text(plan))
     if values.json:
-        write_json(pathlib.Path(values.json), plan_lib.to_json(plan))
+        write_json(pathlib.Path(values.json), text.to_json(plan))
     return 0 if plan.fits else 1

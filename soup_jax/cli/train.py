@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from soup_jax.cli import config_flag, start
+from soup_jax.cli import config_flag
 from soup_jax.errors import UserError
 
 
@@ -62,7 +62,9 @@ def run(values: flags.FlagValues) -> int:
         None if ids is None else place_lib.device_ids(ids),
     )
     place = place_lib.find_place(values.distributed, given)
-    start.start_jax()
+    from soup_jax.hardware import compile_cache
+
+    compile_cache.enable()
     from soup_jax.processes import start as processes
 
     with processes.processes(cfg, place) as group:

@@ -115,6 +115,22 @@ def new_config(fields: Iterable[Field]) -> ConfigDict:
     return cfg
 
 
+def to_markdown(fields: Iterable[Field]) -> str:
+    """The table of all fields that docs/config.md shows, by section."""
+    lines, section = [], None
+    for field in fields:
+        here, _, name = field.name.rpartition(".")
+        if here != section:
+            section = here
+            lines += ["", f"## {here or 'Top level'}", ""]
+            lines += ["| field | default | allowed | in a started run | meaning |"]
+            lines += ["|---|---|---|---|---|"]
+        allowed = ", ".join(repr(choice) for choice in field.choices) or field.range()
+        cells = (f"`{name}`", f"`{field.default!r}`", allowed, field.change, field.meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """` (did you mean X?)` for the name most like `name`; empty if none is like it."""
     names = list(names)

@@ -4,17 +4,38 @@ Two axes. `replica` counts the groups of devices that work on different mixtures
 devices inside a group, which share the rows of their mixtures. State is sliced over both.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from soup_jax.errors import UserError
 
 AXES = ("replica", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """A mesh that is asked for.
+
+    Attributes:
+      num_groups: merged models of a step; divides over `replica`.
+      rows_per_group: rows of a micro-batch of one of them; divide over `fsdp`.
+      replica: groups of devices that hold different mixtures; -1: as many as fit.
+      fsdp: devices inside such a group; -1: the rest.
+      platform: cpu, gpu or tpu; anything else found is an error. Empty: any.
+      num_devices: how many are expected; 0: what is there.
+    """
+
+    num_groups: int
+    rows_per_group: int
+    replica: int = -1
+    fsdp: int = -1
+    platform: str = ""
+    num_devices: int = 0
 
 
 def device_table(devices: list[jax.Device]) -> str:
@@ -28,49 +49,46 @@ def device_table(devices: list[jax.Device]) -> str:
     )
 
 
-def num_groups(cfg: ConfigDict) -> int:
-    """Mixtures that get a merged model of their own: M, or 1 without experts."""
-    return cfg.num_mixtures if cfg.num_experts else 1
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The (replica, fsdp) mesh over `devices` (default: all of them).
 
-
-def make_mesh(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (replica, fsdp) mesh of the config over `devices` (default: all of them).
+    Devices of one slice, which a fast network joins, lie side by side: as long as `fsdp` divides a
+    slice, a group of devices stays inside it.
 
     Raises:
-      UserError: the platform or the number of devices is not what the config asks for, or the
-        sizes do not multiply to it, or the mixtures do not divide over the replicas.
+      UserError: the platform or the number of devices is not what is asked for, or the sizes do
+        not multiply to it, or groups and rows do not divide over them.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = sorted(
+        jax.devices() if devices is None else devices, key=lambda d: getattr(d, "slice_index", 0)
+    )
     count = len(devices)
-    if cfg.mesh.platform and devices[0].platform != cfg.mesh.platform:
+    if cfg.platform and devices[0].platform != cfg.platform:
         raise UserError(
-            f"mesh.platform = {cfg.mesh.platform!r}, but jax found {devices[0].platform!r}:\n"
-            f"{device_table(devices)}\nInstall soup_jax[{cfg.mesh.platform}] or set the field to ''"
+            f"mesh.platform = {cfg.platform!r}, but jax found {devices[0].platform!r}:\n"
+            f"{device_table(devices)}\nInstall soup_jax[{cfg.platform}] or set the field to ''"
         )
-    if cfg.mesh.num_devices and cfg.mesh.num_devices != count:
+    if cfg.num_devices and cfg.num_devices != count:
         raise UserError(
-            f"mesh.num_devices = {cfg.mesh.num_devices}, but jax found {count}:\n"
-            f"{device_table(devices)}"
+            f"mesh.num_devices = {cfg.num_devices}, but jax found {count}:\n{device_table(devices)}"
         )
-    groups = num_groups(cfg)
-    replica, fsdp = cfg.mesh.replica, cfg.mesh.fsdp
+    replica, fsdp = cfg.replica, cfg.fsdp
     if replica == -1:
-        replica = count // fsdp if fsdp > 0 else math.gcd(groups, count)
+        replica = count // fsdp if fsdp > 0 else math.gcd(cfg.num_groups, count)
     if fsdp == -1:
         fsdp = count // max(replica, 1)
     if replica < 1 or fsdp < 1 or replica * fsdp != count:
         raise UserError(
             f"mesh.replica x mesh.fsdp = {replica} x {fsdp} is not the device count {count}"
         )
-    if groups % replica:
+    if cfg.num_groups % replica:
         raise UserError(
-            f"{groups} mixtures do not divide over mesh.replica = {replica} device groups; "
+            f"{cfg.num_groups} mixtures do not divide over mesh.replica = {replica} device groups; "
             "without experts there is one (set mesh.replica to 1 or -1)"
         )
-    rows = cfg.batch_size // groups // cfg.optimizer.grad_accumulation
-    if rows % fsdp:
+    if cfg.rows_per_group % fsdp:
         raise UserError(
-            f"the {rows} rows of a micro-batch of one mixture (batch_size / mixtures / "
-            f"grad_accumulation) do not divide over mesh.fsdp = {fsdp} devices"
+            f"the {cfg.rows_per_group} rows of a micro-batch of one mixture (batch_size / mixtures "
+            f"/ grad_accumulation) do not divide over mesh.fsdp = {fsdp} devices"
         )
     return Mesh(np.asarray(devices).reshape(replica, fsdp), AXES)

@@ -48,8 +48,8 @@ def adamw(
 def muon(
     rate: Schedule, config: OptimizerConfig, *, weight_decay: float, **args: Any
 ) -> optax.GradientTransformation:
-    """Muon for matrices, also those stacked by layer, but embeddings; for the rest Adam, with
-    Nesterov's momentum and without decay.
+    """Muon for matrices but embeddings, each layer of a stack by itself; Adam for the rest, with
+    Nesterov's momentum, and without decay.
 
     `consistent_rms` = 0.2, unless `args` say otherwise, makes an update about as large as AdamW's,
     so that one learning rate serves both (Liu et al., "Muon is Scalable for LLM Training", 2025).

@@ -121,14 +121,6 @@ def total_bytes(found: Iterable[Collective]) -> dict[str, float]:
     return dict(totals)
 
 
-def signature(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...], int], int]:
-    """How often each (kind, shapes, group size) runs: what two programs are compared by."""
-    counts: dict[tuple[str, tuple[str, ...], int], int] = collections.Counter()
-    for c in found:
-        counts[c.kind, c.shapes, c.group_size] += c.times
-    return dict(counts)
-
-
 def shape_bytes(text: str) -> int:
     """Bytes of all array shapes that occur in a type: "(f32[16,128]{1,0}, s4[2])" has 8,193."""
     bits = 0

@@ -2,13 +2,10 @@
 
     soup-jax plan --config=experiments/soup_110m.py --topology=v5e:4x4
 
-The train step is compiled for the devices of the run from shapes alone. For a TPU slice that is the
-real TPU compiler, ahead of time, on any Linux x86-64 machine (`pip install -e '.[plan]'`).
-
-For chips that are not present and have no compiler here (GPUs) the plan is an estimate, and says
-so: the state is exact, temporaries are added up from shapes (`estimate.temporary_bytes`), and
-collectives are those of a program for as many CPU devices. What the CPU's compiler says of memory
-is not used: it makes float32 copies of a bfloat16 bank.
+What can be compiled is compiled, from shapes alone: for a TPU slice by the real TPU compiler, ahead
+of time, on any Linux x86-64 machine (`pip install -e '.[plan]'`), for devices that are present by
+theirs. For chips that are absent and have no compiler here (GPUs) the state is exact, collectives
+are those of a program for as many CPU devices, and the size of activations is not known.
 """
 
 import collections
@@ -22,14 +19,43 @@ from ml_collections import ConfigDict
 
 from soup_jax import tree
 from soup_jax.config import schema as config_lib
-from soup_jax.hardware import mesh as mesh_lib
-from soup_jax.planning import estimate, hlo
+from soup_jax.errors import UserError
+from soup_jax.models.base import BaseModel
+from soup_jax.planning import hlo
+from soup_jax.planning import roofline as roofline_lib
+from soup_jax.planning.abstract import (
+    AbstractStep,
+    abstract_step,
+    merged_bytes,
+    num_layers,
+    state_bytes,
+)
 from soup_jax.planning.target import Target
 from soup_jax.shapes import Params
 from soup_jax.soup.bank import kind_of
+from soup_jax.training import build
 
-# Collectives below this size are sums of norms, of alpha's gradient and of metrics.
-SMALL_BYTES = 1 << 20
+# Fields that make the state smaller, and what they are tried with.
+SMALLER_STATE = {
+    "optimizer.bank": "merged",
+    "optimizer.moment_dtype": "bfloat16",
+    "experts.dtype": "bfloat16",
+}
+
+# What a compiler reports; "aliased" are outputs that take the place of arguments.
+MEMORY = ("arguments", "temporaries", "outputs", "aliased", "program")
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change of the config; how many bytes per device the state gets smaller by, 0 if none."""
+
+    field: str
+    value: Any
+    saves: int = 0
+
+    def __str__(self) -> str:
+        return f"--config.{self.field}={self.value}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +64,18 @@ class Plan:
 
     Attributes:
       state: bytes of each part of the arguments, by shapes and shardings.
-      temporaries: what they are for, in bytes, by shapes alone; the compiler's sum may be another.
+      merged: bytes of merged models and their gradients, by shapes.
       merged_leaves: names of leaves by the number of scalars that a device exchanges of them, and
         whether that is in a loop over layers.
       factors: names of low-rank factors, the same way.
       memory: what the compiler reports; None for what it does not, as it ran out of memory. For
-        chips without a compiler: the estimate.
-      total_bytes: arguments, temporaries, program, and outputs that reuse no argument.
-      estimated_bytes: the total as shapes alone suggest it.
+        chips without a compiler: the arguments alone, by shapes.
+      total_bytes: arguments, temporaries, program, and outputs that reuse no argument, as far as
+        they are known.
       memory_bytes: of the chip.
       collectives: empty if the compiler ran out of memory.
-      roofline: see `estimate.roofline`.
-      changes: of the config, that make it fit; empty if it fits.
+      roofline: see `roofline.roofline`.
+      changes: of the config, that make the state smaller, and others to try; empty if it fits.
     """
 
     config: str
@@ -59,27 +85,28 @@ class Plan:
     mesh: dict[str, int]
     compile_seconds: float
     state: dict[str, int]
-    temporaries: dict[str, int]
+    merged: dict[str, int]
     merged_leaves: dict[tuple[int, bool], str]
     factors: dict[int, str]
     memory: dict[str, int | None]
     total_bytes: int
-    estimated_bytes: float
     memory_bytes: int
     flops: dict[str, float]
     collectives: list[hlo.Collective]
-    roofline: dict[str, float]
-    changes: list[estimate.Change]
-    devices_needed: int | None
+    roofline: dict[str, float | None]
+    changes: list[Change]
 
     @property
     def fits(self) -> bool:
-        """Whether the total is at most the chip's memory."""
+        """Whether what is known is at most the chip's memory."""
         return self.total_bytes <= self.memory_bytes
 
 
-def make_plan(cfg: ConfigDict, target: Target) -> Plan:
-    """Add up what the step of a config needs on a target, compiled or estimated.
+def make_plan(cfg: ConfigDict, target: Target, *, model: BaseModel | None = None) -> Plan:
+    """Add up what the step of a config needs on a target.
+
+    Args:
+      model: a base network of token windows, if it is not the config's.
 
     Raises:
       UserError: the config is not valid on these devices.
@@ -88,25 +115,24 @@ def make_plan(cfg: ConfigDict, target: Target) -> Plan:
     fields = {"mesh.platform": ""}  # checked; CPUs may stand in
     if target.devices[0].platform != "gpu":
         fields["model.attention"] = "xla"  # the others ask this machine's devices, not the target's
-    on_target = estimate.changed(cfg, fields)
-    mesh = mesh_lib.make_mesh(on_target, list(target.devices))
-    step = estimate.abstract_step(on_target, mesh)
-    state, temporaries = estimate.state_bytes(step), estimate.temporary_bytes(on_target, step)
+    on_target = _changed(cfg, fields)
+    mesh = build.make_mesh(on_target, list(target.devices))
+    step = abstract_step(on_target, mesh, model=model)
+    state = state_bytes(step)
     start = time.perf_counter()
     if target.approximate:
-        memory = _estimated(state, temporaries)
+        # What the CPU's compiler says of memory is not used: it makes float32 copies of a bfloat16
+        # bank.
+        memory = dict.fromkeys(MEMORY)
         text = step.compile().as_text() if mesh.size > 1 else ""
     else:
         memory, text = compile_report(step)
     seconds = time.perf_counter() - start
     if memory["arguments"] is None:
         memory["arguments"] = sum(state.values())
-    total = _total(memory)
+    known = {name: size or 0 for name, size in memory.items()}
+    total = sum(known.values()) - 2 * known["aliased"]
     limit = int(target.chip.memory_gb * 1e9)
-    changes, needed = [], None
-    if total > limit:
-        changes = changes_that_fit(on_target, target, total, limit)
-        needed = estimate.devices_needed(on_target, step, total, limit)
     found = hlo.collectives(text) if text else []
     moved = sum(hlo.total_bytes(found).values())
     return Plan(
@@ -117,44 +143,27 @@ def make_plan(cfg: ConfigDict, target: Target) -> Plan:
         mesh=dict(mesh.shape),
         compile_seconds=seconds,
         state=state,
-        temporaries=temporaries,
+        merged=merged_bytes(on_target, step),
         merged_leaves=_merged_leaves(on_target, step),
         factors=_factors(step),
         memory=memory,
         total_bytes=total,
-        estimated_bytes=sum(state.values()) + sum(temporaries.values()),
         memory_bytes=limit,
-        flops=estimate.step_flops(on_target, step),
+        flops=roofline_lib.step_flops(on_target, step),
         collectives=found,
-        roofline=estimate.roofline(on_target, step, target.chip, moved),
-        changes=changes,
-        devices_needed=needed,
+        roofline=roofline_lib.roofline(on_target, step, target.chip, moved),
+        changes=changes(on_target, step) if total > limit else [],
     )
 
 
-def _estimated(state: dict[str, int], temporaries: dict[str, int]) -> dict[str, int | None]:
-    # Outputs take the place of the arguments: all of them are donated.
-    arguments = sum(state.values())
-    memory: dict[str, int | None] = {
-        "arguments": arguments,
-        "temporaries": sum(temporaries.values()),
-    }
-    return {**memory, "outputs": arguments, "aliased": arguments, "program": 0}
-
-
-def _total(memory: dict[str, int | None]) -> int:
-    m = {name: value or 0 for name, value in memory.items()}
-    return m["arguments"] + m["temporaries"] + m["program"] + m["outputs"] - m["aliased"]
-
-
-def _merged_leaves(cfg: ConfigDict, step: estimate.AbstractStep) -> dict[tuple[int, bool], str]:
+def _merged_leaves(cfg: ConfigDict, step: AbstractStep) -> dict[tuple[int, bool], str]:
     # A device's part of a stack of merged leaves is M slices of it, or whole ones of its group, or
     # one layer of those inside a loop over layers.
-    groups, shape = mesh_lib.num_groups(cfg), step.mesh.shape
+    groups, shape = build.num_groups(cfg), step.mesh.shape
     names: dict[tuple[int, bool], list[str]] = collections.defaultdict(list)
     for path, leaf in tree.flatten(step.state.params["shared"]).items():
         local = groups * leaf.size // shape["replica"]
-        layers = leaf.shape[0] if path.startswith("layers/") else 1
+        layers = num_layers(step, path, leaf) or 1
         sliced = groups * leaf.size // step.mesh.size
         for key in {
             (sliced, False),
@@ -166,7 +175,7 @@ def _merged_leaves(cfg: ConfigDict, step: estimate.AbstractStep) -> dict[tuple[i
     return {key: ", ".join(paths) for key, paths in names.items()}
 
 
-def _factors(step: estimate.AbstractStep) -> dict[int, str]:
+def _factors(step: AbstractStep) -> dict[int, str]:
     # Low-rank factors travel whole, or in slices along either axis or both.
     params, shape = step.state.params, step.mesh.shape
     names: dict[int, dict[str, None]] = collections.defaultdict(dict)
@@ -180,15 +189,13 @@ def _explicit(bank: Params) -> Params:
     return {name: part for name, part in bank.items() if not kind_of(name).factored}
 
 
-def compile_report(step: estimate.AbstractStep) -> tuple[dict[str, int | None], str]:
+def compile_report(step: AbstractStep) -> tuple[dict[str, int | None], str]:
     """What the compiler says of a step: bytes per device by kind, and the program's text.
 
     If the temporaries alone exceed the chip, the TPU compiler stops and tells their size; the text
     is empty then, and all else is None.
     """
-    memory: dict[str, int | None] = dict.fromkeys(
-        ("arguments", "temporaries", "outputs", "aliased", "program")
-    )
+    memory: dict[str, int | None] = dict.fromkeys(MEMORY)
     try:
         compiled = step.compile()
     except jax.errors.JaxRuntimeError as e:
@@ -211,143 +218,36 @@ def _needed_bytes(message: str) -> int:
     return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
 
 
-def changes_that_fit(
-    cfg: ConfigDict, target: Target, total: int, limit: int
-) -> list[estimate.Change]:
-    """The fewest changes, of the three that save most, whose estimated savings are enough.
-
-    All three if they are not.
-    """
-    options = estimate.savings(cfg, list(target.devices))[:3]
-    for number in range(1, len(options) + 1):
-        if sum(change.saves for change in options[:number]) >= total - limit:
-            # More than one way out: what fits alone is shown with the next best.
-            return options[: max(number, 2)]
-    return options
-
-
-def to_json(plan: Plan) -> dict[str, Any]:
-    """The numbers of a plan as JSON takes them."""
-    values = dataclasses.asdict(plan)
-    del values["merged_leaves"], values["factors"]
-    for collective, found in zip(values["collectives"], plan.collectives):
-        collective["moved_bytes"] = found.moved_bytes
-        collective["what"] = _what(plan, found)
-    values["fits"] = plan.fits
-    return values
-
-
-def _what(plan: Plan, collective: hlo.Collective) -> str:
-    # By size: the compiler keeps no names of leaves.
-    sizes = [hlo.num_scalars(shape) for shape in collective.shapes]
-    together = plan.merged_leaves.get((sum(sizes), collective.in_loop))
-    if together:
-        return f"merged {together}"
-    names = [plan.merged_leaves.get((size, collective.in_loop)) for size in sizes]
-    if all(names):
-        return "merged " + ", ".join(dict.fromkeys(names))
-    names = [plan.factors.get(size) for size in sizes]
-    if all(names):
-        return "factors " + ", ".join(dict.fromkeys(names))
-    if collective.payload_bytes < SMALL_BYTES:
-        return "small: norms, router, metrics"
-    return "UNEXPECTED: large, and of no merged leaf's size"
-
-
-def to_text(plan: Plan) -> str:
-    """The plan as it is printed."""
-    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    lines = [f"{plan.config} on {plan.target}; mesh {mesh}"]
-    if plan.approximate:
-        lines.append(f"ESTIMATE: {plan.approximate}")
-    else:
-        lines.append(f"compiled in {plan.compile_seconds:.0f} s")
-    lines += ["", *_memory_lines(plan), "", *_traffic_lines(plan), "", *_time_lines(plan), ""]
-    return "\n".join([*lines, *_verdict_lines(plan)])
-
-
-def _gb(value: float | None) -> str:
-    return "     ?" if value is None else f"{value / 1e9:9.3f}"
-
-
-def _memory_lines(plan: Plan) -> list[str]:
-    def line(name: str, size: float | None) -> str:
-        return f"{name:<38}{_gb(size)}"
-
-    m = plan.memory
-    parts = [line(f"  {name}", size) for name, size in plan.temporaries.items()]
-    lines = ["memory, GB per device"]
-    lines += [line(f"  {name}", size) for name, size in plan.state.items()]
-    total = line("total", plan.total_bytes) + f" of {plan.memory_bytes / 1e9:g}"
-    if plan.approximate:
-        lines += [line("state, by its shapes", m["arguments"]), *parts]
-        return [*lines, line("temporaries, estimated", m["temporaries"]), total]
-    lines += [line("arguments, as compiled", m["arguments"])]
-    lines += [line("temporaries, as compiled", m["temporaries"])]
-    if m["outputs"] is not None:
-        lines += [line("outputs that reuse no argument", m["outputs"] - m["aliased"])]
-    lines += [line("program", m["program"]), total]
-    lines += [line("for comparison, estimated from shapes", plan.estimated_bytes)]
-    return [*lines, line("of it temporaries", sum(plan.temporaries.values())), *parts]
-
-
-def _traffic_lines(plan: Plan) -> list[str]:
-    if plan.memory["program"] is None:
-        return ["collectives: unknown, for the compiler ran out of memory; below, none are counted"]
-    if not plan.collectives:
-        return ["collectives: none"]
-    groups: dict[tuple[Any, ...], list[hlo.Collective]] = collections.defaultdict(list)
-    for c in plan.collectives:
-        groups[c.kind, c.group_size, c.in_loop, _what(plan, c)].append(c)
-    lines = [f"{'collectives of a step':<22}{'count':>7}{'devices':>9}{'sent, MB':>10}  what"]
-    for (kind, size, in_loop, what), found in sorted(groups.items()):
-        count, sent = sum(c.times for c in found), sum(c.moved_bytes for c in found)
-        if in_loop:
-            what += " (in a loop)" if all(c.known_times for c in found) else " (per iteration)"
-        lines.append(f"  {kind:<20}{count:>7}{size:>9}{sent / 1e6:>10.3f}  {what}")
-    total = sum(c.moved_bytes for c in plan.collectives)
-    return [*lines, f"  {'sent by a device':<36}{total / 1e6:>10.3f}"]
-
-
-def _time_lines(plan: Plan) -> list[str]:
-    r = plan.roofline
-    lines = [f"{'time of a step, at data-sheet rates':<36}{'ms':>9}"]
-    names = {
-        "compute": "base network, recomputation included",
-        "bank": "bank: merge, gradient of alpha, update",
-        "exchange": "exchange between devices",
-        "seconds_at_least": "all of it overlapped",
-        "seconds_in_turn": "one after the other",
+def changes(cfg: ConfigDict, step: AbstractStep) -> list[Change]:
+    """Changes that save memory and are valid here: of the state, the largest saving first, then
+    those that concern activations, whose saving is not known."""
+    devices, now = list(step.mesh.devices.flat), sum(state_bytes(step).values())
+    smaller, others = [], []
+    tries = {
+        "model.remat": "full",
+        "optimizer.grad_accumulation": 2 * cfg.optimizer.grad_accumulation,
+        "model.loss_chunk": (cfg.model.loss_chunk or cfg.seq_len) // 2,
+        "mesh.gather": "layer",
+        "model.dtype": "bfloat16",
     }
-    lines += [f"  {text:<40}{1e3 * r[name]:9.2f}" for name, text in names.items()]
-    flops = ", ".join(f"{name} {value:.3g}" for name, value in plan.flops.items())
-    lines += [f"  FLOPs of a step: {flops}"]
-    return [*lines, f"  {r['tokens_per_second']:.3g} tokens/s and MFU {r['mfu']:.0%} at the best"]
+    for field, value in {**SMALLER_STATE, **tries}.items():
+        section, name = field.split(".")
+        if cfg[section][name] == value:
+            continue
+        try:
+            other = config_lib.check(_changed(cfg, {field: value}))
+            changed = abstract_step(other, build.make_mesh(other, devices))
+        except UserError:
+            continue
+        if field in tries:
+            others.append(Change(field, value))
+        elif (saves := now - sum(state_bytes(changed).values())) > 0:
+            smaller.append(Change(field, value, saves))
+    return sorted(smaller, key=lambda change: -change.saves) + others
 
 
-def _verdict_lines(plan: Plan) -> list[str]:
-    over = (plan.total_bytes - plan.memory_bytes) / 1e9
-    by_estimate = " by estimate" if plan.approximate else ""
-    if plan.fits:
-        lines = [f"fits{by_estimate}: {-over:.2f} GB per device are left"]
-        return lines + _preallocation_lines(plan)
-    lines = [f"does not fit{by_estimate}: {over:.2f} GB per device too much. Estimated to save:"]
-    for change in plan.changes:
-        alone = ", enough alone" if change.saves >= 1e9 * over else ""
-        lines.append(f"  {change.saves / 1e9:7.2f} GB  {change}{alone}")
-    if sum(change.saves for change in plan.changes) < 1e9 * over:
-        lines.append("  together not enough")
-    if plan.devices_needed:
-        lines.append(f"  or {plan.devices_needed} devices instead of {_devices(plan)}")
-    return lines
-
-
-def _preallocation_lines(plan: Plan) -> list[str]:
-    # A chip of n "GB" has n GiB; jax leaves a quarter of a GPU alone unless told otherwise.
-    if plan.platform != "gpu" or plan.total_bytes <= 0.75 * plan.memory_bytes * (2**30 / 1e9):
-        return []
-    return ["set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: without it jax takes 75% of a GPU's memory"]
-
-
-def _devices(plan: Plan) -> int:
-    return plan.mesh["replica"] * plan.mesh["fsdp"]
+def _changed(cfg: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+    copy = cfg.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.update_from_flattened_dict(fields)
+    return copy

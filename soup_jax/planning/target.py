@@ -29,7 +29,7 @@ class Target:
       chip: its data sheet.
       name: for the output, as in "16 x v5e (v5e:4x4)".
       devices: what the program is compiled for.
-      approximate: how the plan comes about if they are not the chips themselves; "" if they are.
+      approximate: what is known if they only stand in for the chips; "" if they are these.
     """
 
     chip: Chip
@@ -127,8 +127,8 @@ def _chips(chip: Chip, count: int) -> Target:
             f"set XLA_FLAGS={forced}"
         )
     why = (
-        f"no {chip.name} and no compiler for it is here. The state is exact; temporaries are added "
-        "up from shapes"
+        f"no {chip.name} and no compiler for it is here. The state is exact, activations are not "
+        "known"
     )
     if count > 1:
         why += f"; collectives are those of a program for {count} CPU devices"

@@ -16,7 +16,6 @@ from soup_jax.config import schema as config_lib
 from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.errors import UserError
-from soup_jax.hardware.mesh import make_mesh
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Params
 from soup_jax.soup import SoupConfig
@@ -162,7 +161,7 @@ def load(
             cfg.model.kind = ""  # a recipe must not name another network
         cfg.batch_size = cfg.num_mixtures * cfg.optimizer.grad_accumulation * jax.device_count()
     corpus = open_corpus(corpus_dir or cfg.corpus.dir)
-    mesh = make_mesh(cfg)
+    mesh = build.make_mesh(cfg)
     model = model or build.base_model(cfg)
     optimizer = build.optimizer_config(cfg)
     abstract = jax.eval_shape(

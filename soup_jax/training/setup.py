@@ -26,7 +26,6 @@ from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
 from soup_jax.hardware import compile_cache
-from soup_jax.hardware.mesh import make_mesh
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
@@ -104,7 +103,7 @@ def setup(
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
     )
-    mesh = make_mesh(cfg, devices)
+    mesh = build.make_mesh(cfg, devices)
     meta = domain_weights.from_config(cfg, corpus.domain_frequencies)
     plan = SamplingPlan(
         meta,
