@@ -81,10 +81,10 @@ def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[
                 f"no rule matches the leaf {path!r}; the rules are {list(rules)}. "
                 "Every leaf must be covered: end the list with ('.*', 'none') or ('.*', 'dense')"
             )
-    for i, (pattern, rule) in enumerate(rules[:-1]):
+    for i, pair in enumerate(rules[:-1]):
         if i not in used:
             raise UserError(
-                f"the rule {(pattern, rule)!r} applies to no leaf: none has such a name, or rules "
+                f"the rule {pair!r} applies to no leaf: none has such a name, or rules "
                 f"before it take all that have. The leaves are {', '.join(paths)}"
             )
     return matched
