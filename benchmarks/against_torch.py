@@ -147,7 +147,7 @@ class Soup:
         self.shared = dict(self.model.named_parameters())
         self.bank = {
             name: nn.Parameter(torch.tensor(value).contiguous())
-            for name, value in torch_names(params["bank"], leading=1).items()
+            for name, value in torch_names(params["bank"].get("dense", {}), leading=1).items()
         }
         self.router = None
         if self.bank:
@@ -168,9 +168,9 @@ class Soup:
             groups.append({"params": [*self.router.parameters()], "lr": rate, "weight_decay": 0.0})
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
-        tokens = torch.tensor(np.asarray(batch["tokens"])).long()
+        tokens = torch.tensor(np.asarray(batch.rows["tokens"])).long()
         self.tokens_M = tokens.unflatten(0, (cfg.num_mixtures, -1))
-        self.h = torch.tensor(np.asarray(batch["h"]))
+        self.h = torch.tensor(np.asarray(batch.h_MK))
         self.loss = torch.compile(self._loss) if compile_ else self._loss
 
     def _loss(self):

@@ -11,7 +11,9 @@ import numpy as np
 from soup_jax.config import schema as config_lib
 from soup_jax.data import loader
 from soup_jax.planning.abstract import AbstractStep, abstract_step
+from soup_jax.soup import Batch
 from soup_jax.soup import layout as sharding
+from soup_jax.training import build as build_lib
 from soup_jax.training import state as train_state
 from soup_jax.training import step as train_step
 from soup_jax.training.build import make_mesh
@@ -46,7 +48,7 @@ class Training:
     abstract: AbstractStep
     state: train_state.TrainState
     sums: dict
-    batch: dict
+    batch: Batch
 
     def advance(self):
         """One step, dispatched."""
@@ -58,16 +60,24 @@ def build(cfg):
     config_lib.check(cfg)
     step = abstract_step(cfg, make_mesh(cfg))
     frequencies = np.full(cfg.num_domains, 1 / cfg.num_domains)
-    init = train_state.make_init(cfg, step.model, frequencies_K=frequencies)
+    init = train_state.make_init(
+        build_lib.soup_config(cfg),
+        build_lib.optimizer_config(cfg),
+        step.model,
+        seed=cfg.seed,
+        frequencies_K=frequencies,
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.state)
     rng = np.random.default_rng(0)
     shape = (cfg.batch_size, cfg.seq_len + 1)
-    batch = {
-        "tokens": rng.integers(0, cfg.vocab_size, shape).astype(np.int32),
-        "num_targets": np.full(cfg.batch_size, cfg.seq_len, np.int32),
-        "domain": rng.integers(0, cfg.num_domains, cfg.batch_size).astype(np.int32),
-        "h": rng.dirichlet(np.ones(cfg.num_domains), cfg.num_mixtures).astype(np.float32),
-    }
+    batch = Batch(
+        rows={
+            "tokens": rng.integers(0, cfg.vocab_size, shape).astype(np.int32),
+            "num_targets": np.full(cfg.batch_size, cfg.seq_len, np.int32),
+        },
+        domain_B=rng.integers(0, cfg.num_domains, cfg.batch_size).astype(np.int32),
+        h_MK=rng.dirichlet(np.ones(cfg.num_domains), cfg.num_mixtures).astype(np.float32),
+    )
     return Training(
         cfg=cfg,
         abstract=step,

@@ -72,11 +72,14 @@ def blocks(shared, bank, alpha_ME):
 
 def variants(shared, bank, alpha_ME):
     """{name: () -> seconds}, each compiled, and checked against the first."""
-    functions = {"merge_many": merge.merge_many, "tensordot": tensordot}
+    functions = {
+        "merge_many": lambda s, b, a: merge.merge_many(s, {"dense": b}, a),
+        "tensordot": tensordot,
+    }
     if alpha_ME.shape[1] % 8 == 0:
         functions["blocks"] = blocks
     if len(alpha_ME) == 1:
-        functions["merge"] = lambda s, b, a: merge.merge(s, b, a[0])
+        functions["merge"] = lambda s, b, a: merge.merge(s, {"dense": b}, a[0])
         functions["loop"] = loop
     runs, wanted = {}, None
     for name, function in functions.items():

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import step as step_benchmark
 
 from soup_jax.models.llama import llama_config
-from soup_jax.optim import bank as bank_optimizer
-from soup_jax.soup import gradients as soup
-from soup_jax.soup import low_rank, merge
+from soup_jax.optim.bank import bank_optimizer
+from soup_jax.soup import bank as experts
+from soup_jax.soup import merge
 from soup_jax.training import build
 
 READ_COLUMNS = 1 << 16
@@ -39,20 +39,20 @@ def parts(training):
     cfg = training.cfg
     params = jax.tree.map(jnp.copy, training.state.params)  # a step donates its own
     bank, shared = params["bank"], params["shared"]
-    if low_rank.split(bank, shared)[1] or cfg.optimizer.flush_every > 1:
-        raise SystemExit("parts.py is about dense experts whose updates are not deferred")
+    if set(bank) != {"dense"}:
+        raise SystemExit("parts.py is about dense experts")
     alpha_ME = jax.random.normal(jax.random.key(0), (cfg.num_mixtures, cfg.num_experts))
-    optimizer = bank_optimizer.from_config(cfg)
+    optimizer = bank_optimizer(build.optimizer_config(cfg))
     merged = jax.jit(merge.merge_many)(shared, bank, alpha_ME)
-    coefficients = jax.jit(soup.coefficient_gradient)
+    coefficients = jax.jit(lambda g, bank, alpha_ME: experts.gradients(g, bank, alpha_ME)[0])
     count, rate = jnp.zeros((), jnp.int32), jnp.float32(1e-9)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(bank, state, merged):
-        return optimizer.update(merged, alpha_ME, bank, state, count, rate, True)
+        return optimizer.update(merged, alpha_ME, bank, state, step=count, lr=rate)
 
     merge_many = jax.jit(merge.merge_many)
-    own = [jax.tree.map(jnp.copy, bank), jax.jit(optimizer.init)(bank)]
+    own = [jax.tree.map(jnp.copy, bank["dense"]), jax.jit(optimizer.init)(bank["dense"])]
 
     def run_update():
         own[:] = update(*own, merged)

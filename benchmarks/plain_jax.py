@@ -141,7 +141,7 @@ def main():
     cfg.model.update({"num_layers": args.layers, "dim": args.dim, "hidden_dim": args.hidden})
     cfg.model.num_heads = cfg.model.num_kv_heads = args.heads
     ours = Ours(cfg)
-    plain = Plain(cfg, ours.training.batch["tokens"])
+    plain = Plain(cfg, ours.training.batch.rows["tokens"])
     sizes = [
         sum(x.size for x in jax.tree.leaves(params))
         for params in (plain.state.params, ours.training.state.params)

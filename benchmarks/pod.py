@@ -22,11 +22,11 @@ import common
 import jax
 import jax.numpy as jnp
 
-from soup_jax.optim import bank as bank_optimizer
+from soup_jax.optim.bank import bank_optimizer
 from soup_jax.planning import abstract, roofline
-from soup_jax.soup import gradients as soup
+from soup_jax.soup import bank as experts_lib
 from soup_jax.soup import layout as sharding
-from soup_jax.soup import low_rank, merge
+from soup_jax.soup import merge
 from soup_jax.training import build, metrics
 
 TINY = {
@@ -86,24 +86,20 @@ def piece_seconds(training, repeats):
     """Seconds of the parts of a step of its dense experts, which are updated in place on the way;
     low-rank factors have no parts of their own."""
     cfg, mesh, params = training.cfg, training.abstract.mesh, training.state.params
-    experts, _ = low_rank.split(params["bank"], params["shared"])
+    experts = params["bank"].get("dense")
     if not experts:
         return {}
-    state = {k: v for k, v in training.state.opt_state["bank"].items() if k != "factors"}
-    groups, optimizer = build.num_groups(cfg), bank_optimizer.from_config(cfg)
+    state = training.state.opt_state["bank"]["dense"]
+    groups = build.num_groups(cfg)
+    optimizer = bank_optimizer(build.optimizer_config(cfg))
     alpha_ME = jax.device_put(
         jax.random.normal(jax.random.key(1), (groups, cfg.num_experts)), sharding.replicated(mesh)
     )
 
     @jax.jit
-    def merged(shared, experts, state, alpha_ME):
+    def merged(shared, experts, alpha_ME):
         return merge.merge_many(
-            shared,
-            experts,
-            alpha_ME,
-            dtype=cfg.model.dtype,
-            mesh=mesh,
-            pending=optimizer.pending(state),
+            shared, {"dense": experts}, alpha_ME, dtype=cfg.model.dtype, mesh=mesh
         )
 
     @jax.jit
@@ -115,12 +111,11 @@ def piece_seconds(training, repeats):
         return jax.tree.map(leaf, shared)
 
     @jax.jit
-    def gradient(grads, experts, state, alpha_ME):
-        late = optimizer.pending(state)
-        return soup.coefficient_gradient(grads, experts, alpha_ME, mesh=mesh, pending=late)
+    def gradient(grads, experts, alpha_ME):
+        return experts_lib.gradients(grads, {"dense": experts}, alpha_ME, mesh=mesh)[0]
 
     def updated(experts, state, grads, alpha_ME, step):
-        return optimizer.update(grads, alpha_ME, experts, state, step, jnp.float32(1e-4))
+        return optimizer.update(grads, alpha_ME, experts, state, step=step, lr=jnp.float32(1e-4))
 
     where = jax.tree.map(lambda x: x.sharding, (experts, state))
     update = jax.jit(updated, donate_argnums=(0, 1), out_shardings=where)
@@ -132,8 +127,8 @@ def piece_seconds(training, repeats):
         return held
 
     return {
-        "merge": timed(lambda: merged(params["shared"], *held, alpha_ME), repeats),
-        "gradient of alpha": timed(lambda: gradient(grads, *held, alpha_ME), repeats),
+        "merge": timed(lambda: merged(params["shared"], held[0], alpha_ME), repeats),
+        "gradient of alpha": timed(lambda: gradient(grads, held[0], alpha_ME), repeats),
         "update of the bank": timed(run_update, repeats),
     }
 

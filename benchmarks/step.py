@@ -1,6 +1,6 @@
 """Time of one train step: what the experts add to the dense step, against its floor.
 
-    python benchmarks/step.py [--experts=32] [--mixtures=1] [--flush=4] [--config=FILE] ...
+    python benchmarks/step.py [--experts=32] [--mixtures=1] [--config=FILE] ...
 
 For every number of experts: the dense step of the same base network; a straightforward soup
 (`jax.grad` through the merge, `optax.adamw` on everything, jitted, state donated); and the real
@@ -12,9 +12,9 @@ dense step of the same round; the floor and overhead / floor; how many times the
 soup's overhead is larger; bytes of temporaries of the compiled step, by the compiler's account.
 
 The floor counts passes over the bank, reading or writing it once: 7 for AdamW (merge; weights and
-two moments read and written), 3 for `merged`, 2 + 2 / T when deferred. A pass takes bytes / w;
-w is the bandwidth of copying, bytes read and written, in the same run (numpy arrays copied
-by one thread a core, no memory newly allocated).
+two moments read and written), 3 for `merged`. A pass takes bytes / w; w is the bandwidth of
+copying, bytes read and written, in the same run (numpy arrays copied by one thread a core, no
+memory newly allocated).
 """
 
 import argparse
@@ -30,9 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from soup_jax import tree
-from soup_jax.optim import apply as optimizer
-from soup_jax.soup import gradients as soup
+from soup_jax import soup, tree
+from soup_jax.optim.config import schedule
+from soup_jax.training import build
 
 SIZES = {  # about 4M parameters
     "vocab_size": 4096,
@@ -65,33 +65,29 @@ def copy_bandwidth(num_bytes=1 << 28, rounds=7):
 def naive_step(training):
     """The step as one would write it first: gradients of the bank's size, plain optax."""
     cfg, model = training.cfg, training.abstract.model
-    config = soup.soup_config(cfg)
+    config = build.soup_config(cfg)
     o = cfg.optimizer
     plain = optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
         optax.adamw(
-            optimizer.schedule(cfg),
+            schedule(build.optimizer_config(cfg)),
             b1=o.beta1,
             b2=o.beta2,
             eps=o.eps,
             weight_decay=o.weight_decay,
-            mask=lambda p: tree.map_named(lambda path, x: optimizer.decays(path, x.ndim - 1), p),
+            mask=lambda p: tree.map_named(lambda path, x: tree.is_matrix(path, x.ndim - 1), p),
         ),
     )
 
     def loss(params, batch):
-        alpha_ME = soup.coefficients(params, batch["h"], config)
-        bank = tree.flatten(params["bank"])
+        alpha_ME = soup.coefficients(params, batch.h_MK, config)
+        bank = tree.flatten(params["bank"]["dense"])
 
         def leaf(path, shared):
             return shared + jnp.einsum("ME,E...->M...", alpha_ME, bank[path])
 
         theta_M = tree.map_named(leaf, params["shared"])
-        rows = {
-            name: x.reshape(len(alpha_ME), -1, *x.shape[1:])
-            for name, x in batch.items()
-            if name not in ("h", "domain")
-        }
+        rows = {name: x.reshape(len(alpha_ME), -1, *x.shape[1:]) for name, x in batch.rows.items()}
         losses, weights = jax.vmap(model.example_losses)(theta_M, rows)
         return (losses * weights).sum() / weights.sum()
 
@@ -132,22 +128,19 @@ def timed(run):
     return time.perf_counter() - start
 
 
-def variants(num_experts, flush, *, naive):
+def variants(num_experts, *, naive):
     """(name, fields, passes of the floor); the dense step first."""
     yield "dense", {"num_experts": 0, "num_mixtures": 1}, 0.0
     if naive:
         yield "naive adamw", {"num_experts": num_experts, "optimizer.bank": "adamw"}, 7.0
     yield "adamw", {"num_experts": num_experts, "optimizer.bank": "adamw"}, 7.0
-    merged = {"num_experts": num_experts, "optimizer.bank": "merged"}
-    yield "merged", merged, 3.0
-    for t in flush:
-        yield f"merged, T = {t}", merged | {"optimizer.flush_every": t}, 2 + 2 / t
+    yield "merged", {"num_experts": num_experts, "optimizer.bank": "merged"}, 3.0
 
 
-def measure(cfg, num_experts, *, flush, rounds, naive):
+def measure(cfg, num_experts, *, rounds, naive):
     """Print one table."""
     runs, temporaries, floors, bank_bytes = {}, {}, {}, 0
-    for name, fields, passes in variants(num_experts, flush, naive=naive):
+    for name, fields, passes in variants(num_experts, naive=naive):
         one = cfg.copy_and_resolve_references()
         one.update_from_flattened_dict(fields)
         training = common.build(one)
@@ -189,11 +182,9 @@ def main():
     parser.add_argument("--config", default="", help="a config file; default: SIZES")
     parser.add_argument("--experts", default="32", help="numbers of experts, comma-separated")
     parser.add_argument("--mixtures", default="1", help="numbers of mixtures, comma-separated")
-    parser.add_argument("--flush", default="4", help="T of deferred updates, comma-separated")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--naive", action=argparse.BooleanOptionalAction, default=True)
     args, overrides = parser.parse_known_args()
-    flush = [int(t) for t in args.flush.split(",") if t]
     for num_experts in (int(e) for e in args.experts.split(",")):
         for num_mixtures in (int(m) for m in args.mixtures.split(",")):
             cfg = common.read_config(args.config or "experiments/base.py")
@@ -201,7 +192,7 @@ def main():
                 cfg.update_from_flattened_dict(SIZES)
             cfg.num_mixtures = num_mixtures
             common.override(cfg, overrides)
-            measure(cfg, num_experts, flush=flush, rounds=args.rounds, naive=args.naive)
+            measure(cfg, num_experts, rounds=args.rounds, naive=args.naive)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def test_a_rule_is_a_kind_and_what_it_takes():
     assert experts.parse_rule("none") == ("", "")
     assert experts.parse_rule("dense") == ("dense", "")
     assert experts.parse_rule("low_rank:8") == ("low_rank", "8")
-    assert experts.parse_rule("outside:Diagonal") == ("outside:Diagonal", "")
-    assert experts.parse_rule("outside:Diagonal:3") == ("outside:Diagonal", "3")
+    assert experts.parse_rule("outside:Offset") == ("outside:Offset", "")
+    assert experts.parse_rule("outside:Offset:3") == ("outside:Offset", "3")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import train_step_test
 from conftest import tiny_config
 
 from soup_jax import soup, tree
@@ -15,11 +16,8 @@ from soup_jax.errors import UserError
 from soup_jax.optim import apply as optimizer
 from soup_jax.optim.config import schedule
 from soup_jax.soup import bank as experts
-from soup_jax.soup import layout as sharding
 from soup_jax.soup import low_rank, merge
 from soup_jax.training import build
-from soup_jax.training import state as train_state
-from soup_jax.training import step as train_step
 
 E, M, K = 4, 2, 6
 FREQUENCIES = np.full(K, 1 / K)
@@ -276,17 +274,7 @@ def test_adam_moves_the_product_by_about_its_rate():
 
 
 def run(num_devices, steps=3, **fields):
-    cfg = tiny_config(**fields)
-    base_model = build.base_model(cfg)
-    m = build.make_mesh(cfg, jax.devices()[:num_devices])
-    config, optimizer_config = build.soup_config(cfg), build.optimizer_config(cfg)
-    init = train_state.make_init(
-        config, optimizer_config, base_model, seed=cfg.seed, frequencies_K=FREQUENCIES
-    )
-    shardings = train_state.state_shardings(m, jax.eval_shape(init), optimizer_config)
-    state = jax.jit(init, out_shardings=shardings)()
-    step = train_step.compile_step(cfg, base_model, m, shardings)
-    sums = jax.device_put(train_step.zero_metrics(K), sharding.replicated(m))
+    cfg, m, state, step, sums = train_step_test.make(num_devices, **fields)
     for i in range(steps):
         batch = loader.to_device(make_batch(i, cfg.num_mixtures), m)
         state, sums = step(state, sums, batch)

@@ -27,7 +27,9 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-@pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if blocks(text) and name != "docs/python.md"])
+@pytest.mark.parametrize(
+    "page", [name for name, text in TEXTS.items() if blocks(text) and name != "docs/python.md"]
+)
 def test_python_blocks_run(page, tmp_path):
     namespace = {}
     with contextlib.chdir(tmp_path):

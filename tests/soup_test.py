@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,12 @@ def init(cfg):
     return base_model, config, params
 
 
+value_and_grad = jax.jit(
+    soup.value_and_grad, static_argnames=("model", "config", "mesh", "num_micro", "gather")
+)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def plain_loss(params, batch, base_model, config):
     """The definition: merge each mixture, average the loss over all targets."""
     alpha = soup.coefficients(params, batch.h_MK, config)
@@ -73,12 +80,11 @@ def assert_close(a, b, tolerance=2e-5):
         np.testing.assert_allclose(x / scale, y / scale, atol=tolerance, err_msg=path)
 
 
-@pytest.mark.parametrize("num_micro", [1, 2])
-@pytest.mark.parametrize("normalization", ["none", "softmax", "ball"])
+@pytest.mark.parametrize(("num_micro", "normalization"), [(1, "ball"), (2, "softmax")])
 def test_factored_gradients_are_those_of_the_plain_loss(batch, num_micro, normalization):
     base_model, config, params = init(make_config(**{"router.normalization": normalization}))
     loss, expected = jax.value_and_grad(plain_loss)(params, batch, base_model, config)
-    (ours, _), grads = soup.value_and_grad(
+    (ours, _), grads = value_and_grad(
         params, batch, model=base_model, config=config, num_micro=num_micro
     )
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
@@ -95,14 +101,12 @@ def test_factored_gradients_are_those_of_the_plain_loss(batch, num_micro, normal
 def test_gradients_on_a_mesh_equal_those_on_one_device(batch):
     cfg = make_config()
     base_model, config, params = init(cfg)
-    (loss, _), expected = soup.value_and_grad(params, batch, model=base_model, config=config)
-    for replica in (1, 2, 4):
+    (loss, _), expected = value_and_grad(params, batch, model=base_model, config=config)
+    for replica in (1, 2):
         cfg.mesh.replica = replica
         m = build.make_mesh(cfg, jax.devices()[:4])
-        f = jax.jit(
-            lambda p, b, m=m: soup.value_and_grad(p, b, model=base_model, config=config, mesh=m)
-        )
-        (ours, _), grads = f(params, loader.to_device(batch, m))
+        on_mesh = loader.to_device(batch, m)
+        (ours, _), grads = value_and_grad(params, on_mesh, model=base_model, config=config, mesh=m)
         np.testing.assert_allclose(ours, loss, rtol=1e-5)
         assert_close(expected._asdict(), grads._asdict())
 
@@ -112,7 +116,7 @@ def test_zero_experts_is_the_generic_model(batch):
     assert params["bank"] == {}
     assert params["router"] == {}
     losses, weights = base_model.example_losses(params["shared"], batch.rows)
-    (ours, _), grads = soup.value_and_grad(params, batch, model=base_model, config=config)
+    (ours, _), grads = value_and_grad(params, batch, model=base_model, config=config)
     np.testing.assert_allclose(ours, (losses * weights).sum() / weights.sum(), rtol=1e-6)
     theta, alpha = soup.specialist(params, batch.h_MK[0], config)
     assert alpha.shape == (0,)
@@ -136,13 +140,13 @@ def test_the_mean_is_weighted_however_small_the_weights(batch):
 
     small = dataclasses.replace(base_model, example_losses=scaled)
     found, wanted = (
-        soup.value_and_grad(params, batch, model=m, config=config) for m in (small, base_model)
+        value_and_grad(params, batch, model=m, config=config) for m in (small, base_model)
     )
     np.testing.assert_allclose(found[0][0], wanted[0][0], rtol=1e-5)
     assert_close(found[1].shared, wanted[1].shared)
     nothing = jnp.zeros_like(batch.rows["num_targets"])
     empty = dataclasses.replace(batch, rows={**batch.rows, "num_targets": nothing})
-    (loss, _), grads = soup.value_and_grad(params, empty, model=base_model, config=config)
+    (loss, _), grads = value_and_grad(params, empty, model=base_model, config=config)
     assert loss == 0
     assert not any(g.any() for g in jax.tree.leaves(grads.merged))
 
@@ -165,7 +169,7 @@ def normal(*shape, seed):
 def test_row_stats_are_those_of_their_rows(batch):
     base_model, config, params = init(make_config())
     for num_micro in (1, 2):
-        (loss, (row_loss, row_weight)), _ = soup.value_and_grad(
+        (loss, (row_loss, row_weight)), _ = value_and_grad(
             params, batch, model=base_model, config=config, num_micro=num_micro
         )
         np.testing.assert_array_equal(row_weight, batch.rows["num_targets"])

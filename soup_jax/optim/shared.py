@@ -15,7 +15,7 @@ from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.optim.config import OptimizerConfig, Schedule, schedule
 from soup_jax.registry import Registry
-from soup_jax.shapes import Params
+from soup_jax.shapes import Array, Params
 
 # (schedule, settings, *, weight_decay, **shared_args) -> a transformation whose updates include the
 # rate; the decay is decoupled, for the leaves that `decays` names, and 0 for the router.
@@ -49,7 +49,7 @@ def muon(
     rate: Schedule, config: OptimizerConfig, *, weight_decay: float, **args: Any
 ) -> optax.GradientTransformation:
     """Muon for matrices but embeddings, each layer of a stack by itself; Adam for the rest, with
-    Nesterov's momentum, and without decay unless `args` give `adam_weight_decay`.
+    Nesterov's momentum, and without decay.
 
     `consistent_rms` = 0.2, unless `args` say otherwise, makes an update about as large as AdamW's,
     so that one learning rate serves both (Liu et al., "Muon is Scalable for LLM Training", 2025).
@@ -81,20 +81,13 @@ SHARED_OPTIMIZERS: Registry[MakeOptimizer] = Registry(
 register = SHARED_OPTIMIZERS.register
 
 
-def _from_optax(name: str) -> MakeOptimizer:
+def _from_optax(name: str) -> Callable[..., optax.GradientTransformation]:
     function = getattr(optax, name, None)
     if not callable(function):
         raise UserError(
             f"optimizer.shared = 'optax.{name}': optax {optax.__version__} has no {name!r}"
         )
-
-    def make(
-        rate: Schedule, config: OptimizerConfig, *, weight_decay: float, **args: Any
-    ) -> optax.GradientTransformation:
-        del config, weight_decay  # what optax's function takes is named by shared_args
-        return function(rate, **args)
-
-    return make
+    return function
 
 
 def shared_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -105,17 +98,17 @@ def shared_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """
     name = config.shared
     own = not name.startswith("optax.")
+    rate, args = schedule(config), dict(config.shared_args)
     make = SHARED_OPTIMIZERS.get(name) if own else _from_optax(name.removeprefix("optax."))
-    rate = schedule(config)
 
     def part(scale: float, weight_decay: float) -> optax.GradientTransformation:
+        def scaled(step: Array) -> Array:
+            return scale * rate(step)
+
         try:
-            return make(
-                lambda step: scale * rate(step),
-                config,
-                weight_decay=weight_decay,
-                **dict(config.shared_args),
-            )
+            if not own:  # its weight decay, too, is one of the arguments
+                return make(scaled, **args)
+            return make(scaled, config, weight_decay=weight_decay, **args)
         except TypeError as e:
             raise UserError(
                 f"optimizer.shared = {name!r} with optimizer.shared_args = "

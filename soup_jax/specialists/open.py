@@ -97,10 +97,10 @@ class Soup:
             self.params, np.asarray(h_K, np.float32), config=self.config
         )
         return Specialist(
-            params=params,
+            params=jax.device_get(params),  # an ordinary model, of no mesh
             model=self.model,
             recipe=self._recipe(h_K, np.asarray(alpha_E), histogram),
-            tokenizer_path=self.corpus.path / "tokenizer.json",
+            tokenizer_path=(self.corpus.path / "tokenizer.json").absolute(),
             histogram=histogram,
         )
 

@@ -48,7 +48,7 @@ class Specialist:
         Raises:
           UserError: not such a folder, incomplete or changed, or its network cannot be made.
         """
-        folder = pathlib.Path(folder)
+        folder = pathlib.Path(folder).absolute()  # read later too, wherever that is
         made = recipe_lib.read(folder)
         return cls(
             params=tree.unflatten(load_file(folder / "params.safetensors")),
