@@ -204,7 +204,7 @@ FIELDS = (
 # fmt: on
 
 # The paper's model sizes, with the usual Llama proportions. Parameter counts (without experts)
-# are printed by `soup-jax train` and held by tests/model_test.py.
+# are printed by `soup-jax train` and held by tests/base_model_test.py.
 MODEL_PRESETS = {
     "tiny": {"num_layers": 2, "dim": 64, "num_heads": 4, "hidden_dim": 192},
     "35m": {"num_layers": 6, "dim": 384, "num_heads": 6, "hidden_dim": 1024},

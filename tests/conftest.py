@@ -20,27 +20,27 @@ NUM_DEVICES = 8
 FAST = (
     "checkpoint_test.py",
     "config_test.py",
-    "domain_weights_test.py",
+    "meta_distribution_test.py",
     "import_order_test.py",
     "merge_test.py",
-    "optimizer_test.py",
+    "apply_test.py",
     "router_test.py",
-    "sampler_test.py",
-    "soup_test.py",
-    "train_step_test.py",
+    "sampling_test.py",
+    "gradients_test.py",
+    "step_test.py",
     "tree_test.py",
 )
 # What takes longest starts first, so that no process works alone at the end.
 LONGEST = (
-    "train_test.py",
+    "loop_test.py",
     "topology_test.py",
     "contract_test.py",
     "launch_test.py",
     "low_rank_test.py",
-    "train_step_test.py",
-    "prepare_test.py",
+    "step_test.py",
+    "stages_test.py",
     "plan_test.py",
-    "distributed_test.py",
+    "place_test.py",
     "checkpoint_test.py",
 )
 

@@ -1,216 +1,214 @@
-"""Sources: what is found and in which order, what damage costs, splits by content."""
+"""Windows on disk: every token a target once, padding, TFDS agrees, damage is noticed."""
 
-import gzip
-import json
-import os
+import dataclasses
 import pathlib
+import shutil
 
-import pyarrow
-import pyarrow.parquet
+import numpy as np
 import pytest
-import zstandard
+import safetensors.numpy
+import tensorflow_datasets as tfds
 
-from soup_jax.data import sources as corpus
+from soup_jax import storage as files
+from soup_jax.data import windows
+from soup_jax.data.corpus import FORMAT_VERSION, open_corpus
 from soup_jax.errors import UserError
 
-
-def lines(texts: list[str]) -> bytes:
-    return "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)).encode()
+EOS = 0
 
 
-def read(*sources: str | pathlib.Path, start=(0, 0), field="text"):
-    report = corpus.Report()
-    files = corpus.find_files([str(s) for s in sources], report)
-    return list(corpus.read_documents(files, field, report, start=start)), report
+def grouped_shards(
+    folder: pathlib.Path, sizes: np.ndarray, *, dtype: str = "<u2"
+) -> tuple[list[pathlib.Path], list[np.ndarray]]:
+    """Shards with sizes[shard, cell] tokens, and the stream of each cell (without the first EOS).
+
+    Token ids count up from 1 over everything, so that every token can be told from every other.
+    """
+    folder.mkdir(exist_ok=True)
+    streams = [[] for _ in range(sizes.shape[1])]
+    paths, number = [], 1
+    for i, row in enumerate(sizes):
+        tokens = np.arange(number, number + row.sum(), dtype=dtype)
+        number += len(tokens)
+        starts = np.concatenate([[0], np.cumsum(row)]).astype(np.int64)
+        for c, stream in enumerate(streams):
+            stream.append(tokens[starts[c] : starts[c + 1]])
+        paths.append(folder / f"{i}.safetensors")
+        safetensors.numpy.save_file({"tokens": tokens, "starts": starts}, paths[-1])
+    return paths, [np.concatenate(stream) for stream in streams]
 
 
-def texts_of(documents: list[corpus.Document]) -> list[str]:
-    return [document.text for document in documents]
+def write(folder: pathlib.Path, layout: windows.Layout, paths: list[pathlib.Path]) -> None:
+    folder.mkdir(exist_ok=True)
+    for file in layout.files():
+        windows.write_window_file(folder, file, layout, paths)
+    windows.write_metadata(folder, layout)
 
 
-TEXTS = [f"document {i} " + "words and more words " * (i % 7) for i in range(50)]
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("a.jsonl", lines(TEXTS)),
-        ("a.ndjson", b"\xef\xbb\xbf" + lines(TEXTS).replace(b"\n", b"\r\n").rstrip()),
-        ("a.jsonl.gz", gzip.compress(lines(TEXTS))),
-        ("a.json.gz", gzip.compress(lines(TEXTS[:9])) + gzip.compress(lines(TEXTS[9:])) + b"\0\0"),
-        ("a.jsonl.zst", zstandard.compress(lines(TEXTS))),
-        (
-            "A.JSONL.ZST",
-            zstandard.compress(lines(TEXTS[:9])) + zstandard.compress(lines(TEXTS[9:])),
-        ),
-    ],
-)
-def test_every_kind_of_line_file_gives_the_same_documents(tmp_path, name, data, monkeypatch):
-    monkeypatch.setattr(corpus, "_READ_BYTES", 37)  # members and lines fall on odd places
-    (tmp_path / name).write_bytes(data)
-    documents, report = read(tmp_path / name)
-    assert texts_of(documents) == TEXTS
-    assert [d.hash for d in documents] == [corpus.text_hash(t) for t in TEXTS]
-    assert not report.counts
-    if "json.gz" not in name.replace("jsonl", ""):
-        assert [d.line for d in documents] == list(range(1, 51))
-
-
-def test_parquet_rows_and_text_files(tmp_path):
-    values = [*TEXTS[:3], None, "", "last"]
-    table = pyarrow.table({"n": list(range(6)), "text": values})
-    pyarrow.parquet.write_table(table, tmp_path / "b.parquet", row_group_size=2)
-    (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbfx = 1\r\n\n")
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress("größe".encode()))
-    documents, report = read(tmp_path)
-    assert texts_of(documents) == ["x = 1\r\n\n", *TEXTS[:3], "last", "größe"]
-    assert [d.line for d in documents] == [1, 1, 2, 3, 6, 1]
-    assert report.counts == {"no_text": 1, "empty": 1}
-    documents, report = read(tmp_path / "b.parquet", field="body")
-    assert not documents
-    assert "'n', 'text'" in report.entries["no_text"][0]["reason"]
-
-
-def test_order_is_fixed_and_a_file_is_read_once(tmp_path):
-    names = [
-        "b/z.txt",
-        "b/a.txt",
-        "b-c/a.txt",
-        "a.txt",
-        "c.txt",
-        ".hidden.txt",
-        ".git/x.txt",
-        "n.bin",
-    ]
-    for name in names:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(name)
-    (tmp_path / "b" / "back").symlink_to(tmp_path)  # a loop
-    os.mkfifo(tmp_path / "pipe.txt")  # would block
-    documents, _ = read(tmp_path)
-    assert texts_of(documents) == ["a.txt", "b/a.txt", "b/z.txt", "b-c/a.txt", "c.txt"]
-    documents, _ = read(tmp_path / "c.txt", tmp_path / "b" / "*.txt", tmp_path)
-    assert texts_of(documents) == ["c.txt", "b/a.txt", "b/z.txt", "a.txt", "b-c/a.txt"]
-    documents, _ = read(tmp_path / "**" / "a.txt")
-    assert sorted(texts_of(documents)) == ["a.txt", "b-c/a.txt", "b/a.txt"]
-
-
-def test_damage_is_reported_with_its_place_and_costs_only_itself(tmp_path):
-    good = lines(["one", "two"])
-    (tmp_path / "a.jsonl").write_bytes(
-        good + b'{"text": "cut\n[1, 2]\n\n{"text": 3}\n{"body": "x"}\n{"text": " \\n"}\n'
-        b'{"text": "\xff"}\n{"text": "\\ud800"}\n' + b"[" * 100_000 + b"\n" + lines(["three"])
+@pytest.mark.parametrize("vocab_size", [5000, 100_000])
+@pytest.mark.parametrize("file_bytes", [40, 200, 1 << 20])
+def test_every_token_is_a_target_exactly_once(tmp_path, monkeypatch, file_bytes, vocab_size):
+    monkeypatch.setattr(windows, "FILE_BYTES", file_bytes)
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(0, 30, size=(5, 2 * 4))  # 5 shards; 2 splits of 4 domains
+    sizes[:, 2] = 0  # a domain without documents
+    sizes[:, 3] = [0, 0, 8, 0, 0]  # one that fills its windows exactly
+    sizes[:, 5] = [0, 0, 0, 0, 1]
+    dtype = windows.token_dtype(vocab_size)
+    paths, streams = grouped_shards(tmp_path / "grouped", sizes, dtype=dtype.str)
+    length = 4
+    counts = sizes.sum(axis=0).reshape(2, 4)
+    layout = windows.Layout.of(
+        {"train": counts[0], "validation": counts[1]},
+        seq_len=length,
+        vocab_size=vocab_size,
+        eos_id=EOS,
     )
-    (tmp_path / "b.txt").write_bytes(b"ab\xffcd")
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS), mtime=0)[:-150])
-    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(lines(TEXTS) * 500)[:-30])
-    (tmp_path / "e.jsonl.gz").write_bytes(b"not gzip at all")
-    (tmp_path / "f.parquet").write_bytes(b"PAR1 not parquet")
-    (tmp_path / "g.txt").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "h.txt").write_bytes(b"")
-    (tmp_path / "z.txt").write_text("the end")
-    documents, report = read(tmp_path)
-    by_file = {}
-    for d in documents:
-        by_file.setdefault(os.path.basename(d.source), []).append(d.text)
-    assert by_file["a.jsonl"] == ["one", "two", "three"]
-    assert by_file["z.txt"] == ["the end"]
-    # Truncated: everything before the damage is there, nothing after, nothing wrong.
-    assert 0 < len(by_file["c.jsonl.gz"]) < len(TEXTS)
-    assert by_file["c.jsonl.gz"] == TEXTS[: len(by_file["c.jsonl.gz"])]
-    assert set(by_file) == {"a.jsonl", "c.jsonl.gz", "z.txt"} | (set(by_file) & {"d.jsonl.zst"})
-    places = {
-        kind: [(os.path.basename(e["source"]), e["line"]) for e in entries]
-        for kind, entries in report.entries.items()
-    }
-    assert places == {
-        "broken_json": [("a.jsonl", 3), ("a.jsonl", 4), ("a.jsonl", 11)],
-        "no_text": [("a.jsonl", 6), ("a.jsonl", 7)],
-        "empty": [("a.jsonl", 8), ("h.txt", 1)],
-        "invalid_utf8": [("a.jsonl", 9), ("a.jsonl", 10), ("b.txt", 0)],
-        "truncated": [
-            ("c.jsonl.gz", len(by_file["c.jsonl.gz"])),
-            ("d.jsonl.zst", len(by_file.get("d.jsonl.zst", []))),
-            ("e.jsonl.gz", 0),
-        ],
-        "unreadable": [("f.parquet", 0), ("g.txt", 0)],
-    }
-    assert report.counts == {kind: len(p) for kind, p in places.items()}
-    assert len(report.lines()) == len(corpus.DAMAGE)
-    assert str(tmp_path / "a.jsonl") + ":3" in report.lines()[0]
+    write(tmp_path / "w", layout, paths)
+    builder = tfds.builder_from_directory(tmp_path / "w")
+    for s, split in enumerate(["train", "validation"]):
+        source = builder.as_data_source(split)
+        offsets, pad = layout.offsets[split], layout.pad[split]
+        assert len(source) == offsets[-1]
+        for k in range(4):
+            stream = streams[4 * s + k]
+            rows = [source[int(i)]["tokens"] for i in range(offsets[k], offsets[k + 1])]
+            assert all(row.dtype == dtype and row.shape == (length + 1,) for row in rows)
+            inputs = np.concatenate([row[:-1] for row in rows]) if rows else np.zeros(0)
+            targets = np.concatenate([row[1:] for row in rows]) if rows else np.zeros(0)
+            real = len(targets) - pad[k]
+            np.testing.assert_array_equal(targets[:real], stream)
+            assert (targets[real:] == EOS).all()
+            assert 0 <= pad[k] < length
+            # Each target's input is the token before it; the first one follows EOS.
+            np.testing.assert_array_equal(inputs[: real + 1][:1], [EOS][: len(rows)])
+            np.testing.assert_array_equal(inputs[1:real], stream[: max(real - 1, 0)])
+    if file_bytes == 40:
+        assert len(layout.files()) > 10
 
 
-def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 200_000)
-    (tmp_path / "a.jsonl").write_bytes(lines(["one"]) + b"x" * 400_000)
-    documents, report = read(tmp_path / "a.jsonl")
-    assert texts_of(documents) == ["one"]
-    assert report.counts == {"truncated": 1}
+def test_a_record_is_what_tfds_serialises():
+    for dtype in (np.dtype("<u2"), np.dtype("<u4")):
+        tokens = np.arange(100, 109).astype(dtype)
+        record = windows.record_prefix(8, dtype) + tokens.tobytes()
+        features = windows._features(8, dtype)
+        serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+        assert record == serializer.serialize_example(features.encode_example({"tokens": tokens}))
 
 
-def test_a_report_counts_all_and_lists_some():
-    first, second = corpus.Report(), corpus.Report()
-    for i in range(700):
-        first.add("empty", "a", i, "x")
-        second.add("empty", "b", i, "x")
-    second.add("no_text", "b", 1, "y")
-    total = corpus.Report(json.loads(json.dumps(first.to_json())))
-    total.merge(second)
-    assert total.counts == {"empty": 1400, "no_text": 1}
-    assert len(total.entries["empty"]) == corpus.MAX_ENTRIES
-    assert total.entries["empty"][700]["source"] == "b"
-    assert first.take().counts == {"empty": 700}
-    assert first.to_json() == {"counts": {}, "entries": {}}
-
-
-def test_reading_continues_anywhere_as_if_never_stopped(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(
-        gzip.compress(lines(TEXTS[:5]) + b"broken\n" + lines(["x"]))
+@pytest.fixture(scope="module")
+def corpus_dir(tmp_path_factory) -> pathlib.Path:
+    """A folder with all that `open_corpus` needs; 3 domains, windows of 4 over several files."""
+    root = tmp_path_factory.mktemp("corpus")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(windows, "FILE_BYTES", 100)
+    sizes = np.array([[9, 40, 2, 7, 0, 0], [30, 1, 0, 0, 3, 0]])
+    paths, _ = grouped_shards(root / "grouped", sizes)
+    counts = sizes.sum(axis=0).reshape(2, 3)
+    layout = windows.Layout.of(
+        {"train": counts[0], "validation": counts[1]}, seq_len=4, vocab_size=500, eos_id=EOS
     )
-    (tmp_path / "b.txt").write_text("a text")
-    table = pyarrow.table({"text": [*TEXTS[5:9], None, "end"]})
-    pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=2)
-    documents, _ = read(tmp_path)
-    paths = sorted(str(p) for p in tmp_path.iterdir())
-    for i, document in enumerate(documents):
-        start = (paths.index(document.source), document.line)
-        rest, report = read(tmp_path, start=start)
-        assert rest == documents[i + 1 :]
-        assert report.counts.get("broken_json", 0) == (i < 5)
+    path = root / "corpus"
+    path.mkdir()
+    write(path / "windows", layout, paths)
+    tensors = {f"offsets/{s}": layout.offsets[s] for s in layout.offsets}
+    tensors |= {f"pad/{s}": layout.pad[s] for s in layout.pad}
+    safetensors.numpy.save_file(tensors, path / "offsets.safetensors")
+    files.write_json(path / "domains.json", [{"label": f"label {k}"} for k in range(3)])
+    artefacts = {
+        p.relative_to(path).as_posix(): {
+            "bytes": p.stat().st_size,
+            "sha256": files.sha256_file(p),
+        }
+        for p in sorted(path.rglob("*"))
+        if p.is_file()
+    }
+    window_files = {s: [] for s in layout.offsets}
+    for f in layout.files():
+        window_files[f.split].append({"name": f.name, "windows": f.stop - f.start})
+    manifest = {"format": FORMAT_VERSION, "fingerprint": "abc", "artefacts": artefacts}
+    manifest |= {"seq_len": 4, "vocab_size": 500, "eos_id": EOS, "window_files": window_files}
+    files.write_json(path / "manifest.json", manifest)
+    monkeypatch.undo()
+    return path
 
 
-@pytest.mark.parametrize(
-    ("sources", "message"),
-    [
-        ([], "no sources"),
-        (["nowhere"], "'nowhere' matches no file"),
-        (["*.nothing"], "matches no file"),
-        (["empty"], "'empty' matches no file"),
-        (["x.bin"], "suffix of the source 'x.bin'"),
-        (["a.txt", "x.json"], "suffix of the source 'x.json'"),
-        (["a.txt", "nowhere"], "'nowhere' matches no file"),
-    ],
-)
-def test_a_source_that_gives_nothing_is_a_user_error(tmp_path, monkeypatch, sources, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    for name in ("x.bin", "x.json", "a.txt"):
-        (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match=message.replace("*", r"\*")):
-        corpus.find_files(sources, corpus.Report())
+def test_an_opened_corpus_describes_itself(corpus_dir):
+    corpus = open_corpus(corpus_dir)
+    assert (corpus.num_domains, corpus.seq_len, corpus.vocab_size) == (3, 4, 500)
+    np.testing.assert_array_equal(corpus.offsets["train"], [0, 10, 21, 22])
+    np.testing.assert_array_equal(corpus.pad["train"], [1, 3, 2])
+    np.testing.assert_allclose(corpus.domain_frequencies, np.array([10, 11, 1]) / 22)
+    assert corpus.domain_frequencies.dtype == np.float64
+    assert corpus.label(2) == "label 2"
+    corpus.verify()
 
 
-def test_splits_depend_on_content_only_and_have_their_share():
-    hashes = [corpus.text_hash(f"text number {i}") for i in range(20_000)]
-    splits = {h: corpus.split_of(h, 0.1, 0.05) for h in hashes}
-    assert splits == {h: corpus.split_of(h, 0.1, 0.05) for h in reversed(hashes)}
-    share = {s: list(splits.values()).count(s) / len(hashes) for s in set(splits.values())}
-    assert abs(share["validation"] - 0.1) < 0.01
-    assert abs(share["held_out"] - 0.05) < 0.01
-    # More validation takes from train and leaves every other document where it was.
-    larger = {h: corpus.split_of(h, 0.2, 0.0) for h in hashes}
-    assert all(larger[h] == "validation" for h in hashes if splits[h] == "validation")
-    assert {corpus.split_of(h, 0.0, 0.0) for h in hashes} == {"train"}
-    assert all(0 <= corpus.hash_fraction(h) < 1 for h in hashes)
-    assert corpus.hash_fraction(b"\xff" * 16) < 1
+def test_read_windows_equals_what_tfds_decodes(corpus_dir):
+    corpus = open_corpus(corpus_dir)
+    assert len(corpus.manifest["window_files"]["train"]) > 1
+    for split in ("train", "validation"):
+        source = corpus.source(split)
+        ids = np.random.default_rng(0).integers(0, len(source), 50)  # with repeats, any order
+        rows = corpus.read_windows(split, ids)
+        assert rows.dtype == np.int32
+        np.testing.assert_array_equal(rows, np.stack([source[int(i)]["tokens"] for i in ids]))
+    assert corpus.read_windows("train", []).shape == (0, 5)
+
+
+def test_a_split_without_windows(tmp_path, corpus_dir):
+    paths, _ = grouped_shards(tmp_path / "grouped", np.array([[5, 0]]))
+    counts = {"train": np.array([5]), "validation": np.array([0])}
+    layout = windows.Layout.of(counts, seq_len=4, vocab_size=9, eos_id=EOS)
+    write(tmp_path / "windows", layout, paths)
+    assert len(tfds.builder_from_directory(tmp_path / "windows").as_data_source("train")) == 2
+    corpus = open_corpus(corpus_dir)
+    empty = dataclasses.replace(corpus, path=tmp_path, offsets=layout.offsets, pad=layout.pad)
+    assert len(empty.source("train")) == 2
+    assert len(empty.source("validation")) == 0
+    assert empty.read_windows("validation", []).shape == (0, 5)
+    with pytest.raises(ValueError, match="has no windows"):
+        empty.read_windows("validation", [0])
+
+
+@pytest.mark.parametrize("record", [-1, 22])
+def test_a_record_that_is_not_there_is_refused(corpus_dir, record):
+    with pytest.raises(ValueError, match="num_records"):
+        open_corpus(corpus_dir).read_windows("train", [0, record])
+
+
+def test_an_unknown_split_is_a_user_error(corpus_dir):
+    corpus = open_corpus(corpus_dir)
+    for read in (corpus.source, lambda split: corpus.read_windows(split, [0])):
+        with pytest.raises(UserError, match="no split 'held_out'; it has train, validation"):
+            read("held_out")
+
+
+def test_damage_is_noticed(corpus_dir, tmp_path):
+    def damaged(name: str) -> pathlib.Path:
+        path = tmp_path / name.replace("/", "_")
+        shutil.copytree(corpus_dir, path)
+        return path
+
+    path = damaged("domains.json")
+    (path / "domains.json").unlink()
+    with pytest.raises(UserError, match=r"domains\.json is missing"):
+        open_corpus(path)
+    name = "windows/windows-train.array_record-00000-of-00003"
+    path = damaged(name)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"has {len(content) - 1} bytes"):
+        open_corpus(path)
+    # The same size is not seen when opening, but by `verify`.
+    (path / name).write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    with pytest.raises(UserError, match="00000-of-00003 differ"):
+        open_corpus(path).verify()
+
+
+def test_what_is_not_a_finished_corpus_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"not a prepared corpus .*soup-jax prepare"):
+        open_corpus(tmp_path / "nowhere")
+    (tmp_path / ".work").mkdir()
+    with pytest.raises(UserError, match=r"not finished .*soup-jax prepare"):
+        open_corpus(tmp_path)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import train_step_test
 from conftest import tiny_config
+from step_test import make as make_step
 
 from soup_jax import soup, tree
 from soup_jax.data import loader
@@ -274,7 +274,7 @@ def test_adam_moves_the_product_by_about_its_rate():
 
 
 def run(num_devices, steps=3, **fields):
-    cfg, m, state, step, sums = train_step_test.make(num_devices, **fields)
+    cfg, m, state, step, sums = make_step(num_devices, **fields)
     for i in range(steps):
         batch = loader.to_device(make_batch(i, cfg.num_mixtures), m)
         state, sums = step(state, sums, batch)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from train_step_test import make, make_batch
+from step_test import make, make_batch
 
 from soup_jax import tree
 from soup_jax.optim.config import schedule

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from checkpoint_test import garble
 from conftest import tiny_config
+from loop_test import assert_same_state, final_state
 from processes import start, write_config
-from train_test import assert_same_state, final_state
 
 from soup_jax.data import loader
 from soup_jax.evaluation import evaluator

@@ -44,3 +44,11 @@ def test_a_broken_regex_is_named():
 def test_sizes():
     assert tree.num_params(TREE) == 11
     assert tree.num_bytes(TREE) == 44
+
+
+def test_norm_scales_and_biases_are_no_matrices():
+    assert tree.is_matrix("layers/mlp/up", 3)
+    assert tree.is_matrix("embedding", 2)
+    assert not tree.is_matrix("layers/mlp_norm/scale", 2)
+    assert not tree.is_matrix("final_norm/scale", 1)
+    assert not tree.is_matrix("hidden_bias", 2)

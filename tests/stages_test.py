@@ -274,7 +274,7 @@ from soup_jax.data.prepare import stages as prepare
 from soup_jax.data.prepare import shards
 from soup_jax.data import windows
 sys.path.insert(0, {tests!r})
-import prepare_test
+import stages_test
 shards.SHARD_DOCUMENTS, windows.FILE_BYTES = 25, 5000
 parallel_map, stage = parallel.parallel_map, 0
 def killing(function, jobs, *, num_workers):
@@ -286,7 +286,7 @@ def killing(function, jobs, *, num_workers):
             os.kill(os.getpid(), signal.SIGKILL)
 parallel.parallel_map = killing
 import pathlib
-cfg = prepare_test.config(pathlib.Path({sources!r}), pathlib.Path({path!r}))
+cfg = stages_test.config(pathlib.Path({sources!r}), pathlib.Path({path!r}))
 cfg.corpus.num_workers = 2
 prepare.prepare(cfg)
 """
