@@ -10,41 +10,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from soup_jax.errors import UserError
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves by path, in the order of the sorted nested keys."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(str(_key_name(k)) for k in path): leaf for path, leaf in leaves}
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _key_name(key: Any) -> Any:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    return key
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dict whose `flatten` is `leaves`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
 def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` whose function gets the leaf's path first."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function("/".join(str(_key_name(k)) for k in path), *leaves),
-        tree,
-        *rest,
+        lambda path, *leaves: function(_name(path), *leaves), tree, *rest
     )
 
 
@@ -81,10 +69,10 @@ def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[
                 f"no rule matches the leaf {path!r}; the rules are {list(rules)}. "
                 "Every leaf must be covered: end the list with ('.*', 'none') or ('.*', 'dense')"
             )
-    for i, (pattern, rule) in enumerate(rules[:-1]):
+    for i, pair in enumerate(rules[:-1]):
         if i not in used:
             raise UserError(
-                f"the rule {(pattern, rule)!r} applies to no leaf: none has such a name, or rules "
+                f"the rule {pair!r} applies to no leaf: none has such a name, or rules "
                 f"before it take all that have. The leaves are {', '.join(paths)}"
             )
     return matched

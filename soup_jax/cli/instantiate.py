@@ -36,10 +36,12 @@ def run(values: flags.FlagValues) -> int:
     made, nearest = instantiate_to(
         values.run, values.documents, values.out, step=values.step, corpus_dir=values.corpus
     )
-    print(f"{made.histogram.num_documents} documents, most like these domains of the corpus:")
+    histogram = made.histogram
+    assert histogram is not None  # documents gave h
+    print(f"{histogram.num_documents} documents, most like these domains of the corpus:")
     for label, weight in nearest:
         print(f"  {weight:6.1%}  {label}")
-    for warning in made.histogram.warnings():
+    for warning in histogram.warnings():
         print(f"warning: {warning}")
     print(f"specialist: {values.out}")
     return 0

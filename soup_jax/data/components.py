@@ -17,7 +17,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class Sparse:
         chances = frequencies_K[self._available] ** support_exponent
         self._chances = chances / chances.sum()
         self._chance_thresholds = thresholds(self._chances).tolist()
-        self._num_chances = np.count_nonzero(self._chances)
+        self._num_chances = int(np.count_nonzero(self._chances))
 
     def draw(self, rng: np.random.Generator, step: int, h_K: np.ndarray) -> bool:
         """Weights that have yet to be divided by their sum."""
@@ -84,13 +84,13 @@ class Sparse:
         # The draws of `Generator.choice(replace=False, p=chances)`, which checks and sums all
         # chances anew each time. Written out, they cannot change with the version of NumPy either.
         found: list[int] = []
-        limits = self._chance_thresholds
+        limits: Any = self._chance_thresholds
         while len(found) < size:
             draws = [rng.random() for _ in range(size - len(found))]
             if found:  # some were drawn twice: draw the rest from what is left
                 chances = self._chances.copy()
                 chances[found] = 0
-                limits = memoryview(thresholds(chances))
+                limits = thresholds(chances).data
             # Each once, in the order of their first draw.
             found += dict.fromkeys(bisect.bisect_right(limits, u) for u in draws)
         return found

@@ -11,6 +11,7 @@ The rows of a batch:
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
@@ -88,7 +89,7 @@ def to_device(batch: Batch, mesh: Mesh) -> Batch:
 
     def spread(value: np.ndarray) -> jax.Array:
         # By row numbers: the devices of a process need not lie side by side in the mesh.
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             wanted = np.arange(batch_size)[index[0]]
             return value[np.searchsorted(rows, wanted)]
 

@@ -50,7 +50,7 @@ class MetaDistribution:
     min_support_size: int
     support_size: int
     concentration: float
-    rows_RK: np.ndarray | None = None
+    rows_RK: Any = None
     support_exponent: float = 0.0
     others: tuple[tuple[float, Component], ...] = ()
 

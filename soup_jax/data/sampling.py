@@ -19,6 +19,7 @@ import dataclasses
 import json
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class StepPlan:
       epoch_B: passes over the row's domain that were complete before it.
     """
 
-    h_MK: np.ndarray | None
+    h_MK: Any
     domain_B: np.ndarray
     window_B: np.ndarray
     epoch_B: np.ndarray
@@ -173,10 +174,9 @@ class SamplingPlan:
         """int64 [K]: how often each domain was drawn in the plan steps before `index`."""
         with self._lock:
             ahead = range(index, self._step)
-            if not all(s in self._recent for s in ahead):
-                ahead = ()
-            if not ahead:
+            if not ahead or not all(s in self._recent for s in ahead):
                 self._seek(index)
+                ahead = range(0)
             cursor_K = self._cursor_K.copy()
             # Readers run ahead of the step that is saved: take back what was planned since.
             for s in ahead:

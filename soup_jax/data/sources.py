@@ -103,7 +103,7 @@ class Report:
     def take(self) -> "Report":
         """What was found since the last call; `self` is empty afterwards."""
         taken = Report(self.to_json())
-        self.__init__()
+        self.counts, self.entries = {}, {}
         return taken
 
     def to_json(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def find_files(sources: Sequence[str], report: Report) -> list[SourceFile]:
                 f"folder, {os.getcwd()}"
             )
         for path in paths:
-            kind, compression = file_format(path)
+            kind, compression = file_format(path) or ("", "")
             found.setdefault(os.path.realpath(path), SourceFile(path, kind, compression))
     return list(found.values())
 
@@ -352,7 +352,7 @@ def _chunks(source: SourceFile) -> Iterator[bytes]:
     stream reader of `zstandard` takes it for the end of the file).
     """
     with open(source.path, "rb") as f:
-        stream = None
+        stream: Any = None  # of zlib or zstandard
         while data := f.read(_READ_BYTES):
             if not source.compression:
                 yield data

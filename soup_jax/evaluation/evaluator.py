@@ -79,10 +79,9 @@ class Evaluator:
             tokens, real = scored.tokens[chunk], scored.num_targets[chunk]
             missing = self._rows - len(tokens)
             batch = {
-                "tokens": np.pad(tokens, ((0, missing), (0, 0))),
-                "num_targets": np.pad(real, (0, missing)),
+                "tokens": self._spread(np.pad(tokens, ((0, missing), (0, 0)))),
+                "num_targets": self._spread(np.pad(real, (0, missing))),
             }
-            batch = {name: self._spread(value) for name, value in batch.items()}
             loss, weights = self._score(theta, batch)
             total += float(np.asarray(loss, np.float64).sum())
             weight += float(np.asarray(weights, np.float64).sum())

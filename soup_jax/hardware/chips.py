@@ -9,6 +9,7 @@ is not listed is unknown, and does not count as its nearest relative.
 """
 
 import dataclasses
+from typing import Any
 
 from soup_jax.errors import UserError
 
@@ -56,9 +57,11 @@ class Chip:
 
 
 def _gpu(name: str, kinds: tuple[str, ...], *numbers: float, aliases: tuple[str, ...] = ()) -> Chip:
-    *rates, domain, network = numbers
+    domain, network = numbers[-2:]
+    rates: Any = numbers[:-2]
     kinds = tuple(f"NVIDIA {kind}" for kind in kinds)
-    return Chip(name, kinds, "gpu", *rates, int(domain), network, aliases)
+    rest: dict[str, Any] = {"domain": int(domain), "network_gbs": network, "aliases": aliases}
+    return Chip(name, kinds, "gpu", *rates, **rest)
 
 
 _H100_SXM = ("H100-SXM", "H100-80GB")

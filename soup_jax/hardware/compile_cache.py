@@ -38,11 +38,11 @@ def enable() -> pathlib.Path | None:
     """
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECS)
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.read("jax_enable_compilation_cache"):
         return None
-    if jax.config.jax_compilation_cache_dir:
+    if chosen := jax.config.read("jax_compilation_cache_dir"):
         # No size limit there: jax then wants a file beside each entry, which older ones lack.
-        return pathlib.Path(jax.config.jax_compilation_cache_dir)
+        return pathlib.Path(chosen)
     folder = _default_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -182,13 +182,13 @@ def from_nnx(make: Callable[[Any], Any], *, losses: Losses = next_token_losses) 
     from flax import nnx
 
     def init(key: Array) -> Params:
-        _, params, _ = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
+        _, params, _ = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)  # type: ignore[misc]
         # Integer keys (lists of layers) become strings: paths are strings everywhere.
         return _string_keys(nnx.to_pure_dict(params))
 
     def bound(params: Params) -> Any:
         module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-        graph, state, rest = nnx.split(module, nnx.Param, ...)
+        graph, state, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
         if jax.tree.leaves(rest):
             raise UserError(
                 f"{type(module).__name__} holds other variables than nnx.Param; a soup merges "

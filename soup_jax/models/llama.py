@@ -235,10 +235,10 @@ class Llama(nn.Module):
         if self.cfg.remat == "dots":
             policy = policies.save_only_these_names(*SAVED_DOTS)
         block = Block
-        if self.gather is not None:
+        if (gather := self.gather) is not None:
 
             def whole(variables: Any) -> Any:
-                return {"params": self.gather(variables["params"])}
+                return {"params": gather(variables["params"])}
 
             block = nn.map_variables(Block, "params", trans_in_fn=whole)
             if self.cfg.remat == "none":
@@ -279,7 +279,7 @@ def base_model(
 
     def example_losses(params: Params, rows: Rows) -> tuple[Array, Array]:
         tokens = rows["tokens"]
-        losses = module.apply({"params": params}, tokens[:, :-1], target_BL=tokens[:, 1:])
+        losses: Any = module.apply({"params": params}, tokens[:, :-1], target_BL=tokens[:, 1:])
         return losses, num_target_mask(rows["num_targets"], tokens.shape[1] - 1)
 
     def decode(
@@ -288,13 +288,17 @@ def base_model(
         position_BL = jnp.broadcast_to(position + jnp.arange(token_BL.shape[1]), token_BL.shape)
         variables = {"params": params} if cache is None else {"params": params, "cache": cache}
         network = Llama(cfg, cache_len=cache_len)
-        found, updated = network.apply(variables, token_BL, position_BL, mutable="cache")
-        return found, updated["cache"]
+        found: Any = network.apply(variables, token_BL, position_BL, mutable="cache")
+        return found[0], found[1]["cache"]
+
+    def logits(params: Params, token_BL: Array) -> Array:
+        found: Any = module.apply({"params": params}, token_BL)
+        return found
 
     return BaseModel(
         init,
         example_losses,
-        logits=lambda params, token_BL: module.apply({"params": params}, token_BL),
+        logits=logits,
         decode=decode,
         flops_per_row=llama_flops(cfg, seq_len=seq_len),
         layers="layers/",

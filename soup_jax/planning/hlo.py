@@ -115,7 +115,7 @@ def collectives(text: str) -> list[Collective]:
 
 def total_bytes(found: Iterable[Collective]) -> dict[str, float]:
     """Bytes that a device sends in one step, by kind; kinds that do not occur are left out."""
-    totals: dict[str, float] = collections.Counter()
+    totals: dict[str, float] = collections.defaultdict(float)
     for collective in found:
         totals[collective.kind] += collective.moved_bytes
     return dict(totals)
@@ -138,12 +138,13 @@ def num_scalars(text: str) -> int:
 def _bits(dtype: str) -> int:
     if dtype == "pred":
         return 8
-    return int(re.search(r"\d+", dtype)[0])
+    return int("".join(re.findall(r"\d+", dtype)[:1]))
 
 
 def _parse(text: str) -> tuple[_Computations, str]:
     computations: _Computations = {}
-    entry, current = "", None
+    entry = ""
+    current: dict[str, _Instruction] | None = None
     for line in text.splitlines():
         if not line.startswith(" "):
             header = _COMPUTATION.match(line)
@@ -152,8 +153,8 @@ def _parse(text: str) -> tuple[_Computations, str]:
                 current = computations.setdefault(header[2], {})
                 entry = header[2] if header[1] else entry
             continue
-        match = _INSTRUCTION.match(line) if current is not None else None
-        if match:
+        match = _INSTRUCTION.match(line)
+        if match and current is not None:
             kind, rest = _split_type(match[2])
             opcode, parenthesis, operands = rest.partition("(")
             current[match[1]] = _Instruction(kind, opcode.strip(), parenthesis + operands)

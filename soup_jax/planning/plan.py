@@ -201,13 +201,13 @@ def compile_report(step: AbstractStep) -> tuple[dict[str, int | None], str]:
     except jax.errors.JaxRuntimeError as e:
         memory["temporaries"] = _needed_bytes(str(e))
         return memory, ""
-    m = compiled.memory_analysis()
+    m: Any = compiled.memory_analysis()
     memory["arguments"] = m.argument_size_in_bytes
     memory["temporaries"] = m.temp_size_in_bytes
     memory["outputs"] = m.output_size_in_bytes
     memory["aliased"] = m.alias_size_in_bytes
     memory["program"] = m.generated_code_size_in_bytes
-    return memory, compiled.as_text()
+    return memory, compiled.as_text() or ""
 
 
 def _needed_bytes(message: str) -> int:

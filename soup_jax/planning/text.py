@@ -28,10 +28,10 @@ def _what(plan: Plan, collective: hlo.Collective) -> str:
     together = plan.merged_leaves.get((sum(sizes), collective.in_loop))
     if together:
         return f"merged {together}"
-    names = [plan.merged_leaves.get((size, collective.in_loop)) for size in sizes]
+    names = [plan.merged_leaves.get((size, collective.in_loop), "") for size in sizes]
     if all(names):
         return "merged " + ", ".join(dict.fromkeys(names))
-    names = [plan.factors.get(size) for size in sizes]
+    names = [plan.factors.get(size, "") for size in sizes]
     if all(names):
         return "factors " + ", ".join(dict.fromkeys(names))
     if collective.payload_bytes < SMALL_BYTES:
@@ -65,8 +65,9 @@ def _memory_lines(plan: Plan) -> list[str]:
         return [*lines, "  activations: not known"]
     lines += [_line("arguments, as compiled", m["arguments"])]
     lines += [_line("temporaries, as compiled", m["temporaries"])]
-    if m["outputs"] is not None:
-        lines += [_line("outputs that reuse no argument", m["outputs"] - m["aliased"])]
+    outputs, aliased = m["outputs"], m["aliased"]
+    if outputs is not None and aliased is not None:
+        lines += [_line("outputs that reuse no argument", outputs - aliased)]
     return [*lines, _line("program", m["program"]), _line("total", plan.total_bytes) + memory]
 
 
@@ -99,7 +100,8 @@ def _time_lines(plan: Plan) -> list[str]:
         "seconds_in_turn": "one after the other",
     }
     for name, text in names.items():
-        shown = "not known" if r[name] is None else f"{1e3 * r[name]:9.2f}"
+        seconds = r[name]
+        shown = "not known" if seconds is None else f"{1e3 * seconds:9.2f}"
         lines.append(f"  {text:<40}{shown}")
     flops = ", ".join(f"{name} {value:.3g}" for name, value in plan.flops.items() if value)
     lines += [f"  FLOPs of a step: {flops}"]

@@ -174,7 +174,7 @@ class Group(Solo):
             group._change.wait_for(lambda: group.jax_port or group._failing)
         if group.jax_port is None:
             group.close()
-            raise UserError(group._verdict["text"])
+            raise UserError((group._verdict or {}).get("text", "the start failed"))
         return group
 
     def _listen(self) -> None:

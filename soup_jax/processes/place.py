@@ -9,7 +9,8 @@ Explicit settings, on the command line or in the environment, win:
 
 The launcher gives the rest: Slurm, Open MPI, GKE (by the variables of its TPU node pools) or a
 Cloud TPU VM (by its metadata server). A Kubernetes job or JobSet of GPUs sets the first two itself;
-the id is its completion index. Nothing here imports jax or starts anything.
+the id is its completion index. Nothing here imports jax or starts anything: jax says who a process
+is only once it is initialised, and the processes are compared before.
 """
 
 import dataclasses

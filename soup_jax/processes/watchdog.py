@@ -3,6 +3,9 @@
 A collective that hangs does so in C++ and for ever: no exception, no signal handler, no time-out.
 The watchdog watches `group.at(...)`, which the training loop calls for each step, evaluation batch
 and save. The host runs ahead of the devices, but never by more than two log intervals.
+
+It is a thread, for the timer of `faulthandler` can tell no other process which one hangs. That
+timer is the backstop, should the interpreter be stuck.
 """
 
 import contextlib

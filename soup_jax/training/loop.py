@@ -339,6 +339,7 @@ class _Loop:
             self.run_.evaluation_due = False
 
     def _evaluate(self, state: TrainState, done: int) -> None:
+        assert self.evaluator is not None
         self.group.at("compiling")
         self.run_.evaluation_due = True
         try:

@@ -1,5 +1,7 @@
 """The last stage of `prepare`: domains.json, report.json and manifest.json."""
 
+from typing import Any
+
 import numpy as np
 
 from soup_jax import storage as files
@@ -21,7 +23,8 @@ def describe_domains(work: Work, layout: windows.Layout) -> None:
     """
     if (work.final / "domains.json").exists():
         return
-    cfg, similarity, documents = work.cfg, [], 0
+    cfg, similarity = work.cfg, []
+    documents = np.zeros((len(work.splits), work.cfg.num_domains), np.int64)
     for source, path in zip(work.shards("documents"), work.shards("grouped")):
         grouped = shards.load(path, "documents", "similarity")
         documents = documents + grouped["documents"].reshape(len(work.splits), -1)
@@ -35,7 +38,8 @@ def describe_domains(work: Work, layout: windows.Layout) -> None:
     nearest = shards.chosen_rows(work.shards("grouped"), rows, "nearest")
     described = []
     for k, terms in enumerate(domains.top_terms(texts, nearest, cfg.num_domains)):
-        entry = {"domain": k, "label": " ".join(terms[:3]) or f"domain {k}", "terms": terms}
+        label = " ".join(terms[:3]) or f"domain {k}"
+        entry: dict[str, Any] = {"domain": k, "label": label, "terms": terms}
         entry |= {name: {} for name in ("documents", "windows", "tokens")}
         for i, split in enumerate(work.splits):
             num_windows = int(np.diff(layout.offsets[split])[k])

@@ -52,7 +52,7 @@ class _ShardBuilder:
     ) -> None:
         """`end` is where reading continues; `last` says that there is nothing to continue."""
         sizes = [len(text) for text in self.texts]
-        tensors = {
+        tensors: dict[str, np.ndarray] = {
             "text": np.frombuffer(b"".join(self.texts), np.uint8),
             "offsets": np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64),
             "hash": np.frombuffer(b"".join(self.hashes), np.uint8).reshape(-1, 16),
