@@ -1,7 +1,7 @@
 """How a config field is declared: default, meaning, what it may be, and who may change it.
 
-The declarations are in `experiments/base.py`; all that is known of a field is said there. This
-module gives them their form, builds the config from them and checks a single value.
+`experiments/base.py` has the declarations and says all that is known of a field. This module gives
+them their form, builds the config from them and checks a single value.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Loading, checking, saving and comparing configs.
 
 `experiments/base.py` is the schema: a config has exactly its fields, with its types and bounds.
-`check` is what everything that takes a config calls first.
+Everything that takes a config calls `check` first.
 """
 
 import json

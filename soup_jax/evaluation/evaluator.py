@@ -1,8 +1,8 @@
 """Losses of specialists, of the shared parameters and at generic domain weights, on token sets.
 
 Columns: `specialist` (merged at its own h), `generic_h` (merged at the natural frequencies),
-`shared` (S alone). Losses are nats per token; bits per byte divide by the bytes of the scored
-tokens, and are what to compare between runs with different tokenizers.
+`shared` (S alone). Losses are nats per token. Bits per byte divide by the bytes of the scored
+tokens: compare these between runs with different tokenizers.
 """
 
 import math

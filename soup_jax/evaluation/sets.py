@@ -1,8 +1,8 @@
 """What is scored: held-out documents of specialists, and the generic validation split.
 
-A specialist is a file (or glob) of documents. They are split by document hash into three parts: one
-gives the histogram h; `tuning` is scored during training, for choosing settings; `final` is what
-`soup-jax evaluate` scores, so that what it reports was used for no choice.
+A specialist is a file (or glob) of documents. A hash splits them into three parts: one gives the
+histogram h; training scores `tuning`, for choosing settings; `soup-jax evaluate` scores `final`, so
+that no choice was made on what it reports.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """The base network as the rest of the project sees it, and how any Flax module becomes one.
 
-`BaseModel` is all that is asked of a network. A config names one by `model.kind`: a key of KINDS,
+`BaseModel` is all that a network must be. A config names one by `model.kind`: a key of KINDS,
 or the dotted path of a function of yours, `ModelSettings -> BaseModel`, which `make` calls.
 `from_linen` and `from_nnx` make a BaseModel of a module; for a language model that is one line.
 """

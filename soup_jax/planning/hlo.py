@@ -1,7 +1,7 @@
 """What a compiled program moves between devices, read from its text.
 
 `jax.stages.Compiled.as_text()` is the program of one device after partitioning and optimisation.
-Only text is looked at here, so programs for chips that are not present are as good as others.
+This module looks at text only, so programs for chips that are not present are as good as others.
 
 Bytes are counted per device and step. `payload_bytes` is the larger of what a device puts in and
 what it gets out; `moved_bytes` what it sends if the operation runs as a ring: (g - 1) / g of the

@@ -2,10 +2,10 @@
 
     soup-jax plan --config=experiments/soup_110m.py --topology=v5e:4x4
 
-What can be compiled is compiled, from shapes alone: for a TPU slice by the real TPU compiler, ahead
-of time, on any Linux x86-64 machine (`pip install -e '.[plan]'`), for devices that are present by
-theirs. For chips that are absent and have no compiler here (GPUs) the state is exact, collectives
-are those of a program for as many CPU devices, and the size of activations is not known.
+The step is compiled from shapes alone. For a TPU slice the real TPU compiler does it ahead of time,
+on any Linux x86-64 machine (`pip install -e '.[plan]'`); for devices that are present, their own.
+Chips that are absent and have no compiler here (GPUs) get the exact state and the collectives of a
+program for as many CPU devices; the size of activations is then not known.
 """
 
 import collections

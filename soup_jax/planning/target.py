@@ -1,7 +1,7 @@
 """The devices that a plan is made for: a TPU topology, a named chip, or what is present.
 
-A TPU topology is known to libtpu, which compiles for it without a TPU. A GPU that is not present is
-stood in for by CPU devices, as many as there would be GPUs, which only give shapes and collectives.
+libtpu knows a TPU topology and compiles for it without a TPU. CPU devices stand in for GPUs that
+are not present, one for one; they only give shapes and collectives.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """What a started run changes in its config: refused, or accepted and recorded with the step.
 
-`changes.jsonl` of a run has a line {"step", "time", "field", "old", "new"} for every tunable field
-that was changed, and for where its first parameters came from: the new value holds from that step
-on. config.json holds the newest values.
+A run's `changes.jsonl` has a line {"step", "time", "field", "old", "new"} for every change of a
+tunable field, and for the run that its first parameters came from. The new value holds from that
+step on. config.json holds the newest values.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is told of a step whose loss or gradient was not finite, and what the user can do then."""
+"""A step whose loss or gradient is not finite: what it read, and what the user can do then."""
 
 from typing import Any
 

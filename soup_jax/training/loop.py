@@ -2,9 +2,9 @@
 
     soup-jax train --config=experiments/quickstart.py --workdir=runs/soup
 
-A run that is killed and started again with the same command continues and ends bit-identical to one
-that was never killed. SIGTERM (and SIGINT) save at the current step and end with status 0; with
-many processes (see `processes`) a signal at one stops all of them after the same step.
+The same command continues a run that was killed, and the run ends bit-identical to one that never
+was. SIGTERM and SIGINT save at the current step and end with status 0; with many processes (see
+`processes`) a signal at one stops all of them after the same step.
 """
 
 import logging
@@ -80,8 +80,8 @@ class _Meter:
         return done
 
     def lap(self) -> float:
-        """Seconds since the last lap. To be called when the device is done with an interval: the
-        host may have sent steps that are yet to run."""
+        """Seconds since the last lap. Call it when the device is done with an interval: the host
+        may have sent steps that are yet to run."""
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         return seconds

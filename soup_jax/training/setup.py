@@ -1,8 +1,8 @@
 """A training run, set up and checked before its first step.
 
-Where the state comes from: the newest checkpoint of the workdir; without one, parameters from the
-run `checkpoint.init_from`; without that, the config's seed. Config, corpus, mesh, workdir and
-checkpoint are compared with each other, and any mismatch is refused with both sides shown.
+The state comes from the newest checkpoint of the workdir; without one, parameters come from the run
+`checkpoint.init_from`; without that, from the config's seed. Set-up compares config, corpus, mesh,
+workdir and checkpoint with each other, and refuses any mismatch with both sides shown.
 """
 
 import dataclasses

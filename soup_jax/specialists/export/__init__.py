@@ -55,7 +55,7 @@ FORMATS: Registry[Exporter] = Registry(
 
 
 def check_target(out: pathlib.Path) -> None:
-    """Refuse a place that holds anything but a specialist; to be called before work starts.
+    """Refuse a place that holds anything but a specialist; call it before work starts.
 
     Raises:
       UserError: it is a file, or a folder with other content.
