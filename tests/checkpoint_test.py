@@ -46,7 +46,7 @@ def save(directory, cfg, state, *steps):
         return checkpointer.steps()
 
 
-@pytest.mark.parametrize("bank", ["merged", "adamw"])
+@pytest.mark.parametrize("bank", ["merged", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_restored_on_other_device_counts_and_back_exactly(bank, tmp_path):
     fields = {"optimizer.bank": bank}
     cfg, _, state, _, _ = trained(8, **fields)

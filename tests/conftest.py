@@ -15,8 +15,8 @@ import sys
 import pytest
 
 NUM_DEVICES = 8
-# The method, the step, the plan of batches and the checkpoints: what a change breaks most often,
-# and what other releases of jax, flax, orbax and grain do. About two minutes on two cores.
+# Updates, merges, the plan of batches, checkpoints and configs: what a change breaks most often,
+# and where other releases of jax, optax and orbax differ.
 FAST = (
     "checkpoint_test.py",
     "config_test.py",
@@ -26,8 +26,6 @@ FAST = (
     "apply_test.py",
     "router_test.py",
     "sampling_test.py",
-    "gradients_test.py",
-    "step_test.py",
     "tree_test.py",
 )
 # What takes longest starts first, so that no process works alone at the end.

@@ -167,7 +167,7 @@ def test_unknown_network_is_refused(folder, tmp_path):
     recipe = json.loads((folder / "recipe.json").read_text())
     recipe["model"]["kind"] = "mixer"
     (tmp_path / "own" / "recipe.json").write_text(json.dumps(recipe))
-    with pytest.raises(UserError, match="unknown network 'mixer'"):
+    with pytest.raises(UserError, match="unknown base network 'mixer'"):
         generate(tmp_path / "own", "x", max_tokens=1, temperature=0, seed=0)
 
 

@@ -98,6 +98,7 @@ def test_factored_gradients_are_those_of_the_plain_loss(batch, num_micro, normal
         np.testing.assert_allclose(norms[part], direct, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_on_a_mesh_equal_those_on_one_device(batch):
     cfg = make_config()
     base_model, config, params = init(cfg)

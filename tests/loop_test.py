@@ -151,6 +151,7 @@ def test_killed_and_terminated_runs_end_bit_identical(bank, make_cfg, tmp_path):
             assert line == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bank", ["merged", "adamw"])
 def test_a_stopped_run_loses_no_step_and_repeats_no_batch(bank, make_cfg, tmp_path, fed):
     cfg = make_cfg(**{"optimizer.bank": bank})
@@ -170,6 +171,7 @@ def test_a_stopped_run_loses_no_step_and_repeats_no_batch(bank, make_cfg, tmp_pa
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_stopped_run_with_low_rank_experts_ends_bit_identical(make_cfg, tmp_path, fed, tiny_text):
     """And gives a specialist, which is an ordinary model."""
     rules = ((r"layers/attention/.*|embedding", "low_rank:4"), (".*", "dense"))
@@ -291,6 +293,7 @@ def changes(workdir):
     return [json.loads(line) for line in (workdir / "changes.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_rate_lowered_on_the_way_is_used_from_then_on(make_cfg, tmp_path, fed):
     cfg = {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0, "log.every_steps": 1}
     fed.at = {4: terminate}
@@ -377,7 +380,7 @@ def evaluations(workdir):
     return metrics.read_metrics(workdir / "metrics.jsonl", kind="evaluation")
 
 
-@pytest.mark.parametrize("step", [6, 12])
+@pytest.mark.parametrize("step", [6, pytest.param(12, marks=pytest.mark.slow)])
 def test_an_evaluation_cut_by_sigterm_is_made_up(step, make_cfg, tiny_text, tmp_path, monkeypatch):
     cfg, original = make_cfg(**evaluating(tiny_text)), evaluator.Evaluator.shared
     expected = train.train(cfg, tmp_path / "whole")

@@ -212,7 +212,7 @@ def test_plan_names_the_traffic_of_low_rank_factors():
     cfg = tiny_config(num_mixtures=8, num_experts=16, **fields)
     made = plan.make_plan(cfg, target.find_target(cfg, chip="H200", num_devices=8))
     kinds = {c["kind"]: c["what"] for c in text.to_json(made)["collectives"]}
-    assert kinds["reduce-scatter"].startswith("factors layers/mlp/")
+    assert kinds["reduce-scatter"].startswith("factors low_rank/layers/mlp/")
     assert "UNEXPECTED" not in text.to_text(made)
 
 

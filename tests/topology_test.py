@@ -74,7 +74,7 @@ def assert_same_run(lines, expected, bound=LOSS_BOUND):
 
 
 def test_losses_and_batches_do_not_depend_on_the_number_of_devices(whole):
-    """1 and 8; the next test has 4 and 2."""
+    """1 and 8; a slow test has 4 and 2."""
     state, lines = whole(1)
     assert {d for x in jax.tree.leaves(state) for d in x.devices()} == {jax.devices()[0]}
     assert_same_run(lines, whole(8)[1])
@@ -82,6 +82,7 @@ def test_losses_and_batches_do_not_depend_on_the_number_of_devices(whole):
     assert len(set(hashes)) == NUM_STEPS
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_other_devices(cfg, whole, tmp_path, monkeypatch):
     for num_devices, stop in ((8, 4), (4, 7), (2, 10), (1, 13), (8, None)):
         devices = jax.devices()[:num_devices]
