@@ -281,7 +281,8 @@ def run(num_devices, steps=3, **fields):
     return state, sums
 
 
-@pytest.mark.parametrize("rules", [MIXED, pytest.param(ALL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rules", [MIXED, ALL])
 def test_every_mesh_computes_the_same(rules):
     # A larger eps: a rounding difference of a tiny gradient would move a weight by the full rate.
     fields = {"experts.rules": rules, "optimizer.eps": 1e-3, "num_mixtures": 4}

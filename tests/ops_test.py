@@ -53,7 +53,7 @@ def test_losses(chunk):
     check_same(ours, plain, normal(B, L, D), normal(D, V), targets)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("kv_heads", [2])
 def test_attention(kv_heads):
     def plain(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
