@@ -1,9 +1,9 @@
 """Rules on the text of the library: who may import whom, what nobody imports, how long things are.
 
 The library is made of packages, and PACKAGES lists them from the ground up: a module imports from
-its own package and from those before it, never from one above. Inside a package, and so in the whole
-library, there is no circle. The method can be used without the framework: METHOD knows nothing of
-configs, data or processes.
+its own package and from those before it, never from one above. Inside a package, and so in the
+whole library, there is no circle. The method can be used without the framework: METHOD knows
+nothing of configs, data or processes.
 """
 
 import ast
