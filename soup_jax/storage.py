@@ -1,15 +1,25 @@
-"""Small file habits shared by every artefact: atomic writes, stable JSON, content hashes."""
+"""One way out: files and folders that appear whole or not at all; stable JSON; content hashes.
+
+What a killed process left half-made is removed when the same file or folder is written again.
+"""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from soup_jax.errors import UserError
+
+_numbers = itertools.count()
 
 
 def json_text(value: Any) -> str:
@@ -21,21 +31,103 @@ def json_text(value: Any) -> str:
 def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A temporary path beside `path` that replaces it when the block ends without an error.
 
-    A process killed inside the block leaves the old file, or none, never half of the new one.
+    A process killed inside the block leaves the old file, or none, never half of the new one. After
+    the block the new one survives a power cut.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(fd)
-    temporary = pathlib.Path(name)
+    temporary = _temporary(path)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes 0600; others may read a corpus
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A new, empty folder beside `path` that takes its place when the block ends without an error.
+
+    A process killed inside the block leaves the old folder, or none. One that is killed between
+    moving the old and the new leaves the old beside it; `recover_folder` brings it back.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
+    temporary = _temporary(path)
+    old = temporary.with_suffix(".old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(path: str | os.PathLike) -> None:
+    """Finish what a killed `atomic_folder` of this path left: the old folder, if it has no new."""
+    path = pathlib.Path(path)
+    for left in _leftovers(path, ".old"):
+        if path.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            os.replace(left, path)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    for left in _leftovers(path, ".tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{next(_numbers)}.tmp")
+
+
+def _leftovers(path: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
+    # Of processes of this machine that are no more; another machine's may be at work.
+    if not path.parent.is_dir():
+        return
+    prefix = f".{path.name}.{_host()}."
+    for entry in list(path.parent.iterdir()):
+        if entry.name.startswith(prefix) and entry.suffix == suffix:
+            pid = entry.name.removeprefix(prefix).split(".")[0]
+            if pid.isdigit() and not _alive(int(pid)):
+                yield entry
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without it
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -44,38 +136,94 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the hash of all its other fields as "seal"; `inputs.check_seal` reads it."""
+    rest = {name: x for name, x in value.items() if name != "seal"}
+    return {**rest, "seal": sha256_bytes(json_text(rest).encode())}
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as stable JSON, atomically."""
     write_text(path, json_text(value))
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file; UserError when it is missing or not JSON."""
-    try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{path} does not exist") from e
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from e
+def check_file_target(path: str | os.PathLike, what: str) -> None:
+    """Refuse, before work, a place where no file can be written; nothing is made.
 
-
-def read_format(value: Any, where: str | os.PathLike, *, newest: int) -> int:
-    """The format number of an artefact's JSON object; 1 if it has none, as the first of some had.
+    Args:
+      what: the flag or field that names the place, for the message.
 
     Raises:
-      UserError: no JSON object, or of a format above `newest`, the one that is written today.
+      UserError: a folder or device is there, or its folder cannot be written.
     """
-    if not isinstance(value, dict):
-        raise UserError(f"{where} holds no JSON object: it was not written by soup_jax, or damaged")
-    number = value.get("format", 1)
-    if type(number) is not int or number < 1:
-        raise UserError(f"{where} has the format {number!r}, which no version of soup_jax wrote")
-    if number > newest:
+    path = pathlib.Path(path)
+    if os.path.lexists(path) and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise UserError(f"{what}={path} is {kind}; name a file that can be written")
+    _check_parent(path, path.parent, what)
+
+
+def check_folder_target(path: str | os.PathLike, what: str) -> None:
+    """Refuse, before work, a place where no folder can be made or written; as above.
+
+    Raises:
+      UserError: a file is there, or it cannot be written.
+    """
+    path = pathlib.Path(path)
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{what}={path} is no folder; name a folder, there or to be made")
+    _check_parent(path, path, what)
+
+
+def _check_parent(path: pathlib.Path, folder: pathlib.Path, what: str) -> None:
+    folder = folder.absolute()
+    try:
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        if not folder.is_dir():
+            raise UserError(f"{what}={path} cannot be made: {folder} is no folder")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(f"{what}={path} cannot be written: {folder}: {e.strerror}") from e
+
+
+def check_room(folder: str | os.PathLike, num_bytes: int, what: str) -> None:
+    """Refuse work whose result has no room on the disk.
+
+    Raises:
+      UserError: less than `num_bytes` are free where `folder` is, or will be.
+    """
+    place = pathlib.Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
         raise UserError(
-            f"{where} has format {number}, this version of soup_jax reads formats up to {newest}: "
-            "upgrade it with `pip install --upgrade soup_jax`"
+            f"{what} needs {num_bytes / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB free: "
+            "make room or choose another disk"
         )
-    return number
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, refusal: str) -> Iterator[None]:
+    """Holds a lock on an existing folder for the block; the end of the process frees it, too.
+
+    Raises:
+      UserError: with the text `refusal`, if another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(refusal) from e
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF):
+                raise  # else a file system that knows no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -16,7 +16,8 @@ from soup_jax.data.prepare import provenance
 from soup_jax.errors import UserError
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists.instantiate import instantiate_to
-from soup_jax.storage import read_format, read_json, write_json
+from soup_jax.inputs import read_format, read_json
+from soup_jax.storage import write_json
 from soup_jax.training import formats, setup
 from soup_jax.training.checkpoint import Checkpointer
 

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from soup_jax.config.fields import Change, nearest
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
-from soup_jax.storage import read_format, read_json, write_json
+from soup_jax.inputs import read_format, read_json
+from soup_jax.storage import write_json
 
 # Today's fields that an old value stands for; None if it means nothing today.
 Meaning = Callable[[Any], dict[str, Any] | None]

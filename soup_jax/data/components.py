@@ -22,8 +22,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from soup_jax.errors import UserError
+from soup_jax.inputs import read_json
 from soup_jax.registry import Registry
-from soup_jax.storage import read_json, sha256_bytes
+from soup_jax.storage import sha256_bytes
 
 
 class Component(Protocol):

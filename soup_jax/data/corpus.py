@@ -18,12 +18,12 @@ Folder (`prepare` writes it, `open_corpus` reads it):
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
+from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.data import domains
 from soup_jax.data import sources as corpus
@@ -34,6 +34,26 @@ from soup_jax.errors import UserError
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "held_out")
+# What every reader stands on; small, so that their hashes are compared whenever a corpus is opened.
+_SMALL = (
+    "centroids.safetensors",
+    "domains.json",
+    "embedder.json",
+    "embedder.safetensors",
+    "offsets.safetensors",
+    "tokenizer.json",
+)
+_MANIFEST = {
+    "format": int,
+    "fingerprint": str,
+    "seq_len": int,
+    "vocab_size": int,
+    "eos_id": int,
+    "counts": {"documents": int, "duplicates": int, "too_short": int, "cut": int, "splits": dict},
+    "window_files": {...: [{"name": str, "windows": int}]},
+    "artefacts": {...: {"bytes": int, "sha256": str}},
+    "request": {"parameters": dict, "sources": [{"path": str}]},
+}
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random reads
 _READER_BUFFER = 4096  # bytes: about one record
 
@@ -98,11 +118,11 @@ class Corpus:
 
     def centroids(self) -> np.ndarray:
         """float32 [K, dim], unit rows."""
-        return safetensors.numpy.load_file(self.path / "centroids.safetensors")["centroids"]
+        return inputs.read_tensors(self.path / "centroids.safetensors")["centroids"]
 
     def similarity_quantiles(self) -> dict[float, float]:
         """Quantiles of the similarity of train documents to their own centroid."""
-        tensors = safetensors.numpy.load_file(self.path / "centroids.safetensors")
+        tensors = inputs.read_tensors(self.path / "centroids.safetensors")
         return dict(zip(domains.QUANTILES, tensors["similarity_quantiles"].tolist()))
 
     def source(self, split: str) -> Any:
@@ -151,7 +171,8 @@ class Corpus:
                 f"  {split}: {count['documents']:,} documents, {count['bytes'] / 1e6:,.1f} MB, "
                 f"{count['tokens']:,} tokens, {count['windows']:,} windows of {self.seq_len}"
             )
-        damage = corpus.Report(files.read_json(self.path / "report.json")).lines()
+        report = inputs.read_json(self.path / "report.json", corpus.REPORT)
+        damage = corpus.Report(report).lines()
         lines.append(
             f"  damaged: {counts['damaged']}" + (" (all in report.json)" if damage else "")
         )
@@ -163,13 +184,7 @@ class Corpus:
         Raises:
           UserError: files that are missing or changed.
         """
-        changed = [
-            name
-            for name, artefact in self.manifest["artefacts"].items()
-            if not (self.path / name).is_file()
-            or files.sha256_file(self.path / name) != artefact["sha256"]
-        ]
-        if changed:
+        if changed := _changed(self.path, self.manifest):
             raise UserError(
                 f"the corpus {self.path} is damaged: {', '.join(changed)} differ from its "
                 "manifest. Delete the folder and run `soup-jax prepare` again"
@@ -193,8 +208,7 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
     if not (path / "manifest.json").exists():
         state = "is not finished" if (path / ".work").exists() else "is not a prepared corpus"
         raise UserError(f"{path} {state} (it has no manifest.json): {advice}")
-    manifest = files.read_json(path / "manifest.json")
-    files.read_format(manifest, path / "manifest.json", newest=FORMAT_VERSION)
+    manifest = _read_manifest(path)
     for name, artefact in manifest["artefacts"].items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != artefact["bytes"]:
@@ -203,14 +217,19 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
                 f"the corpus {path} is damaged: {name} {found}, the manifest says "
                 f"{artefact['bytes']} bytes. Delete the folder and {advice}"
             )
-    tensors = safetensors.numpy.load_file(path / "offsets.safetensors")
+    if damaged := _changed(path, manifest, _SMALL):
+        raise UserError(
+            f"the corpus {path} is damaged: {', '.join(damaged)} changed since it was prepared. "
+            f"Delete the folder and {advice}"
+        )
+    tensors = inputs.read_tensors(path / "offsets.safetensors")
     splits = [split for split in SPLITS if f"offsets/{split}" in tensors]
     offsets = {split: tensors[f"offsets/{split}"] for split in splits}
     windows = np.diff(offsets["train"])
     return Corpus(
         path=path,
         manifest=manifest,
-        domains=files.read_json(path / "domains.json"),
+        domains=inputs.read_json(path / "domains.json", [{"label": str}]),
         num_domains=len(windows),
         seq_len=manifest["seq_len"],
         vocab_size=manifest["vocab_size"],
@@ -220,3 +239,40 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
         domain_frequencies=windows / windows.sum(),
         fingerprint=manifest["fingerprint"],
     )
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    where = path / "manifest.json"
+    manifest = inputs.read_json(where)
+    inputs.read_format(manifest, where, newest=FORMAT_VERSION)
+    inputs.check_structure(manifest, _MANIFEST, where)
+    inputs.check_seal(manifest, where)
+    # The fingerprint is the hash of these hashes; what a run and a recipe compare depends on it.
+    if manifest["fingerprint"] != fingerprint_of(manifest):
+        raise UserError(
+            f"{where} was edited: its fingerprint is not that of the files it lists. Restore it, "
+            "or delete the folder and prepare the corpus again"
+        )
+    return manifest
+
+
+def fingerprint_of(manifest: Mapping[str, Any]) -> str:
+    """The fingerprint of the artefacts in a manifest: what the windows and the domains are, not
+    where the text lay or what was wrong with it."""
+    hashes = {name: a["sha256"] for name, a in manifest["artefacts"].items()}
+    hashes.pop("report.json", None)
+    return files.sha256_bytes(files.json_text(hashes).encode())
+
+
+def _changed(
+    path: pathlib.Path, manifest: Mapping[str, Any], names: Iterable[str] | None = None
+) -> list[str]:
+    """Artefacts (all, or those named) that are missing or whose SHA-256 is another."""
+    artefacts = manifest["artefacts"]
+    return [
+        name
+        for name in (artefacts if names is None else names)
+        if name not in artefacts
+        or not (path / name).is_file()
+        or files.sha256_file(path / name) != artefacts[name]["sha256"]
+    ]

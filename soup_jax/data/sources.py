@@ -52,6 +52,11 @@ DAMAGE = {
     "truncated": "files that end or break in the middle (what came before was read)",
     "unreadable": "files or folders that cannot be read",
 }
+# What `Report.to_json` returns.
+REPORT = {
+    "counts": {...: int},
+    "entries": {...: [{"source": str, "line": int, "reason": str}]},
+}
 MAX_ENTRIES = 1000  # damage listed one by one, per kind; all of it is counted
 
 

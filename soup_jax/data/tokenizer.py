@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from soup_jax import storage as files
 from soup_jax.errors import UserError
+from soup_jax.inputs import read_text
 
 EOS = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # 256 bytes and EOS
@@ -132,10 +133,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     path = pathlib.Path(path)
     if path.is_dir():
         path = path / "tokenizer.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read the tokenizer {path}: {e}") from e
+    text = read_text(path)
     try:
         inner = tokenizers.Tokenizer.from_str(text)
     except Exception as e:  # the library raises bare Exception

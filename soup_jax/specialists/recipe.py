@@ -4,13 +4,22 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.models.base import ModelSettings
 
 FORMAT = 1  # the format that is written, and the newest that is read
-_FIELDS = ("alpha", "eos_id", "h", "hashes", "model", "seq_len", "vocab_size")
+_RECIPE = {
+    "alpha": [float],
+    "eos_id": int,
+    "h": [float],
+    "hashes": {...: str},
+    "model": dict,
+    "seq_len": int,
+    "vocab_size": int,
+}
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -26,11 +35,10 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} is not a specialist: {path} does not exist (see `soup-jax instantiate`)"
         )
-    recipe = files.read_json(path)
-    files.read_format(recipe, path, newest=FORMAT)
-    missing = [name for name in _FIELDS if name not in recipe]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: make the specialist again")
+    recipe = inputs.read_json(path)
+    inputs.read_format(recipe, path, newest=FORMAT)
+    inputs.check_structure(recipe, _RECIPE, path)
+    inputs.check_seal(recipe, path)
     for file in ("params.safetensors", "tokenizer.json"):
         written = folder / file
         expected = recipe["hashes"].get(file.split(".")[0])

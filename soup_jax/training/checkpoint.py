@@ -26,8 +26,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from soup_jax import tree
 from soup_jax.errors import UserError
+from soup_jax.inputs import read_format
 from soup_jax.processes import start as distributed
-from soup_jax.storage import read_format
 from soup_jax.training import formats
 from soup_jax.training.state import TrainState
 

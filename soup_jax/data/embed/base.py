@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import safetensors.numpy
 
+from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.errors import UserError
 from soup_jax.registry import Registry
@@ -80,17 +81,16 @@ def load_embedder(directory: str | os.PathLike) -> Embedder:
       UserError: files are missing, damaged or of a kind that is not known.
     """
     directory = pathlib.Path(directory)
-    value = files.read_json(directory / "embedder.json")
+    value = inputs.read_json(directory / "embedder.json", {"kind": str, "name": str, "dim": int})
     path = directory / "embedder.safetensors"
     try:
         kind = EMBEDDERS.get(value["kind"])
     except UserError as e:
         raise UserError(f"{directory / 'embedder.json'}: {e}") from e
     try:
-        tensors = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise UserError(f"cannot read {path}: {e}; prepare the corpus again") from e
-    embedder = kind.load(value, tensors)
+        embedder = kind.load(value, inputs.read_tensors(path))
+    except KeyError as e:
+        raise UserError(f"{path} or the embedder.json beside it lacks {e}") from e
     if embedder.name != value["name"]:
         raise UserError(f"{path} does not belong to the embedder.json beside it")
     return embedder

@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.data import domains, windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
-from soup_jax.data.corpus import FORMAT_VERSION
+from soup_jax.data.corpus import FORMAT_VERSION, fingerprint_of
 from soup_jax.data.embed.base import load_embedder
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare.work import Work
@@ -63,7 +64,7 @@ def write_manifest(
     for path in sorted(path for path in final.rglob("*") if path.is_file()):
         name = path.relative_to(final).as_posix()
         artefacts[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
-    described = files.read_json(final / "domains.json")
+    described = inputs.read_json(final / "domains.json")
     splits = {
         split: {
             name: sum(entry[name][split] for entry in described)
@@ -76,12 +77,10 @@ def write_manifest(
         size = np.bincount(shard["split"], np.diff(shard["offsets"]), len(work.splits))
         for split, num_bytes in zip(work.splits, size):
             splits[split]["bytes"] = splits[split].get("bytes", 0) + int(num_bytes)
-    # What the windows and the domains are, not where the text lay or what was wrong with it.
-    content = {name: a["sha256"] for name, a in artefacts.items() if name != "report.json"}
     tokenizer = tokenizer_lib.load_tokenizer(final / "tokenizer.json")
     manifest = {
         "format": FORMAT_VERSION,
-        "fingerprint": files.sha256_bytes(files.json_text(content).encode()),
+        "fingerprint": fingerprint_of({"artefacts": artefacts}),
         "seq_len": layout.seq_len,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": layout.eos_id,
@@ -99,4 +98,4 @@ def write_manifest(
         "artefacts": artefacts,
         "request": work.request,
     }
-    files.write_json(final / "manifest.json", manifest)
+    files.write_json(final / "manifest.json", files.sealed(manifest))

@@ -16,6 +16,14 @@ from soup_jax.data.embed.base import EMBEDDERS
 from soup_jax.errors import UserError
 
 
+# What `make_request` returns, as it stands in files.
+REQUEST = {
+    "format": int,
+    "parameters": dict,
+    "sources": [{"path": str}],
+}
+
+
 def make_request(cfg: Any, sources: Iterable[corpus_lib.SourceFile]) -> dict[str, Any]:
     """What determines a corpus: every parameter that matters and the hash of every source."""
     tokenizer = {"train_bytes": cfg.tokenizer.train_bytes}

@@ -22,18 +22,17 @@ This is not the place for filtering by quality, near-duplicate search or languag
 that should be trained on.
 """
 
-import contextlib
-import fcntl
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import joblib
 import numpy as np
 
+from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.data import domains, windows
 from soup_jax.data import sources as corpus_lib
@@ -61,11 +60,10 @@ def prepare(cfg: Any) -> Corpus:
     request = request_lib.make_request(cfg, progress(sources, "hashing the sources"))
     if (directory / "manifest.json").exists():
         return _finished(directory, request)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot make the folder corpus.dir = {directory}: {e.strerror}") from e
-    with _locked(directory):
+    files.check_folder_target(directory, "--config.corpus.dir")
+    files.check_room(directory, _least_bytes(sources), f"preparing the corpus {directory}")
+    directory.mkdir(parents=True, exist_ok=True)
+    with files.locked(directory, f"another `soup-jax prepare` is at work in {directory}"):
         work = _start(cfg, directory, sources, request)
         # The manifest among the staged artefacts says that all of them are there; after that,
         # moving them is all that is left, whenever a kill comes.
@@ -86,6 +84,12 @@ def prepare(cfg: Any) -> Corpus:
     return corpus
 
 
+def _least_bytes(sources: Sequence[corpus_lib.SourceFile]) -> int:
+    # The text once and its tokens twice: at least twice the bytes that lie in the sources, for
+    # what is compressed there is not compressed here.
+    return 2 * sum(os.path.getsize(s.path) for s in sources if os.path.isfile(s.path))
+
+
 def _finished(directory: pathlib.Path, request: dict[str, Any]) -> Corpus:
     corpus = open_corpus(directory)
     differences = request_lib.differences(corpus.manifest["request"], request)
@@ -97,19 +101,6 @@ def _finished(directory: pathlib.Path, request: dict[str, Any]) -> Corpus:
     shutil.rmtree(directory / ".work", ignore_errors=True)  # killed between manifest and tidying
     say(f"{directory} is already prepared")
     return corpus
-
-
-@contextlib.contextmanager
-def _locked(directory: pathlib.Path) -> Iterator[None]:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise UserError(f"another `soup-jax prepare` is at work in {directory}") from e
-        yield
-    finally:
-        os.close(handle)  # and with it the lock, as when the process dies
 
 
 def _start(
@@ -126,7 +117,7 @@ def _start(
         )
     record = directory / ".work" / "request.json"
     if record.exists():
-        old = files.read_json(record)
+        old = inputs.read_json(record, request_lib.REQUEST)
         differences = request_lib.differences(old, request)
         if old["format"] != request["format"]:
             differences.append(f"format: {old['format']}, now {request['format']}")

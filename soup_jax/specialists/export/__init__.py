@@ -1,12 +1,10 @@
 """What a specialist can be saved as: formats by name, or a dotted path to an exporter of yours."""
 
-import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from soup_jax import storage as files
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.registry import Registry
@@ -58,10 +56,11 @@ def check_target(out: pathlib.Path) -> None:
     """Refuse a place that holds anything but a specialist; call it before work starts.
 
     Raises:
-      UserError: it is a file, or a folder with other content.
+      UserError: it is a file, a folder with other content, or cannot be written.
     """
-    taken = out.is_file() or (out.exists() and any(out.iterdir()))
-    if taken and not (out / "recipe.json").exists():
+    files.check_folder_target(out, "--out")
+    files.recover_folder(out)
+    if out.exists() and any(out.iterdir()) and not (out / "recipe.json").exists():
         raise UserError(f"{out} exists and is not a specialist; choose another folder")
 
 
@@ -73,14 +72,5 @@ def export(specialist: Exportable, out: pathlib.Path, *, format: str) -> None:
     """
     write = FORMATS.get(format)
     check_target(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
-        write(specialist, new)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(new, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with files.atomic_folder(out) as folder:
+        write(specialist, folder)

@@ -19,12 +19,12 @@ def write(specialist: Exportable, folder: pathlib.Path) -> None:
     """Write the three files; the recipe comes last, with hashes of the others."""
     params, tokenizer = folder / "params.safetensors", folder / "tokenizer.json"
     leaves = {k: np.ascontiguousarray(v) for k, v in tree.flatten(specialist.params).items()}
-    with files.atomic_path(params) as temporary:
-        save_file(leaves, temporary)
+    save_file(leaves, params)
     shutil.copyfile(specialist.tokenizer_path, tokenizer)
     hashes = {
         **specialist.recipe["hashes"],
         "tokenizer": files.sha256_file(tokenizer),
         "params": files.sha256_file(params),
     }
-    files.write_json(folder / "recipe.json", {**specialist.recipe, "hashes": hashes})
+    recipe = files.sealed({**specialist.recipe, "hashes": hashes})
+    files.write_json(folder / "recipe.json", recipe)
