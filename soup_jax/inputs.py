@@ -114,9 +114,9 @@ def check_structure(value: Any, like: Any, where: str | os.PathLike) -> None:
 def _difference(value: Any, like: Any, at: str) -> str:
     kind = like if isinstance(like, type) else type(like)
     kind = dict if isinstance(like, Mapping) else kind
-    allowed = (int, float) if kind is float else kind
+    allowed = (int, float) if kind is float else (kind,)
     name = at.lstrip(".") or "it"
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+    if type(value) not in allowed:
         found = _WORDS.get(type(value), type(value).__name__)
         return f"{name} is {found}, expected {_WORDS.get(kind, kind.__name__)}"
     if isinstance(like, list):

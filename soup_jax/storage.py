@@ -137,7 +137,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with the hash of all its other fields as "seal"; `inputs.check_seal` reads it."""
+    """A JSON object with the hash of its other fields as "seal"; `inputs.check_seal` reads it."""
     rest = {name: x for name, x in value.items() if name != "seal"}
     return {**rest, "seal": sha256_bytes(json_text(rest).encode())}
 

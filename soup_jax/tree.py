@@ -49,7 +49,7 @@ def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[
 
     Raises:
       UserError: a regex that does not compile or is no path's first match, or a path that no regex
-        matches; but the last regex may be left over.
+        matches; but ".*" at the end may be left over.
     """
     try:
         compiled = [(re.compile(pattern), rule) for pattern, rule in rules]
@@ -69,8 +69,9 @@ def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[
                 f"no rule matches the leaf {path!r}; the rules are {list(rules)}. "
                 "Every leaf must be covered: end the list with ('.*', 'none') or ('.*', 'dense')"
             )
-    for i, pair in enumerate(rules[:-1]):
-        if i not in used:
+    for i, pair in enumerate(rules):
+        catch_all = i == len(rules) - 1 and pair[0] == ".*"
+        if i not in used and not catch_all:
             raise UserError(
                 f"the rule {pair!r} applies to no leaf: none has such a name, or rules "
                 f"before it take all that have. The leaves are {', '.join(paths)}"

@@ -14,9 +14,9 @@ from soup_jax.config import schema as config
 from soup_jax.data.corpus import open_corpus
 from soup_jax.data.prepare import provenance
 from soup_jax.errors import UserError
+from soup_jax.inputs import read_format, read_json
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists.instantiate import instantiate_to
-from soup_jax.inputs import read_format, read_json
 from soup_jax.storage import write_json
 from soup_jax.training import formats, setup
 from soup_jax.training.checkpoint import Checkpointer
@@ -32,6 +32,7 @@ def saved(tmp_path):
 def edit(path, change):
     value = read_json(path)
     change(value)
+    value.pop("seal", None)  # earlier versions wrote none
     write_json(path, value)
 
 

@@ -11,7 +11,8 @@ from soup_jax.training.checkpoint import Checkpointer
 
 def start(workdir, corpus, **fields):
     run = run_lib.setup(tiny_config(**({"corpus.dir": corpus} | fields)), workdir)
-    run_lib.claim_workdir(run)
+    with run.lock:  # of this start alone
+        run_lib.claim_workdir(run)
     return run
 
 

@@ -10,17 +10,19 @@
 A config is a Python file with `get_config()`; `--config=FILE.py:ARG` passes it an argument, and
 `--config.section.field=value` changes a field. `soup-jax SUBCOMMAND --help` lists the flags.
 Exit status: 0 if what was asked is done; 1 if `plan` finds that the run does not fit, or training
-diverged; 2 for something you can fix, said in one line.
+diverged; 2 for something you can fix, said in one line; 130 if you interrupted it, 141 if nobody
+reads its output any more.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from absl import flags
 
 from soup_jax.cli import config_flag, evaluate, generate, instantiate, plan, prepare, train
-from soup_jax.errors import UserError
+from soup_jax.errors import UserError, explain
 
 # Each defines its flags, `define(values, argv)`, and acts, `run(values)`; it imports what is slow
 # to import when it acts, so that --help and mistakes are answered at once.
@@ -64,19 +66,62 @@ def run(argv: Sequence[str]) -> int:
         return 0
     _set_up_logging()
     try:
-        command = [f"soup-jax {name}", *config_flag.resolve(arguments)]
-        subcommand.define(values, command)
-        rest = values(command)[1:]
-        if rest:
-            raise UserError(f"unexpected arguments {rest}; flags are given as --name=value")
-        return subcommand.run(values)
+        return _run(name, arguments, values)
     except UserError as e:
-        print(f"soup-jax: error: {e}", file=sys.stderr)
-    except (flags.Error, AttributeError, TypeError, ValueError, KeyError) as e:
-        if not _about_flags(e):
+        text, status = str(e), 2
+    except KeyboardInterrupt:
+        text, status = "interrupted", 130
+    except BrokenPipeError:
+        # Whoever read the output has enough. Python would write the rest at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as e:
+        text, status = explain(e), 2
+        if not text:
             raise
-        print(f"soup-jax: error: {_plain(e)}", file=sys.stderr)
-    return 2
+    print(f"soup-jax: error: {text}", file=sys.stderr)
+    return status
+
+
+def _run(name: str, arguments: Sequence[str], values: flags.FlagValues) -> int:
+    subcommand = SUBCOMMANDS[name]
+    command = [f"soup-jax {name}", *config_flag.resolve(arguments)]
+    try:
+        subcommand.define(values, command)
+        _check_once(values, command[1:])
+        rest = values(command)[1:]
+    except UserError:
+        raise
+    except Exception as e:
+        where = config_flag.explain(e, command)
+        if not where and not _about_flags(e):
+            raise
+        raise UserError((where or _plain(e)) + _hint(e)) from e
+    if rest:
+        raise UserError(f"unexpected arguments {rest}; flags are given as --name=value")
+    status = subcommand.run(values)
+    sys.stdout.flush()  # a closed pipe is told here, not at the end of the interpreter
+    return status
+
+
+def _check_once(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    # absl takes the last of two values without a word.
+    given = [a.lstrip("-").partition("=")[0] for a in arguments if a.startswith("-")]
+    for name in dict.fromkeys(given):
+        several = name in values and isinstance(values[name], flags.MultiFlag)
+        if given.count(name) > 1 and not several:
+            raise UserError(f"--{name} is given {given.count(name)} times; once is meant")
+
+
+def _hint(error: BaseException) -> str:
+    # A field of the config without its prefix is the likeliest unknown flag.
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return ""
+    from soup_jax.config.schema import FIELDS
+
+    wanted = error.flagname.replace("-", "_")
+    found = [n for n in FIELDS if n == wanted or n.rpartition(".")[2] == wanted]
+    return f" (a field of the config: --config.{found[0]}=...)" if len(found) == 1 else ""
 
 
 def _flags_help(values: flags.FlagValues) -> str:
@@ -89,9 +134,10 @@ def _flags_help(values: flags.FlagValues) -> str:
 def _plain(error: BaseException) -> str:
     # The parser wraps what a config file raised in pages of tried paths, and a KeyError's text in
     # quotes; what the user needs is the innermost sentence.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [repr(error)]
     text = lines[-1] if len(lines) > 3 else " ".join(lines)
-    return text.strip("\"'").replace("\\'", "'").replace("\\n", ". ")
+    return text.replace("\\'", "'").replace("\\n", ". ")
 
 
 def _about_flags(error: BaseException) -> bool:

@@ -148,11 +148,33 @@ def check(cfg: ConfigDict) -> ConfigDict:
     return cfg.lock()
 
 
-def _check_combinations(cfg: ConfigDict) -> None:
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(f"config: {message}")
+def check_start(cfg: ConfigDict) -> None:
+    """Refuse what no new run may have, though `check` lets older runs have it.
 
+    Raises:
+      UserError: a schedule that never reaches its rate, or a seed that jax would cut.
+    """
+    o, steps = cfg.optimizer, cfg.num_steps
+    _need(
+        o.warmup_steps < steps,
+        f"optimizer.warmup_steps = {o.warmup_steps} must be below num_steps = {steps}, or the rate "
+        f"is never reached: set --config.optimizer.warmup_steps={steps // 10}",
+    )
+    _need(
+        o.schedule != "wsd" or o.warmup_steps + o.decay_steps <= steps,
+        f"optimizer.warmup_steps = {o.warmup_steps} and decay_steps = {o.decay_steps} are more "
+        f"than num_steps = {steps} together: lower one of them",
+    )
+    _need(cfg.seed < 1 << 32, f"seed = {cfg.seed} must be below 2^32 = {1 << 32}")
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(f"config: {message}")
+
+
+def _check_combinations(cfg: ConfigDict) -> None:
+    need = _need
     _divides(cfg, "num_mixtures", "batch_size")
     rows = cfg.batch_size // cfg.num_mixtures
     need(

@@ -2,19 +2,22 @@
 
     checkpoints/<step>/params      the soup; all that instantiating a specialist reads
     checkpoints/<step>/opt_state   optimizer state
-    checkpoints/<step>/data        JSON: format, step, plan cursors, fingerprint
+    checkpoints/<step>/data        JSON: format, step, plan cursors, fingerprint, checksums, a seal
 
 `step` counts the updates already applied. A restore builds its target from the config and the mesh
 at hand, so a checkpoint of one topology is read on any other; the structure is compared first and
-a difference is printed leaf by leaf. A newest checkpoint that cannot be read is skipped, with a
-message, for the one before; a run that goes on from there first renames it to unreadable_<step>,
-since it would be taken for a later save of its own.
+a difference is printed leaf by leaf. What was read is compared with the checksums of what was
+saved. A newest checkpoint that cannot be read, twice, or differs is skipped, with a message, for
+the one before; a run that goes on from there first renames it to unreadable_<step>, since it would
+be taken for a later save of its own. A later start deletes it, once the run is past that step.
 """
 
 import contextlib
+import json
 import logging
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,16 +27,26 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from soup_jax import tree
+from soup_jax import storage, tree
 from soup_jax.errors import UserError
-from soup_jax.inputs import read_format
+from soup_jax.inputs import check_structure, read_format
 from soup_jax.processes import start as distributed
-from soup_jax.training import formats
+from soup_jax.training import formats, integrity
 from soup_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
 
 _ARRAYS = ("params", "opt_state")
+# Between two tries to read: a network file system may fail for a moment.
+_RETRY_SECS = 1.0
+_DATA = {
+    "step": int,
+    "fingerprint?": {"corpus": str},
+    "cursors?": [int],
+    "plan_step?": int,
+    "evaluation_due?": bool,
+    "checksums?": {...: str},
+}
 
 
 class Checkpointer:
@@ -113,12 +126,15 @@ class Checkpointer:
             # On CPU the "device to host copy" is a view of the buffer that the next step donates.
             params, opt_state = jax.tree.map(jnp.copy, (params, opt_state))
             jax.block_until_ready((params, opt_state))
+        data = {"format": formats.CHECKPOINT, **data}
+        data["checksums"] = integrity.checksums({"params": params, "opt_state": opt_state})
+        data = storage.sealed(json.loads(storage.json_text(data)))  # as it will be read
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 opt_state=ocp.args.StandardSave(opt_state),
-                data=ocp.args.JsonSave({"format": formats.CHECKPOINT, **data}),
+                data=ocp.args.JsonSave(data),
             ),
         )
         return True
@@ -177,6 +193,10 @@ class Checkpointer:
 
     def _set_aside(self, last: int) -> None:
         # Left in place, orbax would refuse to save at or before these later steps.
+        if self._group.process_id == 0:
+            for old in self.directory.glob("unreadable_*"):
+                if int(old.name.removeprefix("unreadable_")) <= last:
+                    shutil.rmtree(old, ignore_errors=True)
         steps = [s for s in self._agreed(self.steps()) if s > last]
         if not steps:
             return
@@ -218,7 +238,13 @@ class Checkpointer:
                     "(checkpoint -> config):\n  " + "\n  ".join(problems)
                 )
             if not failure and not differences:
-                return candidate, items
+                # By all processes, for each has a part of the arrays.
+                changed = integrity.differences(
+                    items["data"].get("checksums", {}), {name: items[name] for name in target}
+                )
+                if not changed:
+                    return candidate, items
+                failure = f"changed since it was saved: {', '.join(changed[:5])}"
             failures.append(f"step {candidate}: {failure or '; '.join(differences)}")
             _log.warning("unreadable checkpoint, trying the one before: %s", failures[-1])
         if failures:
@@ -232,23 +258,50 @@ class Checkpointer:
 def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> tuple[Any, str]:
     # (items, "") or, for another structure, (its differences, ""), or (None, what is damaged). A
     # damaged checkpoint fails in many ways; all of them are told.
+    failure = ""
+    for attempt in range(2):
+        if attempt:
+            time.sleep(_RETRY_SECS)
+        try:
+            return _read_once(reader, step, target), ""
+        except UserError:
+            raise  # sound, but of a later version: one before it would be no continuation
+        except _Damaged as e:
+            return None, str(e)
+        except Exception as e:
+            failure = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+    return None, failure
+
+
+class _Damaged(Exception):
+    """A checkpoint that will not be sound if it is read again."""
+
+
+def _read_once(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> Any:
+    data = reader.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+    place = f"checkpoint {reader.directory}/{step}"
+    _check_data(data, step)
+    version = read_format(data, place, newest=formats.CHECKPOINT)
+    stored = formats.to_v1(target) if version == 1 else target
+    problems = _structure_diff(reader.item_metadata(step), stored)
+    if problems:
+        return problems
+    args = {name: ocp.args.StandardRestore(value) for name, value in stored.items()}
+    items = dict(reader.restore(step, args=ocp.args.Composite(**args)).items())
+    if version == 1:
+        items = formats.from_v1(items, target)
+    return {**items, "data": data}
+
+
+def _check_data(data: Any, step: int) -> None:
     try:
-        data = reader.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-        place = f"checkpoint {reader.directory}/{step}"
-        version = read_format(data, place, newest=formats.CHECKPOINT)
-        stored = formats.to_v1(target) if version == 1 else target
-        problems = _structure_diff(reader.item_metadata(step), stored)
-        if problems:
-            return problems, ""
-        args = {name: ocp.args.StandardRestore(value) for name, value in stored.items()}
-        items = dict(reader.restore(step, args=ocp.args.Composite(**args)).items())
-        if version == 1:
-            items = formats.from_v1(items, target)
-        return {**items, "data": data}, ""
-    except UserError:
-        raise  # sound, but of a later version: one before it would be no continuation
-    except Exception as e:
-        return None, f"{type(e).__name__}: {str(e)[:500]}"
+        check_structure(data, _DATA, "its data item")
+    except UserError as e:
+        raise _Damaged(str(e)) from e
+    if "seal" in data and data != storage.sealed(data):
+        raise _Damaged("its data item was changed since it was saved")
+    if data["step"] != step:
+        raise _Damaged(f"its data item is that of step {data['step']}: it was copied or renamed")
 
 
 def _scalar(value: int, like: Any) -> jax.Array:

@@ -1,5 +1,6 @@
-"""A step whose loss or gradient is not finite: what it read, and what the user can do then."""
+"""A run that diverged: what its step read, and what the user can do then."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,28 @@ def advice(run: Run, step: int, *, saved: list[int]) -> str:
         "The same command continues without this batch, at half the rate, if you add",
         f'  --accept_changes --config.skip_batches="{skip}" {rate}',
     ]
-    if earlier := [s for s in saved if s < step]:
-        lines += [
-            "If the loss had grown before, a new run starts from an earlier step with",
-            f"  --workdir=NEW --config.checkpoint.init_from={run.workdir} "
-            f"--config.checkpoint.init_step={earlier[-1]} {rate}",
-        ]
+    if any(s < step for s in saved):
+        lines += ["If the loss had grown before:", earlier(run, step, saved=saved)]
     return "\n".join(lines)
+
+
+def earlier(run: Run, step: int, *, saved: list[int]) -> str:
+    """The command that starts a new run from a step of those `saved` before `step`, if any."""
+    rate = f"--config.optimizer.learning_rate={_half_rate(run)}"
+    before = [s for s in saved if s < step]
+    if not before:
+        return f"No checkpoint is older: start again with another --workdir and {rate}"
+    source = f"--config.checkpoint.init_from={run.workdir}"
+    return (
+        "A new run starts from an earlier step with\n"
+        f"  --workdir=NEW {source} --config.checkpoint.init_step={before[-1]} {rate}"
+    )
+
+
+def limit(vocab_size: int) -> float:
+    """The loss in nats per target above which a run has diverged: three times that of a uniform
+    guess, which no initialisation and no spike comes near."""
+    return 3 * math.log(vocab_size)
 
 
 def _half_rate(run: Run) -> str:

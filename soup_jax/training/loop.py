@@ -20,17 +20,17 @@ from tqdm import tqdm
 
 from soup_jax import tree
 from soup_jax.data import loader
-from soup_jax.data.sampling import StepPlan
 from soup_jax.evaluation import evaluator as evaluator_lib
 from soup_jax.evaluation import sets as sets_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import watchdog
 from soup_jax.processes.stop import stop_requests
 from soup_jax.soup import layout as sharding
-from soup_jax.storage import write_json
+from soup_jax.storage import sha256_bytes, write_json
 from soup_jax.training import build, divergence, metrics
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training import step as train_step
+from soup_jax.training.meter import Meter
 from soup_jax.training.setup import (
     Run,
     claim_workdir,
@@ -51,44 +51,6 @@ class Interrupted(Exception):
 
 class _EvaluationCut(Exception):
     """A signal arrived during an evaluation: saving comes first."""
-
-
-class _Meter:
-    """Sums on the device since the last log line, and the host's clock beside them."""
-
-    def __init__(self, run: Run):
-        self._zeros = jax.jit(
-            lambda: train_step.zero_metrics(run.cfg.num_domains),
-            out_shardings=sharding.replicated(run.mesh),
-        )
-        self._mark = time.perf_counter()
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums, self.wait = self._zeros(), 0.0
-        self._batches = metrics.BatchHash()
-
-    def feed(self, plan: StepPlan, wait: float) -> None:
-        """Note a batch and the seconds that the loop waited for it."""
-        self._batches.add(plan.domain_B, plan.window_B)
-        self.wait += wait
-
-    def close(self, step: int) -> dict[str, Any]:
-        """A finished interval, to be read after the next step is under way; starts a new one."""
-        done = {"step": step, "sums": self.sums, "wait": self.wait, "hash": self._batches.hex()}
-        self.reset()
-        return done
-
-    def lap(self) -> float:
-        """Seconds since the last lap. Call it when the device is done with an interval: the host
-        may have sent steps that are yet to run."""
-        now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
-        return seconds
-
-    def skip(self, seconds: float) -> None:
-        """Leave out time that was not spent on steps."""
-        self._mark += seconds
 
 
 def train(
@@ -114,7 +76,13 @@ def train(
     run = setup(cfg, pathlib.Path(workdir), model=model, devices=devices)
     specialists, validation = _evaluation_sets(run)
     read_initial(run)
-    claim_workdir(run, accept_changes=accept_changes)
+    with run.lock:
+        claim_workdir(run, accept_changes=accept_changes)
+        return _train(run, specialists, validation)
+
+
+def _train(run: Run, specialists: list[sets_lib.SpecialistSet], validation: Any) -> TrainState:
+    cfg = run.cfg
     checkpoints = run.workdir / "checkpoints"
     saving = cfg.checkpoint.async_timeout_secs
     compiling = watchdog.COMPILE_SECS
@@ -133,7 +101,7 @@ def train(
             cfg, workdir=run.workdir, start_step=start, active=run.group.process_id == 0
         )
         try:
-            loop = _Loop(run, checkpointer, writer, specialists, validation)
+            loop = _Loop(run, checkpointer, writer, specialists, validation, start)
             state = loop.run(state, start)
             run.group.at("saving")
             return state
@@ -143,14 +111,23 @@ def train(
 
 def _evaluation_sets(run: Run) -> tuple[list[sets_lib.SpecialistSet], Any]:
     cfg = run.cfg
+    paths = sets_lib.document_sets(cfg.evaluate.specialists)  # a wrong pattern is told now
     if not cfg.evaluate.every_steps:
         return [], None
     sets = [
         sets_lib.specialist_set(name, path, run.corpus, cfg, part="tuning")
-        for name, path in sets_lib.document_sets(cfg.evaluate.specialists).items()
+        for name, path in paths.items()
     ]
+    # What each process has read must be the same text: a file less here is a wait for ever there.
+    read = {name: _digest(s) for name, s in zip(paths, sets)}
+    run.group.require_same("evaluation sets", {"sets": read})
     validation = sets_lib.validation_set(run.corpus, max_windows=cfg.evaluate.max_windows)
     return sets, validation
+
+
+def _digest(specialist: sets_lib.SpecialistSet) -> str:
+    h_K, scored = specialist.histogram.h_K, specialist.scored
+    return sha256_bytes(h_K.tobytes() + scored.tokens.tobytes() + scored.num_targets.tobytes())
 
 
 def _announce(run: Run, start: int) -> None:
@@ -186,6 +163,7 @@ class _Loop:
         writer: metrics.MetricsWriter,
         specialists: list[sets_lib.SpecialistSet],
         validation: Any,
+        start: int,
     ):
         self.run_, self.checkpointer, self.writer = run, checkpointer, writer
         self.specialists, self.validation, self.group = specialists, validation, run.group
@@ -204,7 +182,8 @@ class _Loop:
         peak = run.cfg.log.peak_tflops or metrics.peak_tflops(jax.devices()[0].device_kind)
         self.peak_flops = peak * 1e12 * run.mesh.size
         self.bar: Any = None
-        self.meter = _Meter(run)
+        self.meter = Meter(run.mesh, run.cfg.num_domains)
+        self.meter.restore(run.unfinished, run.plan, step=start)
 
     def run(self, state: TrainState, start: int) -> TrainState:
         run, cfg = self.run_, self.run_.cfg
@@ -241,7 +220,7 @@ class _Loop:
                 if pending is not None:  # read only now, with the next step under way
                     self._log(pending, state)
                     pending = None
-                if done % cfg.log.every_steps == 0:
+                if done % cfg.log.every_steps == 0 or done == cfg.num_steps:
                     # Waiting for the sums bounds how far the host runs ahead of the device.
                     pending = meter.close(done)
                 if self._evaluates(done):
@@ -287,10 +266,20 @@ class _Loop:
             + divergence.advice(self.run_, bad, saved=self.checkpointer.steps())
         )
 
+    def _check_growth(self, done: int, line: dict[str, Any]) -> None:
+        limit = divergence.limit(self.run_.cfg.vocab_size)
+        if line["loss"] > limit:
+            raise FloatingPointError(
+                f"the loss of the {line['steps']} steps before step {done} is {line['loss']:.4g} "
+                f"nats, more than {limit:.4g} (three times that of guessing among the "
+                f"{self.run_.cfg.vocab_size} tokens): the run diverged.\n"
+                + divergence.earlier(self.run_, done, saved=self.checkpointer.steps())
+            )
+
     def _save(self, state: TrainState, done: int) -> None:
         self._check_finite(state)
         self.group.at("saving")
-        self.checkpointer.save(state, self.run_.data_state(done))
+        self.checkpointer.save(state, {**self.run_.data_state(done), "meter": self.meter.state()})
         self.group.at("training")
 
     def _stop(self, state: TrainState, done: int, pending: Any) -> None:
@@ -316,7 +305,9 @@ class _Loop:
         line = metrics.summarize(
             pending["sums"], seconds=self.meter.lap(), wait_seconds=pending["wait"]
         )
-        self._check_finite(state)
+        if int(pending["sums"]["bad_step"]) >= 0:
+            self._check_finite(state)
+        self._check_growth(pending["step"], line)
         line["batch_hash"] = pending["hash"]
         line["tokens"] = pending["step"] * cfg.batch_size * cfg.seq_len
         line["epochs_max"] = int(self.run_.plan[pending["step"] - 1].epoch_B.max())

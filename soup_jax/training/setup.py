@@ -5,6 +5,7 @@ The state comes from the newest checkpoint of the workdir; without one, paramete
 workdir and checkpoint with each other, and refuses any mismatch with both sides shown.
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -23,6 +24,7 @@ from soup_jax.config import schema as config_lib
 from soup_jax.data import loader
 from soup_jax.data import meta_distribution as domain_weights
 from soup_jax.data.corpus import Corpus, open_corpus
+from soup_jax.data.prepare import provenance
 from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
 from soup_jax.hardware import compile_cache
@@ -56,6 +58,8 @@ class Run:
     init: Any  # () -> TrainState, sharded
     group: Solo  # the processes of the run
     evaluation_due: bool = False  # that of the restored step was cut short
+    lock: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    unfinished: Any = None  # the metrics since the last line, of the restored step
     changes: changes_lib.Changes = dataclasses.field(default_factory=dict)  # since the last start
     initial: Params | None = None  # read from checkpoint.init_from
 
@@ -98,11 +102,22 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
+    if not (workdir / "config.json").exists():
+        config_lib.check_start(cfg)
     trackers.find(cfg.log.trackers)
     corpus = open_corpus(cfg.corpus.dir)
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
     )
+    provenance.check_against(cfg, corpus)
+    provenance.check_weights(cfg.domain_weights.path, corpus)
+    if cfg.vocab_size > corpus.vocab_size:
+        _log.warning(
+            "vocab_size = %d, but the tokenizer has %d tokens: the rest of the model's vocabulary "
+            "is never used",
+            cfg.vocab_size,
+            corpus.vocab_size,
+        )
     mesh = build.make_mesh(cfg, devices)
     meta = domain_weights.from_config(cfg, corpus.domain_frequencies)
     plan = SamplingPlan(
@@ -171,31 +186,48 @@ def read_initial(run: Run) -> None:
 
 
 def claim_workdir(run: Run, *, accept_changes: bool = False) -> None:
-    """Write the config and the parameters' list into the workdir; only process 0 writes.
+    """Lock the workdir until `run.lock` is closed, and write the config and the parameters' list
+    into it; only process 0 writes.
 
     A config with accepted changes is written by `settle`, once their step is known.
 
     Raises:
-      UserError: it holds a run with another config, or the processes have different data or see
+      UserError: it cannot be written, another training is at work in it, the disk has no room for a
+        checkpoint, it holds a run with another config, or the processes have different data or see
         different folders; the differences are listed.
     """
     timeout = run.cfg.distributed.init_timeout_secs
     path = run.workdir / "config.json"
+    if run.group.process_id == 0:
+        files.check_folder_target(run.workdir, "--workdir")
+        files.check_folder_target(run.workdir / "checkpoints", "the run's folder of checkpoints")
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        run.lock.enter_context(
+            files.locked(run.workdir, f"another `soup-jax train` is at work in {run.workdir}")
+        )
+        size = tree.num_bytes((run.abstract.params, run.abstract.opt_state))
+        files.check_room(run.workdir, size, f"a checkpoint of the run {run.workdir}")
     changes = changes_lib.compare(run.workdir, run.cfg, accept=accept_changes)
     run.changes = {**run.changes, **changes}
     # Nobody writes before everybody has compared.
     run.group.require_same("data", run.fingerprint(), timeout=timeout)
     if run.group.process_id == 0:
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        if not changes:
+        if not changes and not _says(path, run.cfg):
             config_lib.save(run.cfg, path)
         leaves = tree.flatten(run.abstract.params)
         lines = [f"{p} {x.dtype}{list(x.shape)} {x.sharding.spec}\n" for p, x in leaves.items()]
-        (run.workdir / "parameters.txt").write_text("".join(lines), encoding="utf-8")
+        listing = run.workdir / "parameters.txt"
+        if not listing.exists() or listing.read_text(encoding="utf-8") != "".join(lines):
+            files.write_text(listing, "".join(lines))
     if run.group.num_processes > 1:
         run.group.meet("workdir written", timeout=timeout)
         seen = {"config.json": _seen(path), "workdir": str(run.workdir.resolve())}
         run.group.require_same("workdir, which must be on a disk that all share", seen)
+
+
+def _says(path: pathlib.Path, cfg: ConfigDict) -> bool:
+    # A finished run on a read-only disk can be asked for again.
+    return path.exists() and not config_lib.diff(config_lib.load(path), cfg)
 
 
 def settle(run: Run, start: int) -> None:
@@ -243,11 +275,11 @@ def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> Trai
     if restored is None:
         return _init(run)
     state, data = restored
-    ours = run.fingerprint()
+    ours, theirs = run.fingerprint(), data.get("fingerprint", {})
     differences = [
-        f"{name}: {data['fingerprint'].get(name)!r} -> {value!r}"
+        f"{name}: {theirs.get(name)!r} -> {value!r}"
         for name, value in ours.items()
-        if data["fingerprint"].get(name) != value
+        if theirs.get(name) != value
     ]
     if differences:
         raise UserError(
@@ -255,9 +287,17 @@ def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> Trai
             + "\n  ".join(differences)
         )
     run.evaluation_due = bool(data.get("evaluation_due"))
+    run.unfinished = data.get("meter")
     # The first version left out no batches.
     index = data.get("plan_step", data["step"])
-    run.plan.restore(index, np.asarray(data["cursors"], np.int64))
+    cursors_K = np.asarray(data.get("cursors", ()), np.int64)
+    if cursors_K.shape != (run.cfg.num_domains,) or (cursors_K < 0).any():
+        raise UserError(
+            f"the data item of checkpoint {checkpointer.directory}/{data['step']} is damaged: it "
+            f"has {len(cursors_K)} cursors for {run.cfg.num_domains} domains. Delete that folder "
+            "to go on from the checkpoint before"
+        )
+    run.plan.restore(index, cursors_K)
     return state
 
 

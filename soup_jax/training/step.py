@@ -31,6 +31,7 @@ def zero_metrics(num_domains: int) -> Metrics:
         effective_rate alpha_l1 alpha_l2 alpha_spread targets""".split()
     metrics = {name: jnp.zeros(()) for name in scalars}
     metrics["grad_norm_max"] = jnp.zeros(())
+    metrics["bad_step"] = jnp.full((), -1, jnp.int32)
     for name in ("domain_rows", "domain_loss", "domain_targets"):
         metrics[name] = jnp.zeros((num_domains,))
     return metrics
@@ -85,6 +86,7 @@ def train_step(
     }
     totals = {name: metrics[name] + value for name, value in sums.items()}
     totals["grad_norm_max"] = jnp.maximum(metrics["grad_norm_max"], info.grad_norm)
+    totals["bad_step"] = bad_step  # read with the sums, so that nobody waits for the state
     by_domain = {"rows": jnp.ones_like(row_loss_B), "loss": row_loss_B, "targets": row_weight_B}
     for name, value_B in by_domain.items():
         key = f"domain_{name}"

@@ -7,14 +7,14 @@ with it. Settings that change no byte, such as the number of workers, are not pa
 from collections.abc import Iterable
 from typing import Any
 
+from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
-from soup_jax.data.corpus import FORMAT_VERSION
+from soup_jax.data.corpus import FORMAT_VERSION, Corpus
 from soup_jax.data.embed.base import EMBEDDERS
 from soup_jax.errors import UserError
-
 
 # What `make_request` returns, as it stands in files.
 REQUEST = {
@@ -69,6 +69,52 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if not (gone or added or changed):
             result.append("sources: in another order")
     return result
+
+
+def check_against(cfg: Any, corpus: Corpus) -> None:
+    """Refuse fields of a training's config that say what its corpus is not.
+
+    Fields at their default say nothing: a training need not repeat how its corpus was prepared.
+
+    Raises:
+      UserError: lists each, with the value that the corpus was prepared with.
+    """
+    made = corpus.manifest["request"]["parameters"]
+    asked = {f"corpus.{name}": value for name, value in cfg.corpus.items()}
+    asked |= {f"embed.{name}": value for name, value in cfg.embed.items()}
+    asked |= {"tokenizer.train_bytes": cfg.tokenizer.train_bytes}
+    differ = [
+        f"{name} = {value!r}, prepared with {made[name]!r}"
+        for name, value in asked.items()
+        if name in made and value != made[name] and value != config_lib.FIELDS[name].default
+    ]
+    if cfg.tokenizer.path:
+        found = tokenizer_lib.load_tokenizer(cfg.tokenizer.path).hash
+        if found != corpus.manifest.get("tokenizer", found):
+            differ.append(f"tokenizer.path = {cfg.tokenizer.path!r}, prepared with another one")
+    if differ:
+        raise UserError(
+            f"the corpus {corpus.path} is not what the config says: {'; '.join(differ)}. Set them "
+            "as they were, or prepare another corpus"
+        )
+
+
+def check_weights(path: str, corpus: Corpus) -> None:
+    """Refuse domain weights of a recipe that was made on another corpus; "" is no file.
+
+    Raises:
+      UserError: its weights belong to other domains.
+    """
+    recipe = inputs.read_json(path) if path else None
+    if not isinstance(recipe, dict):
+        return
+    hashes = recipe.get("hashes")
+    theirs = hashes.get("corpus") if isinstance(hashes, dict) else None
+    if theirs not in (None, corpus.fingerprint):
+        raise UserError(
+            f"domain_weights.path = {path} is the recipe of a specialist on another corpus "
+            f"({str(theirs)[:12]}, here {corpus.fingerprint[:12]}): its weights mean other domains"
+        )
 
 
 def check(cfg: Any) -> None:
