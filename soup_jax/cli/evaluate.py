@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from soup_jax.errors import UserError
-from soup_jax.storage import write_json, write_text
+from soup_jax.storage import check_file_target, write_json, write_text
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -47,6 +47,10 @@ def run(values: flags.FlagValues) -> int:
     from soup_jax.specialists.compare import evaluate_runs
     from soup_jax.training import learning_curve
 
+    numbers = values.json or str(pathlib.Path(values.workdir) / "evaluation.json")
+    check_file_target(numbers, "--json")
+    if values.text:
+        check_file_target(values.text, "--text")
     workdir, against = pathlib.Path(values.workdir), [pathlib.Path(p) for p in values.against]
     result = evaluate_runs(
         workdir,
@@ -58,9 +62,8 @@ def run(values: flags.FlagValues) -> int:
     )
     text = f"{table.table(result)}\n{table.verdict(result)}"
     print(text)  # before anything is written: what was computed must not be lost
-    numbers = pathlib.Path(values.json) if values.json else workdir / "evaluation.json"
     write_json(numbers, result)
-    where = f"numbers: {numbers}\nlearning curve: {learning_curve.draw(workdir, against=against)}"
+    where = f"numbers: {numbers}\nlearning curve: {learning_curve.drawn(workdir, against=against)}"
     print(where)
     if values.text:
         write_text(values.text, f"{text}\n{where}\n")

@@ -21,13 +21,24 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_float(
         "temperature", 0.8, "0 takes the likeliest token", lower_bound=0.0, flag_values=values
     )
-    flags.DEFINE_integer("seed", 0, "of the sampling", flag_values=values)
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "of the sampling",
+        lower_bound=0,
+        upper_bound=(1 << 32) - 1,
+        flag_values=values,
+    )
 
 
 def run(values: flags.FlagValues) -> int:
     """Print the prompt and its continuation; returns the exit status."""
     if not values.model:
         raise UserError("--model=DIR is required: a folder that `soup-jax instantiate` wrote")
+    try:
+        values.prompt.encode()
+    except UnicodeEncodeError as e:
+        raise UserError("--prompt is not UTF-8 text") from e
     from soup_jax.hardware import compile_cache
 
     compile_cache.enable()

@@ -6,6 +6,7 @@
     soup-jax evaluate    --workdir=RUN --specialists='DIR/*'    losses of specialists and baselines
     soup-jax instantiate --run=RUN --documents=F --out=DIR      documents -> one small model
     soup-jax generate    --model=DIR --prompt=TEXT              continue a prompt with it
+    soup-jax verify      DIR                                    is what lies there undamaged?
 
 A config is a Python file with `get_config()`; `--config=FILE.py:ARG` passes it an argument, and
 `--config.section.field=value` changes a field. `soup-jax SUBCOMMAND --help` lists the flags.
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from soup_jax.cli import config_flag, evaluate, generate, instantiate, plan, prepare, train
+from soup_jax.cli import config_flag, evaluate, generate, instantiate, plan, prepare, train, verify
 from soup_jax.errors import UserError, explain
 
 # Each defines its flags, `define(values, argv)`, and acts, `run(values)`; it imports what is slow
@@ -33,6 +34,7 @@ SUBCOMMANDS = {
     "evaluate": evaluate,
     "instantiate": instantiate,
     "generate": generate,
+    "verify": verify,
 }
 
 
@@ -97,6 +99,9 @@ def _run(name: str, arguments: Sequence[str], values: flags.FlagValues) -> int:
         if not where and not _about_flags(e):
             raise
         raise UserError((where or _plain(e)) + _hint(e)) from e
+    positional = getattr(subcommand, "POSITIONAL", "")
+    if positional and len(rest) == 1 and not values[positional].present:
+        values[positional].parse(rest.pop())
     if rest:
         raise UserError(f"unexpected arguments {rest}; flags are given as --name=value")
     status = subcommand.run(values)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from soup_jax.cli import config_flag
-from soup_jax.storage import write_json
+from soup_jax.storage import check_file_target, write_json
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -29,6 +29,8 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def run(values: flags.FlagValues) -> int:
     """Print the plan; returns the exit status, 1 if the run does not fit."""
     cfg = config_flag.checked(values)
+    if values.json:
+        check_file_target(values.json, "--json")
     from soup_jax.hardware import compile_cache
 
     compile_cache.enable()

@@ -92,5 +92,5 @@ def _train_here(cfg: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool,
         tell(f"soup-jax: error: {e}", file=sys.stderr)
         return 1
     if show:
-        tell(f"trained: {workdir} (learning curve: {learning_curve.draw(workdir)})")
+        tell(f"trained: {workdir} (learning curve: {learning_curve.drawn(workdir)})")
     return 0

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from soup_jax import soup
+from soup_jax import soup, tree
 from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.data.corpus import Corpus, open_corpus
@@ -96,6 +97,12 @@ class Soup:
         params, alpha_E = jax.jit(soup.specialist, static_argnames="config")(
             self.params, np.asarray(h_K, np.float32), config=self.config
         )
+        broken = [p for p, x in tree.flatten(params).items() if not bool(jnp.isfinite(x).all())]
+        if broken:
+            raise UserError(
+                f"the parameters of {self.workdir} at step {self.step} are not finite "
+                f"({', '.join(broken[:3])}): take an earlier step"
+            )
         return Specialist(
             params=jax.device_get(params),  # an ordinary model, of no mesh
             model=self.model,
@@ -160,7 +167,13 @@ def load(
         if model is not None:
             cfg.model.kind = ""  # a recipe must not name another network
         cfg.batch_size = cfg.num_mixtures * cfg.optimizer.grad_accumulation * jax.device_count()
-    corpus = open_corpus(corpus_dir or cfg.corpus.dir)
+    try:
+        corpus = open_corpus(corpus_dir or cfg.corpus.dir)
+    except UserError as e:
+        raise UserError(
+            f"{e}. If the corpus of {workdir} lies elsewhere, give its folder: --corpus=DIR of "
+            "`instantiate`, corpus_dir in Python"
+        ) from e
     mesh = build.make_mesh(cfg)
     model = model or build.base_model(cfg)
     optimizer = build.optimizer_config(cfg)

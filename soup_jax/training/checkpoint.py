@@ -191,6 +191,33 @@ class Checkpointer:
             "data"
         ]
 
+    def verify(self) -> dict[int, tuple[str, str]]:
+        """By step: (what is damaged, what was compared), of all that a checkpoint holds."""
+        return {step: self._verify(step) for step in self.steps()}
+
+    def _verify(self, step: int) -> tuple[str, str]:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        try:
+            data = self.data(step)
+            _check_data(data, step)
+            saved, found = data.get("checksums"), []
+            for name in _ARRAYS:
+                target = jax.tree.map(
+                    lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here),
+                    dict(self._manager.item_metadata(step)[name]),
+                )
+                args = ocp.args.Composite(**{name: ocp.args.StandardRestore(target)})
+                items = {name: self._manager.restore(step, args=args)[name]}
+                found += integrity.differences(saved or {}, items)
+                found += [p for p in (saved or ()) if _lost(p, items)]
+        except Exception as e:
+            return " ".join(f"{type(e).__name__}: {e}".split())[:300], ""
+        if found:
+            return f"changed since it was saved: {', '.join(found[:5])}", ""
+        if saved is None:
+            return "", "can be read; an earlier version saved it, without checksums"
+        return "", f"{len(saved)} arrays as they were saved"
+
     def _set_aside(self, last: int) -> None:
         # Left in place, orbax would refuse to save at or before these later steps.
         if self._group.process_id == 0:
@@ -302,6 +329,10 @@ def _check_data(data: Any, step: int) -> None:
         raise _Damaged("its data item was changed since it was saved")
     if data["step"] != step:
         raise _Damaged(f"its data item is that of step {data['step']}: it was copied or renamed")
+
+
+def _lost(path: str, items: Mapping[str, Any]) -> bool:
+    return path.split("/")[0] in items and path not in tree.flatten(dict(items))
 
 
 def _scalar(value: int, like: Any) -> jax.Array:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from soup_jax import storage as files
+from soup_jax.errors import explain
 from soup_jax.training import metrics
 
 
@@ -39,6 +40,17 @@ def draw(workdir: pathlib.Path, *, against: Sequence[pathlib.Path] = ()) -> path
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
     return out
+
+
+def drawn(workdir: pathlib.Path, *, against: Sequence[pathlib.Path] = ()) -> str:
+    """`draw` for the end of a command: the path, or why there is no picture.
+
+    What the command was for is done by then, so nothing that goes wrong here may make it fail.
+    """
+    try:
+        return str(draw(workdir, against=against))
+    except Exception as e:
+        return f"not drawn: {explain(e) or f'{type(e).__name__}: {e}'}"
 
 
 def _different_lines(points: Sequence[dict[str, Any]]) -> dict[str, list[float]]:

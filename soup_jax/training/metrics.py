@@ -5,7 +5,6 @@ Only process 0 writes, and it gives the numbers to `trackers` too.
 
 import hashlib
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from soup_jax.hardware import chips
+from soup_jax.inputs import check_structure, open_file
+from soup_jax.storage import write_text
 from soup_jax.training.trackers import Trackers
 
 
@@ -22,6 +23,13 @@ def peak_tflops(device_kind: str) -> float:
     """Dense bfloat16 peak of a known device in TFLOP/s; 0 if it is not known (CPUs)."""
     chip = chips.from_kind(device_kind)
     return chip.peak_tflops if chip else 0.0
+
+
+_LINE = {"step": int, "kind": str}
+_KINDS: dict[str, Any] = {
+    "train": {"loss": float, "tokens": int},
+    "evaluation": {"average": {...: {"loss": float}}},
+}
 
 
 class BatchHash:
@@ -76,9 +84,7 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         kept = [v for v in _read_lines(path) if v["step"] <= start_step]
         self._kept = {(v["step"], v["kind"]) for v in kept}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(v) + "\n" for v in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(v) + "\n" for v in kept))
         self._file = path.open("a", encoding="utf-8")
         self._trackers = Trackers(cfg, workdir=workdir, start_step=start_step)
 
@@ -103,17 +109,28 @@ class MetricsWriter:
             self._trackers.close()
 
 
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def count_lines(path: pathlib.Path) -> tuple[int, int]:
+    """(sound lines, lines) of a metrics.jsonl; (0, 0) without one."""
     if not path.exists():
-        return []
-    lines = []
-    text = path.read_text(encoding="utf-8", errors="replace")  # a crash may leave any bytes
-    for line in text.splitlines(keepends=True):
-        try:
-            value = json.loads(line) if line.endswith("\n") else {}
-            lines.append({"step": value["step"], "kind": value["kind"], **value})
-        except (ValueError, KeyError, TypeError):
-            print(f"{path}: dropped a damaged line", file=sys.stderr)
+        return 0, 0
+    with open_file(path) as f:
+        return len(_read_lines(path)), sum(1 for _ in f)
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    if not path.exists():
+        return lines
+    with open_file(path) as f:
+        for data in f:
+            try:
+                # A crash may leave any bytes, and half a line.
+                value: Any = json.loads(data) if data.endswith(b"\n") else None
+                check_structure(value, _LINE, path)
+                check_structure(value, _KINDS.get(value["kind"], {}), path)
+                lines.append(value)
+            except (ValueError, RecursionError):  # UserError is one
+                print(f"{path}: dropped a damaged line", file=sys.stderr)
     return lines
 
 

@@ -1,0 +1,52 @@
+"""Read everything of a corpus, a run or a specialist, and compare it with what was written."""
+
+import pathlib
+
+from soup_jax.config import schema as config_lib
+from soup_jax.data.corpus import open_corpus
+from soup_jax.errors import UserError
+from soup_jax.specialists import recipe as recipe_lib
+from soup_jax.training import metrics
+from soup_jax.training.checkpoint import Checkpointer
+
+
+def verify(path: str | pathlib.Path) -> list[str]:
+    """Lines on what was compared, by kind of folder: corpus, run or specialist.
+
+    Of a run it holds one item of a checkpoint (parameters or optimizer state) in memory at a time.
+
+    Raises:
+      UserError: no such folder, or everything in it that is damaged.
+    """
+    path = pathlib.Path(path)
+    if (path / "manifest.json").exists():
+        corpus = open_corpus(path)
+        corpus.verify()
+        return [f"{path}: corpus, {len(corpus.manifest['artefacts'])} files as they were written"]
+    if (path / "recipe.json").exists():
+        made = recipe_lib.read(path)
+        return [f"{path}: specialist of step {made.get('step')}, files as they were written"]
+    if (path / "config.json").exists():
+        return _verify_run(path)
+    raise UserError(
+        f"{path} is no corpus, run or specialist: it has no manifest.json, config.json or "
+        "recipe.json"
+    )
+
+
+def _verify_run(path: pathlib.Path) -> list[str]:
+    config_lib.load(path / "config.json")
+    lines, problems = [], []
+    with Checkpointer(path / "checkpoints") as reader:
+        for step, (problem, note) in reader.verify().items():
+            place = f"{path}/checkpoints/{step}"
+            if problem:
+                problems.append(f"{place}: {problem}")
+            else:
+                lines.append(f"{place}: {note}")
+    kept, all_lines = metrics.count_lines(path / "metrics.jsonl")
+    if kept < all_lines:
+        problems.append(f"{path}/metrics.jsonl: {all_lines - kept} of {all_lines} lines damaged")
+    if problems:
+        raise UserError(f"{path} is damaged:\n  " + "\n  ".join([*problems, *lines]))
+    return [*lines, f"{path}: run, {len(lines)} checkpoints and {kept} lines of metrics are sound"]

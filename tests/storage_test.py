@@ -1,0 +1,164 @@
+"""Files and folders that appear whole or not at all, and places that cannot be written."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from soup_jax import inputs, storage
+from soup_jax.errors import UserError, explain
+
+KILLED = """
+import os, signal, sys
+from soup_jax import storage
+with storage.atomic_{kind}(sys.argv[1]) as new:
+    if {folder}:
+        (new / "half").write_text("half")
+    else:
+        new.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_while_writing(kind, path):
+    code = KILLED.format(kind=kind, folder=kind == "folder")
+    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_killed_write_leaves_the_old_file_and_the_next_one_tidies(tmp_path):
+    path = tmp_path / "x.json"
+    storage.write_text(path, "old")
+    kill_while_writing("path", path)
+    assert path.read_text() == "old"
+    assert len(names(tmp_path)) == 2
+    storage.write_text(path, "new")
+    assert (path.read_text(), names(tmp_path)) == ("new", ["x.json"])
+
+
+def test_a_killed_folder_leaves_the_old_one_and_the_next_one_tidies(tmp_path):
+    path = tmp_path / "made"
+    with storage.atomic_folder(path) as new:
+        (new / "a").write_text("old")
+    kill_while_writing("folder", path)
+    assert names(path) == ["a"]
+    with storage.atomic_folder(path) as new:
+        (new / "b").write_text("new")
+    assert (names(path), names(tmp_path)) == (["b"], ["made"])
+
+
+def test_a_folder_moved_away_by_a_killed_process_comes_back(tmp_path):
+    path = tmp_path / "made"
+    path.mkdir()
+    (path / "a").write_text("old")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path.rename(tmp_path / f".made.{storage._host()}.{dead.pid}.0.old")
+    storage.recover_folder(path)
+    assert (names(path), names(tmp_path)) == (["a"], ["made"])
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    path = tmp_path / "x"
+    with storage.atomic_path(path) as first:
+        first.write_text("first")
+        storage.write_text(path, "second")
+        assert first.exists()
+    assert path.read_text() == "first"
+
+
+def test_an_error_inside_leaves_no_trace(tmp_path):
+    for make in (storage.atomic_path, storage.atomic_folder):
+        with pytest.raises(KeyError), make(tmp_path / "x"):
+            raise KeyError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("/proc/x", "cannot be written"),
+        ("/dev/null", "no regular file"),
+        ("{here}", "is a folder"),
+        ("{here}/file/x", "is no folder"),
+    ],
+)
+def test_places_for_files_are_refused_before_work(place, message, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"--json=.*{message}"):
+        storage.check_file_target(place.format(here=tmp_path), "--json")
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("/proc/x/y", "cannot be written"), ("/dev/null", "no folder"), ("{here}/file", "no folder")],
+)
+def test_places_for_folders_are_refused_before_work(place, message, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"--out=.*{message}"):
+        storage.check_folder_target(place.format(here=tmp_path), "--out")
+    storage.check_folder_target(tmp_path / "a" / "b", "--out")
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_disk_without_room_is_refused(tmp_path):
+    storage.check_room(tmp_path / "not" / "yet", 1, "this")
+    with pytest.raises(UserError, match=r"this needs 1000000000\.00 GB, and .* free"):
+        storage.check_room(tmp_path / "not" / "yet", 10**18, "this")
+
+
+def test_a_lock_is_held_by_one_and_freed_at_the_end(tmp_path):
+    with storage.locked(tmp_path, "busy"):
+        code = f"from soup_jax import storage\nwith storage.locked({str(tmp_path)!r}, 'busy'): pass"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "UserError: busy" in other.stderr
+    with storage.locked(tmp_path, "busy"):
+        pass
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "long").write_bytes(b"x" * 100)
+    (tmp_path / "deep").write_text("[" * 100_000)
+    (tmp_path / "nan").write_text("NaN")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "socket"))
+    for name, message in (
+        ("pipe", "no regular file"),
+        ("folder", "is a folder"),
+        ("socket", "cannot read"),
+        ("gone", "does not exist"),
+        ("a\0b", "cannot read"),
+        ("latin", "not UTF-8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inputs.read_text(tmp_path / name)
+    with pytest.raises(UserError, match="more than 99 bytes"):
+        inputs.read_text(tmp_path / "long", limit=99)
+    for name in ("deep", "nan"):
+        with pytest.raises(UserError, match="not valid JSON"):
+            inputs.read_json(tmp_path / name)
+    with pytest.raises(UserError, match="no regular file"):
+        inputs.read_text(pathlib.Path("/dev/zero"))
+    with pytest.raises(UserError, match="no safetensors file"):
+        inputs.read_tensors(tmp_path / "long")
+
+
+def test_failures_of_the_machine_are_explained_through_their_causes():
+    error = ValueError("write failed")
+    error.__cause__ = OSError(28, "No space left on device", "x/y")
+    assert explain(error) == "x/y: the disk is full: make room, then the same command goes on"
+    text = "RESOURCE_EXHAUSTED: [write] No space left on device"
+    assert "disk is full" in explain(RuntimeError(text))
+    assert "device is out of memory" in explain(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert explain(KeyError("x")) == ""
+    assert explain(FileNotFoundError(2, "No such file", "x")) == ""  # a bug, if nobody caught it
