@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from soup_jax import storage as files
 from soup_jax.data import windows
-from soup_jax.data.corpus import FORMAT_VERSION, open_corpus
+from soup_jax.data.corpus import FORMAT_VERSION, fingerprint_of, open_corpus
 from soup_jax.errors import UserError
 
 EOS = 0
@@ -126,7 +126,10 @@ def corpus_dir(tmp_path_factory) -> pathlib.Path:
     window_files = {s: [] for s in layout.offsets}
     for f in layout.files():
         window_files[f.split].append({"name": f.name, "windows": f.stop - f.start})
-    manifest = {"format": FORMAT_VERSION, "fingerprint": "abc", "artefacts": artefacts}
+    manifest = {"format": FORMAT_VERSION, "fingerprint": "", "artefacts": artefacts}
+    manifest["fingerprint"] = fingerprint_of(manifest)
+    counts = dict.fromkeys(("documents", "duplicates", "too_short", "cut"), 0)
+    manifest |= {"counts": {**counts, "splits": {}}, "request": {"parameters": {}, "sources": []}}
     manifest |= {"seq_len": 4, "vocab_size": 500, "eos_id": EOS, "window_files": window_files}
     files.write_json(path / "manifest.json", manifest)
     monkeypatch.undo()

@@ -166,6 +166,7 @@ def test_unknown_network_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "own")
     recipe = json.loads((folder / "recipe.json").read_text())
     recipe["model"]["kind"] = "mixer"
+    del recipe["seal"]
     (tmp_path / "own" / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(UserError, match="unknown base network 'mixer'"):
         generate(tmp_path / "own", "x", max_tokens=1, temperature=0, seed=0)

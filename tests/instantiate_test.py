@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from soup_jax import storage as files
 from soup_jax import tree
-from soup_jax.data.corpus import open_corpus
+from soup_jax.data.corpus import fingerprint_of, open_corpus
 from soup_jax.errors import UserError
 from soup_jax.specialists import open as open_lib
 from soup_jax.specialists.instantiate import instantiate_to
@@ -169,7 +169,12 @@ def test_moved_corpus_and_no_optimizer_state(made, moved, documents, tmp_path):
 def test_another_corpus_is_refused(moved, documents, tmp_path):
     run, corpus = moved
     manifest = json.loads((corpus / "manifest.json").read_text())
-    manifest["fingerprint"] = "0" * 64
+    words = corpus / "domains.json"
+    words.write_text(words.read_text().replace("}", "} ", 1))
+    entry = {"bytes": words.stat().st_size, "sha256": files.sha256_file(words)}
+    manifest["artefacts"]["domains.json"] = entry
+    manifest["fingerprint"] = fingerprint_of(manifest)
+    del manifest["seal"]
     (corpus / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="trained on another corpus"):
         instantiate_to(run, documents, tmp_path / "out", corpus_dir=str(corpus))
@@ -209,7 +214,7 @@ def test_foreign_folder_is_not_overwritten(trained, tmp_path):
 def test_file_in_the_place_of_the_folder_is_refused(trained, tmp_path):
     (tmp_path / "out").write_text("a file")
     made = trained.instantiate(["butter flour oven"])
-    with pytest.raises(UserError, match="is not a specialist"):
+    with pytest.raises(UserError, match="is no folder"):
         made.save(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "a file"
 

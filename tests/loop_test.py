@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +29,29 @@ from soup_jax.training import setup as run_lib
 from soup_jax.training import step as train_step
 from soup_jax.training.checkpoint import Checkpointer
 
+# Some saves lie between two lines: a line's mean then spans a restart.
+FIELDS = {"checkpoint.every_steps": 4, "log.every_steps": 3}
+
 
 @pytest.fixture
 def make_cfg(tiny_corpus):
-    # Some saves lie between two lines: a line's mean then spans a restart.
-    fields = {"corpus.dir": tiny_corpus, "checkpoint.every_steps": 4, "log.every_steps": 3}
-    return lambda **changes: tiny_config(**(fields | changes))
+    return lambda **changes: tiny_config(**({"corpus.dir": tiny_corpus} | FIELDS | changes))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_corpus, tiny_text, tmp_path_factory):
+    """(evaluates) -> (state, workdir) of the run of `make_cfg`, made once; to be read only."""
+    made = {}
+
+    def run(evaluates=False):
+        if evaluates not in made:
+            fields = {"corpus.dir": tiny_corpus} | FIELDS
+            fields |= evaluating(tiny_text) if evaluates else {}
+            workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+            made[evaluates] = train.train(tiny_config(**fields), workdir), workdir
+        return made[evaluates]
+
+    return run
 
 
 def assert_same_state(a, b):
@@ -205,8 +223,9 @@ def test_the_step_is_compiled_once_a_run(make_cfg, tmp_path, monkeypatch, fed):
     assert [s._cache_size() for s in steps] == [1, 1]
 
 
-def test_a_finished_run_started_again_does_nothing(make_cfg, tmp_path, fed):
-    state = train.train(make_cfg(), tmp_path)
+def test_a_finished_run_started_again_does_nothing(make_cfg, undisturbed, tmp_path, fed):
+    state, finished = undisturbed()
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     count, before = len(fed), (tmp_path / "metrics.jsonl").read_bytes()
     folders = sorted((tmp_path / "checkpoints").rglob("*"))
     assert_same_state(train.train(make_cfg(), tmp_path), state)
@@ -313,8 +332,8 @@ def test_a_rate_lowered_on_the_way_is_used_from_then_on(make_cfg, tmp_path, fed)
     assert_same_state(train.train(lowered, tmp_path), state)  # the same command goes on
 
 
-def test_a_new_run_starts_from_the_parameters_of_another(make_cfg, tmp_path, tiny_corpus):
-    train.train(make_cfg(), tmp_path / "source")
+def test_a_new_run_starts_from_the_parameters_of_another(make_cfg, undisturbed, tmp_path):
+    shutil.copytree(undisturbed()[1], tmp_path / "source")
     cfg = make_cfg(
         **{
             "checkpoint.init_from": str(tmp_path / "source"),
@@ -364,9 +383,9 @@ def evaluating(tiny_text):
     return {"evaluate.specialists": files, "evaluate.every_steps": 6}
 
 
-def test_evaluation_during_training_writes_lines(make_cfg, tiny_text, tmp_path):
-    state = train.train(make_cfg(**evaluating(tiny_text)), tmp_path / "with")
-    lines = metrics.read_metrics(tmp_path / "with" / "metrics.jsonl", kind="evaluation")
+def test_evaluation_during_training_writes_lines(undisturbed):
+    state, workdir = undisturbed(evaluates=True)
+    lines = metrics.read_metrics(workdir / "metrics.jsonl", kind="evaluation")
     assert [line["step"] for line in lines] == [6, 12]
     for line in lines:
         assert set(line["specialists"]) == {"cooking", "python"}
@@ -374,7 +393,7 @@ def test_evaluation_during_training_writes_lines(make_cfg, tiny_text, tmp_path):
             for column in ("specialist", "generic_h", "shared"):
                 assert 0 < row[column]["loss"] < 10
         assert set(line["generic_validation"]) == {"generic_h", "shared"}
-    assert_same_state(state, train.train(make_cfg(), tmp_path / "without"))
+    assert_same_state(state, undisturbed()[0])
 
 
 def evaluations(workdir):
@@ -382,9 +401,11 @@ def evaluations(workdir):
 
 
 @pytest.mark.parametrize("step", [6, pytest.param(12, marks=pytest.mark.slow)])
-def test_an_evaluation_cut_by_sigterm_is_made_up(step, make_cfg, tiny_text, tmp_path, monkeypatch):
+def test_an_evaluation_cut_by_sigterm_is_made_up(
+    step, make_cfg, undisturbed, tiny_text, tmp_path, monkeypatch
+):
     cfg, original = make_cfg(**evaluating(tiny_text)), evaluator.Evaluator.shared
-    expected = train.train(cfg, tmp_path / "whole")
+    expected, whole = undisturbed(evaluates=True)
     workdir, left = tmp_path / "cut", [step // 6]
 
     def shared(*arguments):
@@ -400,10 +421,10 @@ def test_an_evaluation_cut_by_sigterm_is_made_up(step, make_cfg, tiny_text, tmp_
     assert final_state(cfg, workdir)[1]["step"] == step
     assert [v["step"] for v in evaluations(workdir)] == list(range(6, step, 6))
     assert_same_state(train.train(cfg, workdir), expected)
-    assert evaluations(workdir) == evaluations(tmp_path / "whole")
+    assert evaluations(workdir) == evaluations(whole)
     # The checkpoint says still that one is due; the metrics say that it was made.
     train.train(cfg, workdir)
-    assert evaluations(workdir) == evaluations(tmp_path / "whole")
+    assert evaluations(workdir) == evaluations(whole)
 
 
 def test_two_trainings_do_not_share_a_folder(make_cfg, tmp_path, fed):
@@ -417,7 +438,9 @@ def test_two_trainings_do_not_share_a_folder(make_cfg, tmp_path, fed):
 
 def test_a_loss_that_grew_beyond_all_bounds_is_a_divergence(make_cfg, tmp_path):
     cfg = make_cfg(**{"optimizer.learning_rate": 30.0, "optimizer.schedule": "constant"})
-    with pytest.raises(FloatingPointError, match=r"is \S+ nats, more than 17\.97[\s\S]*--workdir="):
+    with pytest.raises(
+        FloatingPointError, match=r"is \S+ nats, more than 17\.97[\s\S]*another --workdir and"
+    ):
         train.train(cfg, tmp_path)
 
 
@@ -437,7 +460,10 @@ def test_a_last_interval_that_is_shorter_has_a_line(make_cfg, tmp_path):
         ),
         ({"seed": 1 << 32}, r"seed = 4294967296 must be below 2\^32"),
         ({"evaluate.specialists": ("nothing*",)}, r"no specialist file matches 'nothing\*'"),
-        ({"corpus.text_field": "foo", "corpus.min_chars": 777}, "prepared with 'text'.*with 1"),
+        (
+            {"corpus.text_field": "foo", "corpus.min_chars": 777},
+            "prepared with 1;.*prepared with .text.",
+        ),
         ({"tokenizer.path": "/nonexistent"}, "/nonexistent does not exist"),
         ({"experts.rules": ((".*", "dense"), ("embedding", "none"))}, "applies to no leaf"),
     ],

@@ -271,8 +271,7 @@ def _changed(
     artefacts = manifest["artefacts"]
     return [
         name
-        for name in (artefacts if names is None else names)
-        if name not in artefacts
-        or not (path / name).is_file()
+        for name in (artefacts if names is None else artefacts.keys() & set(names))
+        if not (path / name).is_file()
         or files.sha256_file(path / name) != artefacts[name]["sha256"]
     ]

@@ -199,7 +199,7 @@ class Checkpointer:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         try:
             data = self.data(step)
-            _check_data(data, step)
+            _check_data(data, step, f"{self.directory}/{step}")
             saved, found = data.get("checksums"), []
             for name in _ARRAYS:
                 target = jax.tree.map(
@@ -306,9 +306,7 @@ class _Damaged(Exception):
 
 def _read_once(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> Any:
     data = reader.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-    place = f"checkpoint {reader.directory}/{step}"
-    _check_data(data, step)
-    version = read_format(data, place, newest=formats.CHECKPOINT)
+    version = _check_data(data, step, f"checkpoint {reader.directory}/{step}")
     stored = formats.to_v1(target) if version == 1 else target
     problems = _structure_diff(reader.item_metadata(step), stored)
     if problems:
@@ -320,7 +318,10 @@ def _read_once(reader: ocp.CheckpointManager, step: int, target: Mapping[str, An
     return {**items, "data": data}
 
 
-def _check_data(data: Any, step: int) -> None:
+def _check_data(data: Any, step: int, place: str) -> int:
+    # The format. A later one is no damage: its data item may be of any structure.
+    if isinstance(data, dict):
+        version = read_format(data, place, newest=formats.CHECKPOINT)
     try:
         check_structure(data, _DATA, "its data item")
     except UserError as e:
@@ -329,6 +330,7 @@ def _check_data(data: Any, step: int) -> None:
         raise _Damaged("its data item was changed since it was saved")
     if data["step"] != step:
         raise _Damaged(f"its data item is that of step {data['step']}: it was copied or renamed")
+    return version
 
 
 def _lost(path: str, items: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ def draw(workdir: pathlib.Path, *, against: Sequence[pathlib.Path] = ()) -> path
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for path in (workdir, *against):
         lines = metrics.read_metrics(path / "metrics.jsonl")
+        lines = [v for v in lines if "tokens" in v and "loss" in v]
         name = path.resolve().name
         left.plot([v["tokens"] / 1e6 for v in lines], [v["loss"] for v in lines], label=name)
         tokens = {v["step"]: v["tokens"] / 1e6 for v in lines}

@@ -109,15 +109,9 @@ def setup(
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
     )
-    provenance.check_against(cfg, corpus)
+    for warning in provenance.check_against(cfg, corpus):
+        _log.warning("%s", warning)
     provenance.check_weights(cfg.domain_weights.path, corpus)
-    if cfg.vocab_size > corpus.vocab_size:
-        _log.warning(
-            "vocab_size = %d, but the tokenizer has %d tokens: the rest of the model's vocabulary "
-            "is never used",
-            cfg.vocab_size,
-            corpus.vocab_size,
-        )
     mesh = build.make_mesh(cfg, devices)
     meta = domain_weights.from_config(cfg, corpus.domain_frequencies)
     plan = SamplingPlan(

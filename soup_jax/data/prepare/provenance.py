@@ -71,8 +71,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return result
 
 
-def check_against(cfg: Any, corpus: Corpus) -> None:
-    """Refuse fields of a training's config that say what its corpus is not.
+def check_against(cfg: Any, corpus: Corpus) -> list[str]:
+    """Refuse fields of a training's config that say what its corpus is not; returns warnings.
 
     Fields at their default say nothing: a training need not repeat how its corpus was prepared.
 
@@ -97,6 +97,12 @@ def check_against(cfg: Any, corpus: Corpus) -> None:
             f"the corpus {corpus.path} is not what the config says: {'; '.join(differ)}. Set them "
             "as they were, or prepare another corpus"
         )
+    if cfg.vocab_size <= corpus.vocab_size:
+        return []
+    return [
+        f"vocab_size = {cfg.vocab_size}, but the tokenizer has {corpus.vocab_size} tokens: the "
+        "rest of the model's vocabulary is never used"
+    ]
 
 
 def check_weights(path: str, corpus: Corpus) -> None:

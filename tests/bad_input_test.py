@@ -1,0 +1,188 @@
+"""Bad input of every command: one sentence, status 2, before work, and nothing is made.
+
+Cases of the schema are generated: a wrong type and a value beyond each bound of each field.
+"""
+
+import json
+import math
+import os
+
+import pytest
+from conftest import tiny_config
+
+from soup_jax.cli import main
+from soup_jax.config import schema
+from soup_jax.errors import UserError
+
+QUICKSTART = "--config=experiments/quickstart.py"
+
+
+def wrong_values(field):
+    """Values that the field refuses: other types, no numbers, beyond its bounds, no choice."""
+    kind = type(field.default)
+    others = {str: 7, int: "many", float: "much", bool: "perhaps", tuple: "a"}
+    yield others[kind]
+    yield None
+    if kind is int:
+        yield 1.5
+        yield True
+    if kind is float:
+        yield from (math.nan, math.inf, -math.inf)
+    step = 1 if kind is int else 1e-6
+    if field.at_least is not None:
+        yield kind(field.at_least - max(step, abs(field.at_least) * step))
+    if field.above is not None:
+        yield kind(field.above)
+    if field.at_most is not None:
+        yield kind(field.at_most + max(step, abs(field.at_most) * step))
+    if field.below is not None:
+        yield kind(field.below)
+    if field.choices:
+        yield "nonsense"
+
+
+CASES = [(name, v) for name, field in schema.FIELDS.items() for v in wrong_values(field)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), CASES, ids=[f"{name}={value!r}" for name, value in CASES]
+)
+def test_every_field_refuses_what_it_cannot_be(name, value):
+    cfg = tiny_config().unlock()
+    section, _, field = name.rpartition(".")
+    with cfg.ignore_type():
+        (cfg[section] if section else cfg)[field] = value
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        schema.check(cfg)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files of every wrong kind; commands run in it."""
+    here = tmp_path_factory.mktemp("bad")
+    (here / "syntax.py").write_text("def get_config(:\n")
+    (here / "imports.py").write_text("import nothing_of_this_name\n")
+    (here / "raises.py").write_text("def get_config():\n    raise KeyError('gone')\n")
+    (here / "none.py").write_text("def get_config():\n    return None\n")
+    (here / "without.py").write_text("x = 1\n")
+    (here / "latin.py").write_bytes(b"# caf\xe9\n")
+    (here / "file").write_text("x")
+    (here / "empty").mkdir()
+    (here / "lines.jsonl").write_text('{"text": "x"}\n')
+    os.mkfifo(here / "pipe.py")
+    os.mkfifo(here / "pipe.jsonl")
+    for name, files in {
+        "run": {"config.json": "null"},
+        "run2": {"config.json": "{"},
+        "run3": {"config.json": '{"format": 99}'},
+        "run4": {"config.json": '{"num_steps": "60"}'},
+        "run5": {"config.json": '{"optimizer": 3}'},
+        "corpus": {"manifest.json": "[]"},
+        "corpus2": {"manifest.json": "{}"},
+        "made": {"recipe.json": "[]"},
+        "made2": {"recipe.json": json.dumps({"h": "x"})},
+        "made3": {"recipe.json": '{"format": 99}'},
+    }.items():
+        (here / name).mkdir()
+        for file, text in files.items():
+            (here / name / file).write_text(text)
+    os.mkfifo(here / "empty" / "config.json")
+    return here
+
+
+COMMANDS = [
+    # (arguments, what the sentence says)
+    # First: the module of a config file keeps what an earlier one defined.
+    (["train", "--config=without.py", "--workdir=w"], "has no function get_config"),
+    (["train", "--config=", "--workdir=w"], "--config=FILE.py is required"),
+    (["train", "--config=empty", "--workdir=w"], "is no Python file"),
+    (["train", "--config=lines.jsonl", "--workdir=w"], "is no Python file"),
+    (["train", "--config=pipe.py", "--workdir=w"], "no regular file"),
+    (["train", "--config=gone.py", "--workdir=w"], "no config file"),
+    (["train", "--config=syntax.py", "--workdir=w"], "syntax.py, line 1 is not valid Python"),
+    (["train", "--config=latin.py", "--workdir=w"], "not UTF-8"),
+    (["train", "--config=imports.py", "--workdir=w"], "imports.py, line 1: ModuleNotFoundError"),
+    (["train", "--config=raises.py", "--workdir=w"], "raises.py, line 2: KeyError: 'gone'"),
+    (["train", "--config=none.py", "--workdir=w"], "returned NoneType"),
+    (["train", QUICKSTART], "--workdir=DIR is required"),
+    (["train", QUICKSTART, "--workdir=a", "--workdir=b"], "--workdir is given 2 times"),
+    (["train", QUICKSTART, "--workdir=w", "--num_steps=3"], "--config.num_steps="),
+    (["train", QUICKSTART, "--workdir=w", "--config.no.x=3"], "unknown field no.x"),
+    (
+        ["train", QUICKSTART, "--workdir=w", "--config.optimizer.learning_rte=1"],
+        "did you mean optimizer.learning_rate",
+    ),
+    (["train", QUICKSTART, "--workdir=w", "--config.seed=1", "--config.seed=2"], "2 times"),
+    (["train", QUICKSTART, "--workdir=w", "more"], "unexpected arguments"),
+    (["train", QUICKSTART, "--workdir=w", "--config.corpus.dir=corpus"], "no JSON object"),
+    (["train", QUICKSTART, "--workdir=w", "--config.corpus.dir=corpus2"], "is missing"),
+    (["train", QUICKSTART, "--workdir=w", "--config.corpus.dir=empty"], "not a prepared corpus"),
+    (["train", QUICKSTART, "--workdir=w", "--config.corpus.dir=file"], "not a prepared corpus"),
+    (["prepare", QUICKSTART, "--config.corpus.sources=('gone',)"], "matches no file"),
+    (["prepare", QUICKSTART, "--config.corpus.sources=()"], "no sources"),
+    (
+        [
+            "prepare",
+            QUICKSTART,
+            "--config.corpus.sources=('lines.jsonl',)",
+            "--config.corpus.dir=file",
+        ],
+        "no folder",
+    ),
+    (
+        [
+            "prepare",
+            QUICKSTART,
+            "--config.corpus.sources=('lines.jsonl',)",
+            "--config.corpus.dir=/proc/x",
+        ],
+        "cannot be written",
+    ),
+    (["plan", QUICKSTART, "--json=/proc/x.json", "--chip=H200"], "cannot be written"),
+    (["plan", QUICKSTART, "--chip=nonsense"], "nonsense"),
+    (["plan", QUICKSTART, "--topology=nonsense"], "nonsense"),
+    (["evaluate"], "--workdir=RUN is required"),
+    (["evaluate", "--workdir=gone"], "is not a run"),
+    (["evaluate", "--workdir=empty"], "no regular file"),
+    (["evaluate", "--workdir=run"], "holds no JSON object"),
+    (["evaluate", "--workdir=run2"], "not valid JSON"),
+    (["evaluate", "--workdir=run3"], "has format 99"),
+    (["evaluate", "--workdir=run4"], "num_steps = '60' is a str"),
+    (["evaluate", "--workdir=run5"], "optimizer"),
+    (["evaluate", "--workdir=run", "--json=empty"], "--json=empty is a folder"),
+    (["evaluate", "--workdir=run", "--text=/proc/x"], "--text=/proc/x cannot be written"),
+    (["evaluate", "--workdir=run", "--step=many"], "step"),
+    (["evaluate", "--workdir=run", "--part=nonsense"], "part"),
+    (["instantiate"], "--run is required"),
+    (["instantiate", "--run=run", "--documents=lines.jsonl", "--out=file"], "no folder"),
+    (["instantiate", "--run=run", "--documents=lines.jsonl", "--out=/proc/x"], "cannot be"),
+    (["instantiate", "--run=run", "--documents=lines.jsonl", "--out=corpus"], "not a specialist"),
+    (["generate", "--model=gone"], "gone"),
+    (["generate", "--model=made"], "no JSON object"),
+    (["generate", "--model=made2"], "is missing"),
+    (["generate", "--model=made3"], "format 99"),
+    (["generate", "--model=made", "--seed=99999999999999999999"], "seed"),
+    (["generate", "--model=made", "--seed=-1"], "seed"),
+    (["generate", "--model=made", "--temperature=-1"], "temperature"),
+    (["generate", "--model=made", "--max_tokens=0"], "max_tokens"),
+    (["generate", "--model=made", "--prompt=\udcff\udcfe"], "not UTF-8"),
+    (["verify"], "name a folder"),
+    (["verify", "gone"], "is no corpus, run or specialist"),
+    (["verify", "corpus2"], "is missing"),
+    (["verify", "run2"], "not valid JSON"),
+    (["verify", "made2"], "is missing"),
+    (["verify", "run", "run2"], "unexpected arguments"),
+    (["nonsense"], "unknown subcommand"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), COMMANDS, ids=[" ".join(a) for a, _ in COMMANDS])
+def test_every_command_refuses_in_one_sentence(arguments, says, folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    assert main.run(arguments) == 2
+    error = capfd.readouterr().err
+    (line,) = [x for x in error.splitlines() if x.startswith("soup-jax: error: ")]
+    assert says in line
+    assert "Traceback" not in error
+    assert sorted(p for p in folder.rglob("*") if "__pycache__" not in str(p)) == before
