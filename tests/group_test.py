@@ -9,19 +9,35 @@ import time
 import pytest
 
 from soup_jax.errors import UserError
-from soup_jax.processes.coordinator import Coordinator, listen
-from soup_jax.processes.group import Group, Line, Solo
+from soup_jax.processes import wire
+from soup_jax.processes.coordinator import Coordinator
+from soup_jax.processes.group import Group, Solo
+from soup_jax.processes.lobby import listen
+from soup_jax.processes.secret import FROM_VARIABLE, Secret
+from soup_jax.processes.wire import Line
+
+SECRET = b"known to all processes of the run"
 
 
 class Run:
     """A coordinator and groups, all in this process; what would end a process goes to `downs`."""
 
-    def __init__(self, num_processes, *, only=None, init_timeout=20.0, silence_timeout=60.0):
+    def __init__(
+        self,
+        num_processes,
+        *,
+        only=None,
+        init_timeout=20.0,
+        silence_timeout=60.0,
+        source=FROM_VARIABLE,
+    ):
         self.downs: queue.Queue = queue.Queue()
-        listener = listen(0)
-        self.port = listener.getsockname()[1]
+        listeners = listen("127.0.0.1", 0)
+        self.port = listeners[0].getsockname()[1]
+        self.source = source
         self.coordinator = Coordinator(
-            listener,
+            listeners,
+            secret=self.secret(),
             num_processes=num_processes,
             jax_port=4242,
             init_timeout=init_timeout,
@@ -41,9 +57,15 @@ class Run:
             process_id=index,
             num_processes=changes.get("num_processes", self.num_processes),
             timeout=changes.get("timeout", 10),
+            secret=changes.get("secret", self.secret()),
             silence_timeout=self.silence,
             on_down=lambda text, status, dump: self.downs.put((index, text, status, dump)),
         )
+
+    def secret(self):
+        secret = Secret(SECRET)
+        secret.source = self.source
+        return secret
 
     def complete(self):
         for thread in self.threads:
@@ -129,6 +151,7 @@ def test_a_coordinator_that_is_not_there_is_named_with_its_address():
                 process_id=1,
                 num_processes=2,
                 timeout=0.5,
+                secret=Secret(SECRET),
                 silence_timeout=1,
                 on_down=lambda *_: None,
             )
@@ -150,18 +173,6 @@ def test_a_process_that_does_not_fit_is_refused_and_the_others_go_on(index, chan
     run.connect(1)
     run.close()
     assert run.downs.empty()
-
-
-@pytest.mark.parametrize(
-    "rubbish", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"op": "hello"}\n', b""]
-)
-def test_strangers_at_the_port_do_no_harm(rubbish):
-    run = Run(2, only=(0,))
-    with socket.create_connection(("127.0.0.1", run.port)) as stranger:
-        stranger.sendall(rubbish)
-        run.connect(1)
-    assert run.on_all(lambda g: g.meet("x")) == [({}, [])] * 2
-    run.close()
 
 
 def test_a_process_that_dies_is_named_to_all_others_with_its_place():
@@ -190,8 +201,19 @@ def test_a_process_that_falls_silent_is_named(monkeypatch):
     assert "is silent for 3 s (distributed.heartbeat_timeout_secs" in text
 
 
+def coordinators_line(sock, secret=SECRET):
+    """The other end of a process's line, up to the hello."""
+    line, nonce = Line(sock), wire.nonce()
+    line.send("challenge", protocol=wire.PROTOCOL, nonce=nonce, secret="variable")
+    while not (hello := line.lines()):
+        time.sleep(0.01)
+    key = wire.proof(secret, wire.KEY, nonce.encode(), hello[0].partition(b" ")[2])
+    line.secure(key, sends=wire.FROM_COORDINATOR, expects=wire.FROM_PROCESS)
+    return line
+
+
 def test_the_death_of_the_coordinator_is_told_by_those_who_are_left():
-    with listen(0) as listener:
+    with listen("127.0.0.1", 0)[0] as listener:
         results: queue.Queue = queue.Queue()
         port = listener.getsockname()[1]
 
@@ -201,12 +223,14 @@ def test_the_death_of_the_coordinator_is_told_by_those_who_are_left():
                 process_id=1,
                 num_processes=2,
                 timeout=5,
+                secret=Secret(SECRET),
                 silence_timeout=60,
                 on_down=lambda *told: results.put(told),
             )
 
         threading.Thread(target=connect, daemon=True).start()
-        line = Line(listener.accept()[0])
+        line = coordinators_line(listener.accept()[0])
+        line.send("joined")
         line.send("welcome", jax_port=1)
         line.close()
     text, status, _ = results.get(timeout=20)

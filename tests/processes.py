@@ -68,7 +68,9 @@ def free_port() -> int:
 
 
 class Processes(list):
-    """Popen objects of one run, in the order of their ids."""
+    """Popen objects of one run, in the order of their ids; `port` is the coordinator's."""
+
+    port: int
 
     def join(self, seconds: float = 120) -> tuple[list[int], list[str]]:
         """(statuses, outputs) once all have ended by themselves."""
@@ -97,6 +99,7 @@ def start(
     """Start the run; `only` those processes, with `trouble` as CONFIG reads it."""
     port = free_port()
     running = Processes()
+    running.port = port
     try:
         for i in range(num_processes) if only is None else only:
             env = dict(os.environ)

@@ -67,10 +67,11 @@ def run(values: flags.FlagValues) -> int:
     compile_cache.enable()
     from soup_jax.processes import start as processes
 
-    with processes.processes(cfg, place) as group:
+    workdir = pathlib.Path(values.workdir)
+    with processes.processes(cfg, place, workdir=workdir) as group:
         return _train_here(
             cfg,
-            pathlib.Path(values.workdir),
+            workdir,
             accept_changes=values.accept_changes,
             show=group.process_id == 0,
         )

@@ -12,46 +12,45 @@ on the path of a step. jax has a service of its own for its own needs; this one 
 * A signal at one process stops all of them after the same step: all say which step they are in and
   wait, and the coordinator answers with the largest. The devices take no part in it.
 
-Nobody is authenticated here, as in jax's own service: keep the port inside the cluster.
+Only who knows the secret of the run takes part (`wire`); all others wait in the `lobby`, and what
+they send neither ends nor delays anything. This thread never waits for any of its connections: what
+one does not take is kept for it. Each message is checked (`messages`), and a process that sends one
+that it should not have sent counts as dead.
 """
 
-import contextlib
 import logging
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from soup_jax.processes.group import BEAT_SECS, PROTOCOL, STATUS_FAILED, STATUS_USER, Line
+from soup_jax.processes import messages, wire
+from soup_jax.processes.group import BEAT_SECS, STATUS_FAILED, STATUS_USER
+from soup_jax.processes.lobby import Lobby
+from soup_jax.processes.secret import Secret
+from soup_jax.processes.wire import DamagedError, Line
 
 _log = logging.getLogger(__name__)
 
 # A death makes collectives fail elsewhere: what comes first over the line need not be the cause.
 _GRACE_SECS = {"death": 0.5, "error": 0.5, "hang": 2.0, "collective": 5.0}
-_CAUSES = ("death", "error", "hang", "collective")  # the first of these that occurred is told
-
-
-def listen(port: int, *, backlog: int = 1024) -> socket.socket:
-    """A listening socket on all addresses of this machine, IPv6 too where there is any."""
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
-            )
-    return socket.create_server(("", port), backlog=backlog)
+_CAUSES = ("death", *messages.CAUSES)  # the first of these that occurred is told
+_MOST_MEETINGS = 100  # under way at once
 
 
 class _Peer:
     """What the coordinator knows of one process."""
 
     def __init__(self, line: Line, hello: Mapping[str, Any]):
-        self.line, self.id = line, int(hello["id"])
+        self.line, self.id, self.num_dropped = line, hello["id"], 0
         self.name = f"process {self.id} ({hello['host']}, pid {hello['pid']})"
         self.place: dict[str, Any] = {"step": -1, "phase": "starting", "idle": 0.0}
         self.beat = time.monotonic()
-        self.left = False
+        self.left = False  # in peace, or its connection has ended
+        self.damaged = False  # it hears of the end, but is heard no more
 
     def seen(self) -> str:
         """Where it was when it last reported."""
@@ -65,16 +64,31 @@ class Coordinator(threading.Thread):
 
     def __init__(
         self,
-        listener: socket.socket,
+        listeners: list[socket.socket],
         *,
+        secret: Secret,
         num_processes: int,
         jax_port: int,
         init_timeout: float,
         silence_timeout: float,
     ):
-        """`jax_port` is where process 0 starts jax's own service, told to all."""
+        """Takes the listening sockets over; `start` begins.
+
+        Args:
+          jax_port: where process 0 starts jax's own service, told to all.
+          init_timeout, silence_timeout: seconds for all to come, and without a word of one.
+        """
         super().__init__(name="soup_jax-coordinator", daemon=True)
-        self._listener, self._count, self._jax_port = listener, num_processes, jax_port
+        self._count, self._jax_port, self._welcomed = num_processes, jax_port, False
+        self._selector = selectors.DefaultSelector()
+        self._lobby = Lobby(
+            self._selector,
+            listeners,
+            secret,
+            enter=self._enter,
+            num_missing=lambda: num_processes - len(self._peers),
+        )
+        self._seldom = wire.Seldom(_log)
         self._init_timeout, self._silence = init_timeout, silence_timeout
         self._peers: dict[int, _Peer] = {}
         self._meetings: dict[str, dict[str, Any]] = {}
@@ -92,34 +106,32 @@ class Coordinator(threading.Thread):
             self._end(f"the coordinator broke: {e!r}")
             raise
         finally:
-            self._listener.close()
+            self._lobby.close()
+            self._selector.close()
             self.drained.set()
 
     def _serve(self) -> None:
-        start = next_tick = time.monotonic()
-        welcomed, told = False, start
-        with selectors.DefaultSelector() as selector:
-            self._selector = selector
-            selector.register(self._listener, selectors.EVENT_READ)
-            while not self._over or any(p.id for p in self._present()):
-                for key, _ in selector.select(timeout=0.1):
-                    self._read(key)
-                now = time.monotonic()
-                if not welcomed and len(self._peers) == self._count:
-                    welcomed = True
-                    self._broadcast("welcome", jax_port=self._jax_port)
-                if not welcomed and not self._over:
-                    told = self._wait_for_all(now, start, told)
-                if now >= next_tick:
-                    next_tick = now + BEAT_SECS
-                    self._broadcast("tick")
-                if self._over:
-                    if now > self._over_since + 3.0:
-                        break
-                    continue
-                self._check(now)
-                if welcomed and all(p.left for p in self._peers.values()):
+        start = told = next_tick = time.monotonic()
+        while not self._over or any(p.id for p in self._present()):
+            for key, events in self._selector.select(timeout=0.1):
+                key.data(events)
+            now = time.monotonic()
+            self._lobby.tick(now)
+            if not self._welcomed and len(self._peers) == self._count:
+                self._welcomed = True
+                self._broadcast("welcome", jax_port=self._jax_port)
+            if not self._welcomed and not self._over:
+                told = self._wait_for_all(now, start, told)
+            if now >= next_tick:
+                next_tick = now + BEAT_SECS
+                self._broadcast("tick")
+            if self._over:
+                if now > self._over_since + 3.0:
                     break
+                continue
+            self._check(now)
+            if self._welcomed and all(p.left for p in self._peers.values()):
+                break
 
     def _present(self) -> list[_Peer]:
         return [p for p in self._peers.values() if not p.left]
@@ -128,6 +140,13 @@ class Coordinator(threading.Thread):
         # Process 0 last: what it hears may be the end of this thread.
         for peer in sorted(self._present(), key=lambda p: -p.id):
             peer.line.send(op, **values)
+            self._watch(peer)
+
+    def _watch(self, peer: _Peer) -> None:
+        waits = selectors.EVENT_WRITE if peer.line.unsent_since else 0
+        key = self._selector.get_key(peer.line.sock)
+        if key.events != selectors.EVENT_READ | waits:
+            self._selector.modify(peer.line.sock, selectors.EVENT_READ | waits, key.data)
 
     def _wait_for_all(self, now: float, start: float, told: float) -> float:
         missing = [i for i in range(self._count) if i not in self._peers]
@@ -143,18 +162,46 @@ class Coordinator(threading.Thread):
             return now
         return told
 
-    def _read(self, key: selectors.SelectorKey) -> None:
-        if key.fileobj is self._listener:
-            with contextlib.suppress(OSError):
-                line = Line(self._listener.accept()[0])
-                self._selector.register(line.sock, selectors.EVENT_READ, [line, None])
-            return
-        line, peer = key.data
-        messages = line.receive()
-        if messages is None:
+    def _enter(self, line: Line, hello: Mapping[str, Any]) -> str:
+        """Take over the line of a process that knows the secret; returns why not, if so."""
+        if hello["protocol"] != wire.PROTOCOL:
+            return f"the coordinator speaks {wire.PROTOCOL!r}: another version of soup_jax"
+        if hello["count"] != self._count:
+            return f"num_processes is {hello['count']} here and {self._count} at process 0"
+        if hello["id"] >= self._count:
+            return f"process_id {hello['id']} is none of {self._count}"
+        if hello["id"] in self._peers:
+            return f"process_id {hello['id']} is taken by {self._peers[hello['id']].name}"
+        if self._over:
+            return "the run is at its end"
+        peer = self._peers[hello["id"]] = _Peer(line, hello)
+        line.accept_longer()
+        self._selector.modify(line.sock, selectors.EVENT_READ, partial(self._turn, peer))
+        line.send("joined")
+        self._watch(peer)
+        return ""
+
+    def _turn(self, peer: _Peer, events: int) -> None:
+        line = peer.line
+        if events & selectors.EVENT_WRITE:
+            line.flush()
+        for message in line.receive() if events & selectors.EVENT_READ else ():
+            if peer.left or peer.damaged:
+                break
+            try:
+                messages.check(message, messages.FROM_PROCESS, self._allowed(peer))
+                self._handle(peer, message)
+            except DamagedError as e:
+                self._damage(peer, str(e))
+        if line.damaged and not peer.left:
+            self._damage(peer, line.damaged)
+        if line.num_dropped > peer.num_dropped:
+            peer.num_dropped = line.num_dropped
+            self._seldom.warning(f"dropped what came as {peer.name}'s and proves nothing")
+        if line.gone:
             self._selector.unregister(line.sock)
             line.close()
-            if peer is not None and not peer.left:
+            if not peer.left:
                 peer.left = True
                 self._trouble(
                     "death",
@@ -162,25 +209,19 @@ class Coordinator(threading.Thread):
                     f"{peer.name} is gone: killed or crashed (last seen at {_place(peer)})",
                 )
             return
-        for message in messages:
-            if key.data[1] is None:
-                self._hello(key.data, message)
-            elif not key.data[1].left:
-                self._handle(key.data[1], message)
+        self._watch(peer)
 
-    def _hello(self, data: list[Any], message: Mapping[str, Any]) -> None:
-        line: Line = data[0]
-        refused = ""
-        if message.get("protocol") != PROTOCOL or "id" not in message:
-            refused = f"the coordinator speaks {PROTOCOL!r}: another version of soup_jax"
-        elif message["count"] != self._count:
-            refused = f"num_processes is {message['count']} here and {self._count} at process 0"
-        elif message["id"] in self._peers:
-            refused = f"process_id {message['id']} is taken by {self._peers[message['id']].name}"
-        if refused:
-            line.send("refused", text=refused)
-            return
-        data[1] = self._peers[message["id"]] = _Peer(line, message)
+    def _allowed(self, peer: _Peer) -> tuple[str, ...]:
+        if not self._welcomed:
+            return ("beat", "fail", "bye")
+        paused = self._stop is not None and peer.id not in self._stop["at"]
+        return ("beat", "meet", "stop", "fail", "bye", *(["at"] if paused else []))
+
+    def _damage(self, peer: _Peer, why: str) -> None:
+        if not peer.damaged:
+            peer.damaged = True
+            text = f"{peer.name} sent a damaged message ({why}; last seen at {_place(peer)})"
+            self._trouble("death", peer, text)
 
     def _handle(self, peer: _Peer, message: Mapping[str, Any]) -> None:
         peer.beat = time.monotonic()
@@ -192,7 +233,8 @@ class Coordinator(threading.Thread):
         elif op == "stop" and self._stop is None:
             self._stop = {"who": peer.id, "reason": message["reason"], "at": {}}
             self._broadcast("pause")
-        elif op == "at" and self._stop is not None:
+        elif op == "at":
+            assert self._stop is not None  # `_allowed`
             self._stop["at"][peer.id] = message["step"]
             self._settle_stop()
         elif op == "fail":
@@ -214,11 +256,15 @@ class Coordinator(threading.Thread):
 
     def _meet(self, peer: _Peer, message: Mapping[str, Any]) -> None:
         timeout = message["timeout"]
+        if len(self._meetings) >= _MOST_MEETINGS and message["name"] not in self._meetings:
+            raise DamagedError("too many meetings")
         meeting = self._meetings.setdefault(
             message["name"],
             {"facts": {}, "timeout": timeout, "deadline": time.monotonic() + timeout},
         )
         facts = meeting["facts"]
+        if peer.id in facts:
+            raise DamagedError("the same meeting twice")
         facts[peer.id] = message["facts"]
         if len(facts) < self._count:
             return
@@ -240,6 +286,14 @@ class Coordinator(threading.Thread):
 
     def _check(self, now: float) -> None:
         for peer in self._present():
+            unsent = peer.line.unsent_since
+            if unsent is not None and now - unsent > self._silence:
+                self._trouble(
+                    "death",
+                    peer,
+                    f"{peer.name} reads nothing for {now - unsent:.0f} s "
+                    f"(distributed.heartbeat_timeout_secs; last seen at {_place(peer)})",
+                )
             if now - peer.beat > self._silence:
                 self._trouble(
                     "death",

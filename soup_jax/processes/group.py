@@ -3,63 +3,25 @@
 `Solo` is the group of a single process. Code that is written for it runs with many.
 """
 
-import contextlib
-import json
 import os
+import select
 import selectors
-import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from soup_jax.errors import UserError
+from soup_jax.processes import messages
+from soup_jax.processes.join import join
+from soup_jax.processes.secret import Secret
+from soup_jax.processes.wire import DamagedError, Line
 
-PROTOCOL = "soup_jax control 1"
 BEAT_SECS = 1.0
 STATUS_FAILED, STATUS_USER = 1, 2
-_SEND_SECS = 10.0
-_MOST_BYTES = 4 << 20  # of one message; more comes from somebody else
-
-
-class Line:
-    """JSON messages over one socket; sending is safe from several threads."""
-
-    def __init__(self, sock: socket.socket):
-        self.sock, self._rest, self._lock = sock, b"", threading.Lock()
-        sock.settimeout(_SEND_SECS)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def send(self, op: str, **values: Any) -> bool:
-        """Send one message; False if the other side is gone."""
-        data = json.dumps({"op": op, **values}).encode() + b"\n"
-        try:
-            with self._lock:
-                self.sock.sendall(data)
-        except OSError:
-            return False
-        return True
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """Messages that have arrived, perhaps none; None at the end of the connection."""
-        try:
-            data = self.sock.recv(1 << 16)
-        except OSError:
-            return None
-        if not data:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        sound = all(isinstance(m, dict) and "op" in m for m in messages)
-        return messages if sound and len(self._rest) < _MOST_BYTES else None
-
-    def close(self) -> None:
-        """Close the socket."""
-        with contextlib.suppress(OSError):
-            self.sock.close()
+_LEAVE_SECS = 5.0
+# What the coordinator may say before all are there, and after that.
+_STARTING, _STARTED = ("welcome", "tick", "down"), ("tick", "met", "pause", "stop_after", "down")
 
 
 class Solo:
@@ -123,8 +85,15 @@ class Group(Solo):
         num_processes: int,
         silence_timeout: float,
         on_down: Callable[[str, int, bool], None],
+        first: Sequence[dict[str, Any]] = (),
     ):
-        """`on_down(text, status, dump)` is called in the listening thread, when all is lost."""
+        """Starts the listening thread.
+
+        Args:
+          silence_timeout: seconds without a word from the coordinator, after which it is dead.
+          on_down: gets (text, status, dump) in the listening thread, when all is lost.
+          first: messages that have been received on the line already.
+        """
         super().__init__()
         self.process_id, self.num_processes = process_id, num_processes
         self._line, self._silence, self._on_down = line, silence_timeout, on_down
@@ -135,46 +104,39 @@ class Group(Solo):
         self._stop_after: int | None = None
         self._wake_read, self._wake_write = os.pipe()
         self.jax_port: int | None = None
+        self._first = first
         self._thread = threading.Thread(target=self._listen, name="soup_jax-control", daemon=True)
         self._thread.start()
 
     @classmethod
     def connect(
-        cls, address: str, *, process_id: int, num_processes: int, timeout: float, **options: Any
+        cls,
+        address: str,
+        *,
+        process_id: int,
+        num_processes: int,
+        timeout: float,
+        secret: Secret,
+        **options: Any,
     ) -> "Group":
         """Connect to the coordinator and wait until everybody has.
 
         Raises:
-          UserError: nobody answers at `address` in time, or this process is refused.
+          UserError: nobody who knows the secret answers at `address` in time, or this process is
+            refused.
         """
-        deadline = time.monotonic() + timeout
-        host, port = address.rsplit(":", 1)
-        while True:
-            try:
-                sock = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
-                break
-            except OSError as e:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"process 0 does not answer at the coordinator's address {address} within "
-                        f"{timeout:g} s (distributed.init_timeout_secs): {e}"
-                    ) from None
-                time.sleep(0.2)
-        line = Line(sock)
-        line.send(
-            "hello",
-            protocol=PROTOCOL,
-            id=process_id,
-            count=num_processes,
-            host=socket.gethostname(),
-            pid=os.getpid(),
+        line, found = join(
+            address,
+            process_id=process_id,
+            num_processes=num_processes,
+            timeout=timeout,
+            secret=secret,
         )
-        group = cls(line, process_id=process_id, num_processes=num_processes, **options)
+        options |= {"process_id": process_id, "num_processes": num_processes}
+        group = cls(line, first=found, **options)
         with group._change:
-            group._change.wait_for(lambda: group.jax_port or group._failing)
-        if group.jax_port is None:
-            group.close()
-            raise UserError((group._verdict or {}).get("text", "the start failed"))
+            # For ever if the start fails: then `on_down` ends the process.
+            group._change.wait_for(lambda: group.jax_port)
         return group
 
     def _listen(self) -> None:
@@ -185,28 +147,51 @@ class Group(Solo):
 
     def _serve(self) -> None:
         last_beat, last_heard = 0.0, time.monotonic()
+        self._handle_all(self._first)
         with selectors.DefaultSelector() as selector:
             selector.register(self._line.sock, selectors.EVENT_READ)
             selector.register(self._wake_read, selectors.EVENT_READ)
             while not self._closed:
-                ready = [key.fileobj for key, _ in selector.select(timeout=BEAT_SECS)]
+                waits = selectors.EVENT_WRITE if self._line.unsent_since else 0
+                selector.modify(self._line.sock, selectors.EVENT_READ | waits)
+                ready = {key.fileobj: events for key, events in selector.select(timeout=BEAT_SECS)}
                 now = time.monotonic()
                 if self._wake_read in ready and b"s" in os.read(self._wake_read, 64):
-                    self._line.send("stop", reason=self._wanted)
+                    self._line.send("stop", reason=messages.printable(self._wanted, 200))
                 if now - last_beat >= BEAT_SECS:
                     last_beat = now
                     self._line.send("beat", place={**self.place, "idle": now - self.moved})
-                if self._line.sock in ready:
-                    messages = self._line.receive()
-                    if messages is None:
-                        self._lost("is gone: killed or crashed")
-                        return
+                events = ready.get(self._line.sock, 0)
+                if events & selectors.EVENT_WRITE:
+                    self._line.flush()
+                heard = self._receive() if events & selectors.EVENT_READ else False
+                if self._verdict is not None and self._line.gone:
+                    return
+                if heard:
                     last_heard = now
-                    for message in messages:
-                        self._handle(message)
                 elif now - last_heard > self._silence:
                     self._lost(f"is silent for {self._silence:g} s")
                     return
+
+    def _receive(self) -> bool:
+        """Handle what has come; True if any of it proves that the coordinator lives."""
+        found = self._line.receive()
+        self._handle_all(found)
+        if self._line.damaged:
+            self._lost(f"sent a damaged message ({self._line.damaged})")
+        elif self._line.gone:
+            self._lost("is gone: killed or crashed")
+        return bool(found)
+
+    def _handle_all(self, found: Sequence[dict[str, Any]]) -> None:
+        for message in found:
+            started = _STARTED if self.jax_port else _STARTING
+            try:
+                messages.check(message, messages.FROM_COORDINATOR, started)
+            except DamagedError as e:
+                self._line.damaged = self._line.damaged or str(e)
+                return
+            self._handle(message)
 
     def _lost(self, how: str) -> None:
         if not self._closed:
@@ -219,13 +204,11 @@ class Group(Solo):
         with self._change:
             if op == "welcome":
                 self.jax_port = message["jax_port"]
-            elif op == "refused" and self._verdict is None:
-                self._failing, self._verdict = True, message
             elif op == "met":
                 self._met[message["name"]] = (message["lead"], message["differences"])
             elif op == "pause":
                 self._paused = True
-                self._line.send("at", step=self.place["step"])
+                self._send("at", step=self.place["step"])
             elif op == "stop_after":
                 self._stop_after, self.stop_reason = message["step"], message["reason"]
             elif op == "down" and self._verdict is None:
@@ -254,7 +237,7 @@ class Group(Solo):
         self, name: str, facts: Mapping[str, Any] | None = None, *, timeout: float = 300.0
     ) -> tuple[dict[str, Any], list[str]]:
         """Wait for all processes at `name`; returns process 0's facts and who differs in what."""
-        self._line.send("meet", name=name, facts=dict(facts or {}), timeout=timeout)
+        self._send("meet", name=name, facts=dict(facts or {}), timeout=timeout)
         with self._change:
             self._change.wait_for(lambda: name in self._met)
             return self._met.pop(name)
@@ -267,7 +250,8 @@ class Group(Solo):
                 self._change.wait_for(lambda: False, timeout=30)
                 return ""
             self._failing = True
-            self._line.send("fail", text=text, status=status, cause=cause)
+            told = messages.printable(text, messages.MOST_TEXT)
+            self._send("fail", text=told, status=status, cause=cause)
             self._change.wait_for(lambda: self._verdict is not None, timeout=10)
             verdict = self._verdict
         own = verdict is not None and self.process_id in verdict["who"]
@@ -275,12 +259,21 @@ class Group(Solo):
             return ""
         return verdict["text"]
 
+    def _send(self, op: str, **values: Any) -> None:
+        self._line.send(op, **values)
+        if self._line.unsent_since:  # the listening thread sends the rest
+            os.write(self._wake_write, b"w")
+
     def close(self) -> None:
         """Leave in peace."""
         self._closed = True
         self._line.send("bye")
         os.write(self._wake_write, b"q")
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=_LEAVE_SECS)
+        deadline = time.monotonic() + _LEAVE_SECS
+        while self._line.unsent_since and (left := deadline - time.monotonic()) > 0:
+            select.select([], [self._line.sock], [], left)
+            self._line.flush()
         self._line.close()
         for end in (self._wake_read, self._wake_write):
             os.close(end)

@@ -1,12 +1,13 @@
 """Start and end of a run over many processes; what they are to each other in between is a `group`.
 
-    with start.processes(cfg, found) as group:   # found: place.find_place(...)
-        loop.train(cfg, workdir)                 # finds the group by start.current()
+    with start.processes(cfg, found, workdir=workdir) as group:   # found: place.find_place(...)
+        loop.train(cfg, workdir)                                  # finds it by start.current()
 
 Before jax touches a device, in this order:
 
-1. All processes connect to the coordinator, a thread of process 0 at the address that was given. If
-   one does not, the error names it.
+1. All processes connect to the coordinator, a thread of process 0 at the address that was given,
+   and prove that they know the secret of the run (`secret`). If one does not come, the error names
+   it.
 2. They compare code, versions and config, field by field.
 3. jax's own service starts on a free port of the same host and finds the devices. They must be
    alike on all processes and of the platform that `mesh.platform` names; each process prints them.
@@ -36,9 +37,11 @@ from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh
 from soup_jax.processes import watchdog
-from soup_jax.processes.coordinator import Coordinator, listen
+from soup_jax.processes.coordinator import Coordinator
 from soup_jax.processes.group import STATUS_FAILED, STATUS_USER, Group, Solo
+from soup_jax.processes.lobby import listen
 from soup_jax.processes.place import Place
+from soup_jax.processes.secret import Secret, find_secret
 
 _log = logging.getLogger(__name__)
 
@@ -67,11 +70,15 @@ def current() -> Solo:
 
 
 @contextlib.contextmanager
-def processes(cfg: ConfigDict, place: Place | None) -> Iterator[Solo]:
+def processes(
+    cfg: ConfigDict, place: Place | None, *, workdir: pathlib.Path | None = None
+) -> Iterator[Solo]:
     """Connects the processes of a run for the time of the block; with many, see the module.
 
     Args:
       place: None for a single process.
+      workdir: of the run, seen by all processes: process 0 leaves the secret there while they
+        start. None: SOUP_JAX_SECRET must be set on all.
 
     Raises:
       UserError: processes are missing or differ, or the devices are not those of the config.
@@ -82,9 +89,11 @@ def processes(cfg: ConfigDict, place: Place | None) -> Iterator[Solo]:
         _local_devices(cfg)
         yield Solo()
         return
+    secret = find_secret(workdir)
     try:
-        group = _connect(cfg, place)
+        group = _connect(cfg, place, secret)
     except UserError as e:
+        secret.remove()
         # Not unwound: the coordinator's thread may still have something to say to the others.
         watchdog.leave(f"process {place.process_id}: {e}", STATUS_USER)
     try:
@@ -105,43 +114,45 @@ def _end_timeout(cfg: ConfigDict) -> float:
     return max(cfg.distributed.init_timeout_secs, cfg.checkpoint.async_timeout_secs)
 
 
-def _connect(cfg: ConfigDict, place: Place) -> Group:
+def _connect(cfg: ConfigDict, place: Place, secret: Secret) -> Group:
     settings, coordinator = cfg.distributed, None
     reserved: socket.socket | None = None
     if place.process_id == 0:
-        port = int(place.coordinator.rsplit(":", 1)[1])
+        host, _, port = place.coordinator.rpartition(":")
         try:
-            listener = listen(port)
+            listeners = listen(host, int(port))
         except OSError as e:
             raise UserError(f"the coordinator's port {port} cannot be used here: {e}") from e
         # Held until everybody is there, then given to jax.
         reserved = socket.socket()
         reserved.bind(("", 0))
         coordinator = Coordinator(
-            listener,
+            listeners,
+            secret=secret,
             num_processes=place.num_processes,
             jax_port=reserved.getsockname()[1],
             init_timeout=settings.init_timeout_secs,
             silence_timeout=settings.heartbeat_timeout_secs,
         )
         coordinator.start()
+    others = _others(coordinator, secret)
 
     def on_down(text: str, status: int, dump: bool) -> None:
         if dump:
             watchdog.dump_stacks()
-        watchdog.leave(
-            f"process {place.process_id} stops: {text}", status, after=_others(coordinator)
-        )
+        watchdog.leave(f"process {place.process_id} stops: {text}", status, after=others)
 
     group = Group.connect(
         place.coordinator,
         process_id=place.process_id,
         num_processes=place.num_processes,
         timeout=settings.init_timeout_secs,
+        secret=secret,
         silence_timeout=settings.heartbeat_timeout_secs,
         on_down=on_down,
     )
-    group.wait_for_others = _others(coordinator)
+    group.wait_for_others = others
+    secret.remove(folders=False)  # everybody is here; the run writes into the folder soon
     if reserved is not None:
         reserved.close()
     return group
@@ -250,5 +261,10 @@ def _fail(group: Group, error: BaseException) -> None:
     )
 
 
-def _others(coordinator: Coordinator | None) -> Callable[[], object]:
-    return (lambda: coordinator.drained.wait(5)) if coordinator is not None else lambda: None
+def _others(coordinator: Coordinator | None, secret: Secret) -> Callable[[], object]:
+    def wait() -> None:
+        if coordinator is not None:
+            coordinator.drained.wait(5)
+            secret.remove()
+
+    return wait
