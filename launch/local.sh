@@ -64,6 +64,8 @@ share=$((${#gpus[@]} / processes))
 
 free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 port=${PORT:-$("${bin}python3" -c "$free_port")}
+# Who knows it may take part in the run. Exported, so that no command line shows it.
+export SOUP_JAX_SECRET=${SOUP_JAX_SECRET:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 pids=() signalled=""
 # In the background the shell makes children deaf to Ctrl-C until they listen for it themselves.
 trap 'signalled=1; kill -TERM ${pids[@]+"${pids[@]}"} 2>/dev/null || true' INT TERM

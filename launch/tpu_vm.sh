@@ -63,8 +63,15 @@ $python -m venv .venv; .venv/bin/python -m pip install --quiet -e '.[tpu]'"
       --config.mesh.platform=tpu "$@")
     train=${train# }
     job=$(printf '%q' "echo $(printf '%q' "+ $train"); $train; echo \"exit status \$?\"")
+    # Who knows it may take part in the run. As a file, so that no command line shows it.
+    secret=$(mktemp)
+    trap 'rm -f "$secret"' EXIT
+    echo "${SOUP_JAX_SECRET:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}" > "$secret"
+    run gcloud compute tpus tpu-vm scp "$secret" "$TPU:soup_jax_secret" "${where[@]}" --worker=all
     echo "on every host: $train"
-    on_host all "cd soup_jax || exit; if $busy; then echo 'a run is under way' >&2; exit 1; fi; \
+    on_host all "cd soup_jax || exit; \
+export SOUP_JAX_SECRET=\$(cat ../soup_jax_secret); rm -f ../soup_jax_secret; \
+if $busy; then echo 'a run is under way' >&2; exit 1; fi; \
 nohup bash -c $job > train.log 2>&1 < /dev/null & echo \$! > train.pid"
     on_host 0 "$follow"
     ;;

@@ -278,7 +278,8 @@ def test_launchers_set_variables_that_are_read(tmp_path):
     names = {n for c in local for n in settings_of(c)}
     names |= {e["name"] for m in MANIFESTS for e in container(m)["env"]}
     names = {n for n in names if n.startswith("SOUP_JAX_")}
-    assert names == {f"SOUP_JAX_{n.upper()}" for n in CLUSTER_FLAGS - {"distributed"}}
+    flag_names = CLUSTER_FLAGS - {"distributed"}
+    assert names == {f"SOUP_JAX_{n.upper()}" for n in flag_names} | {"SOUP_JAX_SECRET"}
     values = flags.FlagValues()
     main.SUBCOMMANDS["train"].define(values, ["soup-jax train"])
     if "distributed" in values:
@@ -345,6 +346,22 @@ def test_local_deals_out_gpus_and_names_the_processes(tmp_path):
     (coordinator,) = {s["SOUP_JAX_COORDINATOR"] for s in found}
     assert re.fullmatch(r"127\.0\.0\.1:[1-9]\d{3,4}", coordinator)
     assert all(not any("distributed" in a for a in c) for c in commands)
+
+
+def test_local_gives_all_processes_one_secret_and_shows_it_nowhere(tmp_path):
+    venv = environment(tmp_path, "log(os.environ.get('SOUP_JAX_SECRET'))")
+    secrets = []
+    for given in ({}, {}, {"SOUP_JAX_SECRET": "mine" * 8}):
+        (venv / "bin" / "calls.jsonl").unlink(missing_ok=True)
+        env = {"VENV": str(venv), "PROCESSES": "3", "PORT": "1", **given}
+        done = run_script("launch/local.sh", "c", "w", **env)
+        first, *others = (c[0] for c in calls(venv / "bin"))
+        assert others == [first] * 2
+        assert first not in done.stdout + done.stderr
+        secrets.append(first)
+    assert re.fullmatch("[0-9a-f]{64}", secrets[0])
+    assert len(set(secrets)) == 3
+    assert secrets[2] == "mine" * 8
 
 
 def test_local_simulates_cpu_devices_and_keeps_other_xla_flags(tmp_path):
@@ -445,6 +462,7 @@ def slurm(tmp_path: pathlib.Path):
         bin_ / "srun",
         """
 log("srun", sys.argv[1:], os.environ.get("JAX_LOCAL_DEVICE_IDS"))
+(here / "secret").write_text(os.environ["SOUP_JAX_SECRET"])
 sys.exit(int(os.environ["STUB_STATUS"]))
 """,
     )
@@ -510,6 +528,9 @@ def test_slurm_starts_a_process_per_gpu_or_per_node(slurm, per, tasks, per_node,
     table = done.stdout.splitlines()[0]
     assert "2 nodes (gpu[01-02]) x 4 GPUs = 8 devices" in table
     assert f"{tasks} processes with {4 // per_node} GPUs each" in table
+    secret = (slurm.workdir.parent / "bin" / "secret").read_text()
+    assert re.fullmatch("[0-9a-f]{64}", secret)
+    assert secret not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -751,6 +772,7 @@ def tpu_host(tmp_path: pathlib.Path):
 received = []
 signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
 log(sys.argv[1:])
+(here / "secret").write_text(os.environ["SOUP_JAX_SECRET"])
 (here / "ready").touch()
 for _ in range(1500 if "wait" in sys.argv[-1] else 0):
     if received:
@@ -764,6 +786,9 @@ sys.exit(3 * (not received))
         tmp_path / "bin" / "gcloud",
         f"""
 log(sys.argv[1:])
+if "scp" in sys.argv:  # to home folders
+    source, (_, name) = sys.argv[5], sys.argv[6].split(":")
+    (pathlib.Path({str(home)!r}) / name).write_text(pathlib.Path(source).read_text())
 given = [a.partition("=")[2] for a in sys.argv if a.startswith("--command=")]
 sys.exit(subprocess.run(["bash", "-c", given[0]], cwd={str(home)!r}).returncode if given else 0)
 """,
@@ -784,7 +809,14 @@ def test_tpu_vm_runs_the_command_on_all_hosts_and_follows_the_first(tpu_host):
     platform = "--config.mesh.platform=tpu"
     expected = ["train", f"--config={CONFIG}", f"--workdir={WORKDIR}", platform, *FLAGS]
     assert calls(host) == [[expected], ["done"]]
-    start, follow = (c[0] for c in calls(bin_))
+    copy, start, follow = (c[0] for c in calls(bin_))
+    assert copy[:4] == ["compute", "tpus", "tpu-vm", "scp"]
+    assert "--worker=all" in copy
+    secret = (host / "secret").read_text()
+    assert re.fullmatch("[0-9a-f]{64}", secret)
+    assert secret not in done.stdout + (host.parents[1] / "train.log").read_text()
+    assert not pathlib.Path(copy[4]).exists()
+    assert not (host.parents[2] / "soup_jax_secret").exists()
     for command, worker in ((start, "all"), (follow, "0")):
         where = ["--zone=z-a", "--project=p", f"--worker={worker}"]
         assert command[:8] == ["compute", "tpus", "tpu-vm", "ssh", "slice", *where]
