@@ -130,8 +130,8 @@ def fuzz(rng, nonce):
 class Strangers:
     """Threads that send fuzz to the port, on connections that are opened again when closed."""
 
-    def __init__(self, port, *, num_connections=50, num_messages=200):
-        self.port, self.num_messages = port, num_messages
+    def __init__(self, port, *, num_connections=50, num_messages=200, pause=0.0):
+        self.port, self.num_messages, self.pause = port, num_messages, pause
         self.num_sent, self._lock, self._over = 0, threading.Lock(), False
         self.threads = [
             threading.Thread(target=self._run, args=(random.Random(i),), daemon=True)
@@ -150,7 +150,9 @@ class Strangers:
                 sock.sendall(fuzz(rng, nonce))
             except (OSError, ValueError):  # closed: as it should be
                 sock = None
+                time.sleep(0.001)
                 continue
+            time.sleep(self.pause)
             sent += 1
             with self._lock:
                 self.num_sent += 1

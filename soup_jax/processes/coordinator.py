@@ -328,6 +328,7 @@ class Coordinator(threading.Thread):
     def _end(self, text: str, **values: Any) -> None:
         if not self._over:
             self._over, self._over_since = True, time.monotonic()
+            text = text[: messages.MOST_VERDICT]  # of thousands of processes that failed alike
             self._broadcast("down", text=text, **{"status": 1, "who": [], "dump": False} | values)
 
 

@@ -13,7 +13,7 @@ from soup_jax.processes.wire import NONCE_DIGITS, DamagedError
 
 # A process reports these; what else can go wrong with it, the coordinator finds out itself.
 CAUSES = ("error", "hang", "collective")
-MOST_TEXT, MOST_NAME = 10_000, 200
+MOST_TEXT, MOST_NAME, MOST_VERDICT = 10_000, 200, 1 << 19
 _MOST_STEP, _MOST_SECS, _MOST_PROCESSES = 1 << 53, 1e9, 1_000_000
 
 Check = Callable[[Any], bool]
@@ -102,7 +102,7 @@ FROM_COORDINATOR: Mapping[str, Fields] = {
     "pause": {},
     "stop_after": {"step": whole(-1, _MOST_STEP), "reason": text(1000)},
     "down": {
-        "text": text(4 << 20),
+        "text": text(MOST_VERDICT),
         "status": whole(1, 255),
         "who": _list_of(whole(0, _MOST_PROCESSES), _MOST_PROCESSES),
         "dump": lambda v: isinstance(v, bool),

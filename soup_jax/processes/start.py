@@ -92,8 +92,10 @@ def processes(
     secret = find_secret(workdir)
     try:
         group = _connect(cfg, place, secret)
-    except UserError as e:
+    except BaseException as e:
         secret.remove()
+        if not isinstance(e, UserError):
+            raise
         # Not unwound: the coordinator's thread may still have something to say to the others.
         watchdog.leave(f"process {place.process_id}: {e}", STATUS_USER)
     try:
