@@ -14,12 +14,14 @@ from processes import start, write_config
 from strangers import OTHER, Strangers, answers, frame, heard, hello, open_line, process_line
 
 from soup_jax.errors import UserError
-from soup_jax.processes import lobby, wire
+from soup_jax.processes import lobby
 from soup_jax.processes import secret as secret_lib
 from soup_jax.processes.join import join
 from soup_jax.processes.lobby import listen
 from soup_jax.processes.secret import Secret, find_secret
 from soup_jax.training import metrics
+
+BEAT = {"step": 3, "phase": "training", "idle": 0.5}
 
 
 def test_another_secret_is_refused_in_one_sentence_that_names_the_variable():
@@ -102,16 +104,18 @@ def test_the_coordinator_proves_itself_too():
 def test_replayed_reflected_and_forged_lines_are_dropped():
     run = Run(2, only=(0,))
     line = process_line(run.port)
-    heard(line, "welcome")
-    raw = frame(line, "beat", place={"step": 3, "phase": "training", "idle": 0.5})
-    line.send("beat", place={"step": 3, "phase": "training", "idle": 0.5})
+    while not (own := line.lines()):  # "joined", the coordinator's message of number 0
+        time.sleep(0.01)
+    line.sock.send(own[0] + b"\n")
+    opened = [line.open(one) for one in own]
+    assert opened[0]["op"] == "joined"
+    run.threads[0].join(10)
+    raw = frame(line, "beat", place=BEAT)
+    line.send("beat", place=BEAT)
     forged = frame(line, "bye").replace(b"bye", b"BYE")
-    payload = b'{"op": "bye"}'
-    proof = wire.proof(line._key, wire.FROM_COORDINATOR, b"1", payload)
-    for data in (raw, raw, forged, b"1 %s %s\n" % (proof, payload), b"\n", b" \n", b"1 2 3\n"):
+    for data in (raw, raw, forged, b"\n", b" \n", b"1 2 3\n"):
         line.sock.send(data)
     line.send("meet", name="x", facts={"a": 1}, timeout=10)
-    run.threads[0].join(10)
     assert run.groups[0].meet("x", {"a": 1}) == ({"a": 1}, [])
     peer = run.coordinator._peers[1]
     assert peer.line.num_dropped == 7
@@ -132,9 +136,6 @@ def trouble_from(run, *data):
     told = heard(line, "down")  # the sender hears it too
     assert run.downs.get(timeout=20)[1] == told["text"]
     return told["text"]
-
-
-BEAT = {"step": 3, "phase": "training", "idle": 0.0}
 
 
 @pytest.mark.parametrize(
