@@ -10,7 +10,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from soup_jax.data import readers
 from soup_jax.data import sources as corpus
+from soup_jax.data.damage import DAMAGE, MAX_ENTRIES, Report
+from soup_jax.data.readers import text_hash
 from soup_jax.errors import UserError
 
 
@@ -19,12 +22,12 @@ def lines(texts: list[str]) -> bytes:
 
 
 def read(*sources: str | pathlib.Path, start=(0, 0), field="text"):
-    report = corpus.Report()
+    report = Report()
     files = corpus.find_files([str(s) for s in sources], report)
     return list(corpus.read_documents(files, field, report, start=start)), report
 
 
-def texts_of(documents: list[corpus.Document]) -> list[str]:
+def texts_of(documents: list[readers.Document]) -> list[str]:
     return [document.text for document in documents]
 
 
@@ -46,11 +49,12 @@ TEXTS = [f"document {i} " + "words and more words " * (i % 7) for i in range(50)
     ],
 )
 def test_every_kind_of_line_file_gives_the_same_documents(tmp_path, name, data, monkeypatch):
-    monkeypatch.setattr(corpus, "_READ_BYTES", 37)  # members and lines fall on odd places
+    monkeypatch.setattr(readers, "_READ_BYTES", 37)
+    monkeypatch.setattr(readers, "_PIECE_BYTES", 23)  # members and lines fall on odd places
     (tmp_path / name).write_bytes(data)
     documents, report = read(tmp_path / name)
     assert texts_of(documents) == TEXTS
-    assert [d.hash for d in documents] == [corpus.text_hash(t) for t in TEXTS]
+    assert [d.hash for d in documents] == [text_hash(t) for t in TEXTS]
     assert not report.counts
     if "json.gz" not in name.replace("jsonl", ""):
         assert [d.line for d in documents] == list(range(1, 51))
@@ -137,28 +141,54 @@ def test_damage_is_reported_with_its_place_and_costs_only_itself(tmp_path):
         "unreadable": [("f.parquet", 0), ("g.txt", 0)],
     }
     assert report.counts == {kind: len(p) for kind, p in places.items()}
-    assert len(report.lines()) == len(corpus.DAMAGE)
+    assert len(report.lines()) == len(DAMAGE) - 1  # nothing is too large
     assert str(tmp_path / "a.jsonl") + ":3" in report.lines()[0]
 
 
-def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 200_000)
-    (tmp_path / "a.jsonl").write_bytes(lines(["one"]) + b"x" * 400_000)
-    documents, report = read(tmp_path / "a.jsonl")
+@pytest.mark.parametrize("name", ["pipe.jsonl", "zero.txt"])
+def test_pipes_and_devices_are_refused_by_name_and_passed_over_by_globs(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    (tmp_path / "a.jsonl").write_bytes(lines(["one"]))
+    with pytest.raises(UserError, match=f"{name}' is a pipe or device"):
+        read(tmp_path / name)
+    with pytest.raises(UserError, match="/dev/zero' is a pipe or device"):
+        read("/dev/zero")
+    documents, report = read(tmp_path / "*.*")
     assert texts_of(documents) == ["one"]
-    assert report.counts == {"truncated": 1}
+    assert not report.counts
+
+
+def test_a_file_that_became_a_pipe_is_not_waited_for(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    files = corpus.find_files([str(tmp_path)], Report())
+    (tmp_path / "a.txt").unlink()
+    os.mkfifo(tmp_path / "a.txt")
+    report = Report()
+    assert not list(corpus.read_documents(files, "text", report))
+    assert "no regular file" in report.lines()[0]
+
+
+def test_the_name_of_a_file_need_not_be_utf8(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "wb") as f:
+        f.write(b"\xff\xfea\0")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "a.parquet")
+    os.rename(tmp_path / "a.parquet", os.fsencode(tmp_path) + b"/\xfe.parquet")
+    documents, report = read(tmp_path)
+    assert texts_of(documents) == ["one"]
+    assert "\\udcff.txt: byte 0" in report.lines()[0].encode().decode()
 
 
 def test_a_report_counts_all_and_lists_some():
-    first, second = corpus.Report(), corpus.Report()
+    first, second = Report(), Report()
     for i in range(700):
         first.add("empty", "a", i, "x")
         second.add("empty", "b", i, "x")
     second.add("no_text", "b", 1, "y")
-    total = corpus.Report(json.loads(json.dumps(first.to_json())))
+    total = Report(json.loads(json.dumps(first.to_json())))
     total.merge(second)
     assert total.counts == {"empty": 1400, "no_text": 1}
-    assert len(total.entries["empty"]) == corpus.MAX_ENTRIES
+    assert len(total.entries["empty"]) == MAX_ENTRIES
     assert total.entries["empty"][700]["source"] == "b"
     assert first.take().counts == {"empty": 700}
     assert first.to_json() == {"counts": {}, "entries": {}}
@@ -198,11 +228,11 @@ def test_a_source_that_gives_nothing_is_a_user_error(tmp_path, monkeypatch, sour
     for name in ("x.bin", "x.json", "a.txt"):
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=message.replace("*", r"\*")):
-        corpus.find_files(sources, corpus.Report())
+        corpus.find_files(sources, Report())
 
 
 def test_splits_depend_on_content_only_and_have_their_share():
-    hashes = [corpus.text_hash(f"text number {i}") for i in range(20_000)]
+    hashes = [text_hash(f"text number {i}") for i in range(20_000)]
     splits = {h: corpus.split_of(h, 0.1, 0.05) for h in hashes}
     assert splits == {h: corpus.split_of(h, 0.1, 0.05) for h in reversed(hashes)}
     share = {s: list(splits.values()).count(s) / len(hashes) for s in set(splits.values())}

@@ -23,9 +23,11 @@ from ml_collections import ConfigDict
 from soup_jax.data import domains, tokenizer, windows
 from soup_jax.data import sources as corpus
 from soup_jax.data.corpus import Corpus, open_corpus
+from soup_jax.data.damage import DAMAGE
 from soup_jax.data.embed.tfidf_svd import TfidfSvd
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare import stages as prepare
+from soup_jax.data.readers import text_hash
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
 
@@ -134,7 +136,7 @@ def prepared(sources, tmp_path_factory) -> Corpus:
 def test_every_document_comes_out_once_in_its_split_and_domain(prepared):
     expected = collections.defaultdict(list)
     for text in TEXTS:
-        expected[corpus.split_of(corpus.text_hash(text), 0.2, 0)].append(text)
+        expected[corpus.split_of(text_hash(text), 0.2, 0)].append(text)
     assert set(prepared.offsets) == {"train", "validation"}
     for split in prepared.offsets:
         found = documents_of(prepared, split)
@@ -271,6 +273,7 @@ KILLED_PROGRAM = """
 import os, signal, sys
 from soup_jax.data.embed import parallel
 from soup_jax.data.prepare import stages as prepare
+from soup_jax.data.readers import text_hash
 from soup_jax.data.prepare import shards
 from soup_jax.data import windows
 sys.path.insert(0, {tests!r})
@@ -389,7 +392,7 @@ def test_damage_is_reported_and_does_not_stop_the_run(tmp_path, capsys):
     assert sorted(texts) == sorted(TEXTS[: len(texts)])
     last_lines = capsys.readouterr().out.splitlines()[-7:]
     assert last_lines[0].strip() == "damaged: 16 (all in report.json)"
-    for line, meaning in zip(last_lines[1:], corpus.DAMAGE.values(), strict=True):
+    for line, meaning in zip(last_lines[1:], DAMAGE.values(), strict=True):
         assert meaning in line
 
 
@@ -405,7 +408,7 @@ def test_long_documents_are_cut_and_short_ones_dropped(sources, tmp_path):
     found = {split: texts_of(result, split) for split in result.offsets}
     assert sorted(itertools.chain(*found.values())) == sorted(pieces)
     for text in kept:  # all pieces of a document are in its split
-        split = corpus.split_of(corpus.text_hash(text), 0.2, 0)
+        split = corpus.split_of(text_hash(text), 0.2, 0)
         assert text[-(len(text) % 100 or 100) :] in found[split]
         assert text[:100] in found[split]
 

@@ -26,8 +26,8 @@ import numpy as np
 from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.data import domains
-from soup_jax.data import sources as corpus
 from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data.damage import REPORT, Report
 from soup_jax.data.embed.base import Embedder, load_embedder
 from soup_jax.data.windows import token_dtype
 from soup_jax.errors import UserError
@@ -171,8 +171,8 @@ class Corpus:
                 f"  {split}: {count['documents']:,} documents, {count['bytes'] / 1e6:,.1f} MB, "
                 f"{count['tokens']:,} tokens, {count['windows']:,} windows of {self.seq_len}"
             )
-        report = inputs.read_json(self.path / "report.json", corpus.REPORT)
-        damage = corpus.Report(report).lines()
+        report = inputs.read_json(self.path / "report.json", REPORT)
+        damage = Report(report).lines()
         lines.append(
             f"  damaged: {counts['damaged']}" + (" (all in report.json)" if damage else "")
         )

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data.corpus import Corpus
+from soup_jax.data.damage import Report
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.data.loader import num_targets
 from soup_jax.errors import UserError
@@ -63,7 +64,7 @@ def read_texts(path: str, *, text_field: str) -> tuple[list[corpus_lib.Document]
     Raises:
       UserError: no document could be read.
     """
-    report = corpus_lib.Report()
+    report = Report()
     files = corpus_lib.find_files([path], report)
     documents = {d.hash: d for d in corpus_lib.read_documents(files, text_field, report)}
     if not documents:

@@ -7,9 +7,9 @@ import numpy as np
 from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.data import domains, windows
-from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.data.corpus import FORMAT_VERSION, fingerprint_of
+from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import load_embedder
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare.work import Work
@@ -55,7 +55,7 @@ def describe_domains(work: Work, layout: windows.Layout) -> None:
 
 
 def write_manifest(
-    work: Work, layout: windows.Layout, totals: dict[str, int], report: corpus_lib.Report
+    work: Work, layout: windows.Layout, totals: dict[str, int], report: Report
 ) -> None:
     """Write report.json and the manifest, which says that all artefacts are there."""
     final = work.final

@@ -22,6 +22,7 @@ from soup_jax import storage as files
 from soup_jax.data import domains, windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import Embedder, load_embedder
 
 SHARD_DOCUMENTS = 4096
@@ -47,9 +48,7 @@ class _ShardBuilder:
     def full(self) -> bool:
         return len(self.texts) >= SHARD_DOCUMENTS or self.size >= SHARD_BYTES
 
-    def write(
-        self, path: pathlib.Path, report: corpus_lib.Report, end: Sequence[int], last: bool
-    ) -> None:
+    def write(self, path: pathlib.Path, report: Report, end: Sequence[int], last: bool) -> None:
         """`end` is where reading continues; `last` says that there is nothing to continue."""
         sizes = [len(text) for text in self.texts]
         tensors: dict[str, np.ndarray] = {
@@ -67,7 +66,7 @@ def write_documents(
     cfg: Any,
     sources: Sequence[corpus_lib.SourceFile],
     splits: Sequence[str],
-    report: corpus_lib.Report,
+    report: Report,
     progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> dict[str, int]:
     """Write the document shards that are missing; returns the totals, fills `report`.
@@ -80,7 +79,7 @@ def write_documents(
 
     def account(path: pathlib.Path) -> dict[str, Any]:
         state = state_of(path)
-        report.merge(corpus_lib.Report(state["report"]))
+        report.merge(Report(state["report"]))
         for name, count in state["counts"].items():
             totals[name] = totals.get(name, 0) + count
         return state
@@ -94,7 +93,7 @@ def write_documents(
     if last:
         return totals
     index = {source.path: i for i, source in enumerate(sources)}
-    found, shard = corpus_lib.Report(), _ShardBuilder()
+    found, shard = Report(), _ShardBuilder()
     documents = corpus_lib.read_documents(sources, cfg.text_field, found, start=(end[0], end[1]))
     for document in progress(documents):
         shard.counts["documents"] += 1

@@ -38,6 +38,7 @@ from soup_jax.data import domains, windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.data.corpus import Corpus, open_corpus
+from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import EMBEDDERS, save_embedder
 from soup_jax.data.prepare import provenance as request_lib
 from soup_jax.data.prepare import shards
@@ -55,7 +56,7 @@ def prepare(cfg: Any) -> Corpus:
     start = time.monotonic()
     request_lib.check(cfg)
     directory = pathlib.Path(cfg.corpus.dir)
-    report = corpus_lib.Report()
+    report = Report()
     sources = corpus_lib.find_files(cfg.corpus.sources, report)
     request = request_lib.make_request(cfg, progress(sources, "hashing the sources"))
     if (directory / "manifest.json").exists():
@@ -140,7 +141,7 @@ def _start(
 # Stage 1
 
 
-def _read(work: Work, report: corpus_lib.Report) -> dict[str, int]:
+def _read(work: Work, report: Report) -> dict[str, int]:
     totals = shards.write_documents(
         work.path / "documents",
         work.cfg.corpus,

@@ -1,0 +1,332 @@
+"""The documents of one file: its bytes, decompressed, to texts with their places.
+
+A text file is one document, exactly as its bytes are (a byte-order mark aside). Lines of JSON hold
+an object with the text in one field; lines of white space alone are no damage. Rows of Parquet hold
+it in one column.
+
+Memory holds one line, one Parquet batch or one text file at a time, and at most MAX_DOCUMENT_BYTES
+of it: what is compressed is decompressed in pieces that are small whatever it claims to be.
+"""
+
+import dataclasses
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO
+
+import zstandard
+
+from soup_jax import inputs
+from soup_jax.data.damage import Report, listed
+from soup_jax.errors import UserError
+
+# The largest text file, JSON line or Parquet value that is taken for a document. While it is read,
+# Python holds it up to eight times: as bytes, and with four bytes a character.
+MAX_DOCUMENT_BYTES = 64 << 20
+# What decompressing one frame of zstd may take; `zstd --long` needs this, --long=28 and more do not
+# fit.
+MAX_WINDOW_BYTES = 128 << 20
+_READ_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 18  # of decompressed data at a time
+_PARQUET_ROWS = 8  # as long as a document may be, they take half a gigabyte
+_PARQUET_BUFFER = 1 << 20
+_TOO_LARGE = "the limit for one document is {:,} bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """A file to read: where it is, the name that reports use, and how to read it."""
+
+    path: str
+    kind: str  # text, lines or parquet
+    compression: str  # "", ".gz" or ".zst"
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text, where it stands (`line` counts lines or rows from 1), and its `text_hash`."""
+
+    text: str
+    source: str
+    line: int
+    hash: bytes
+
+
+class _TooLarge(Exception):
+    """More than a document or a compressed file may take; the message says what to do."""
+
+
+def text_hash(text: str) -> bytes:
+    """16 bytes of BLAKE2b over the UTF-8 text: the identity of a document."""
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+
+
+def read_file(source: SourceFile, field: str, report: Report, skip: int = 0) -> Iterator[Document]:
+    """Documents of one file; what is damaged goes to `report`, and reading goes on behind it.
+
+    Args:
+      field: the field of JSON lines, or the column of Parquet, that holds the text.
+      skip: lines or rows at the beginning that are neither returned nor reported.
+    """
+    line = 0
+    try:
+        for line, value in _READERS[source.kind](source, field, report, skip):
+            if not value.strip():
+                report.add("empty", source.path, line, "the text is empty or white space")
+                continue
+            try:
+                digest = text_hash(value)
+            except UnicodeEncodeError as e:
+                report.add("invalid_utf8", source.path, line, f"not a Unicode text: {e.reason}")
+                continue
+            yield Document(value, source.path, line, digest)
+    except (EOFError, zlib.error, zstandard.ZstdError) as e:
+        report.add("truncated", source.path, line, f"after this line: {e}")
+    except (_TooLarge, MemoryError) as e:
+        report.add("too_large", source.path, line, str(e) or "the memory is full")
+    except OSError as e:
+        report.add("unreadable", source.path, line, e.strerror or str(e))
+    except UserError as e:  # of `open_file`
+        report.add("unreadable", source.path, line, str(e))
+
+
+def _read_text(
+    source: SourceFile, field: str, report: Report, skip: int
+) -> Iterator[tuple[int, str]]:
+    if skip:
+        return
+    parts, size = [], 0
+    for chunk in _chunks(source):
+        parts.append(chunk)
+        size += len(chunk)
+        if size > MAX_DOCUMENT_BYTES:
+            raise _TooLarge(
+                f"{_TOO_LARGE.format(MAX_DOCUMENT_BYTES)}, and a text file is one document: cut it "
+                "into files (`split -C 50m FILE`), or make it .jsonl, a document a line"
+            )
+    data = b"".join(parts)
+    parts.clear()
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as e:
+        reason = f"byte {e.start}: {e.reason}{_encoding_hint(data)}"
+        report.add("invalid_utf8", source.path, 0, reason)
+        return
+    if hint := _encoding_hint(data):
+        report.add("invalid_utf8", source.path, 0, f"zero bytes{hint}")
+        return
+    del data
+    yield 1, text
+
+
+def _read_lines(
+    source: SourceFile, field: str, report: Report, skip: int
+) -> Iterator[tuple[int, str]]:
+    for number, data in enumerate(_lines(_chunks(source)), start=1):
+        if number <= skip or (data is not None and not data.strip()):
+            continue
+        if data is None:
+            reason = f"a longer line; {_TOO_LARGE.format(MAX_DOCUMENT_BYTES)}"
+            report.add("too_large", source.path, number, reason)
+            continue
+        try:
+            record = json.loads(data.decode("utf-8").removeprefix("\ufeff"))
+        except UnicodeDecodeError as e:
+            reason = f"byte {e.start}: {e.reason}{_encoding_hint(data)}"
+            report.add("invalid_utf8", source.path, number, reason)
+            continue
+        except MemoryError:
+            report.add("too_large", source.path, number, "the line does not fit into the memory")
+            continue
+        except (ValueError, RecursionError) as e:
+            report.add("broken_json", source.path, number, f"{e}{_encoding_hint(data)}")
+            continue
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            report.add("broken_json", source.path, number, f"a JSON object expected, found {kind}")
+        elif not isinstance(text := record.get(field), str):
+            reason = (
+                f"{field!r} is {type(text).__name__}, not a text"
+                if field in record
+                else f"no field {field!r}; the fields are {listed(list(record))}"
+            )
+            report.add("no_text", source.path, number, reason, field=_longest_text(record))
+        else:
+            del record, data
+            yield number, text
+
+
+def _longest_text(record: dict[str, Any]) -> str:
+    texts = {name: len(x) for name, x in record.items() if isinstance(x, str)}
+    return max(texts, key=lambda name: texts[name], default="")[:50]
+
+
+def _encoding_hint(data: bytes) -> str:
+    # UTF-16 begins with a mark, or has a zero byte in almost every Latin letter.
+    head = data[:4096]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or 4 * head.count(b"\0") > len(head):
+        return "; it looks like UTF-16: convert it, `iconv -f UTF-16 -t UTF-8 FILE > NEW`"
+    return ""
+
+
+def _read_parquet(
+    source: SourceFile, field: str, report: Report, skip: int
+) -> Iterator[tuple[int, str]]:
+    import pyarrow  # slow to import and needed for this kind alone
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with (
+            inputs.open_file(source.path) as f,
+            # Buffered: else all of a column's row group is read at once.
+            pyarrow.parquet.ParquetFile(f, buffer_size=_PARQUET_BUFFER) as file,
+        ):
+            schema = file.schema_arrow
+            texts = [name for name in schema.names if _is_text(schema.field(name).type)]
+            if field not in texts:
+                reason = (
+                    f"the column {field!r} is {str(schema.field(field).type)[:50]}, not a text"
+                    if field in schema.names
+                    else f"no column {field!r}; there are {listed(schema.names)}"
+                )
+                report.add("no_text", source.path, 0, reason, field=texts[0] if texts else "")
+                return
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=[field], use_threads=False):
+                for scalar in batch.column(0):
+                    number += 1
+                    if number > skip:
+                        yield from _parquet_text(scalar, number, source, field, report)
+    except MemoryError:  # pyarrow's too
+        reason = "the rows that follow do not fit into the memory: write smaller pages"
+        report.add("too_large", source.path, number, reason)
+    except pyarrow.ArrowException as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        report.add("unreadable", source.path, number, reason)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _parquet_text(
+    scalar: Any, number: int, source: SourceFile, field: str, report: Report
+) -> Iterator[tuple[int, str]]:
+    value = getattr(scalar, "value", scalar) if scalar.is_valid else scalar  # of a dictionary
+    buffer = value.as_buffer() if value.is_valid and hasattr(value, "as_buffer") else None
+    if buffer is None:
+        report.add("no_text", source.path, number, f"{field!r} is null")
+    elif buffer.size > MAX_DOCUMENT_BYTES:
+        reason = f"a longer text; {_TOO_LARGE.format(MAX_DOCUMENT_BYTES)}"
+        report.add("too_large", source.path, number, reason)
+    else:
+        try:
+            yield number, str(buffer, "utf-8")
+        except UnicodeDecodeError as e:
+            report.add("invalid_utf8", source.path, number, f"byte {e.start}: {e.reason}")
+
+
+_READERS: dict[str, Callable[[SourceFile, str, Report, int], Iterator[tuple[int, str]]]] = {
+    "text": _read_text,
+    "lines": _read_lines,
+    "parquet": _read_parquet,
+}
+
+
+def _chunks(source: SourceFile) -> Iterator[bytes]:
+    """The decompressed bytes in small pieces; EOFError when a compressed stream ends early.
+
+    Concatenated members are read on, and truncation is an error.
+    """
+    with inputs.open_file(source.path) as f:
+        if source.compression == ".gz":
+            yield from _gunzip(f)
+        elif source.compression == ".zst":
+            yield from _unzstd(f)
+        else:
+            while data := f.read(_READ_BYTES):
+                yield data
+
+
+def _gunzip(f: BinaryIO) -> Iterator[bytes]:
+    stream: Any = None
+    while data := f.read(_READ_BYTES):
+        while data:
+            if stream is None:
+                data = data.lstrip(b"\0")  # padding after a member, as gzip itself allows
+                if not data:
+                    break
+                stream = zlib.decompressobj(wbits=31)
+            piece = stream.decompress(data, _PIECE_BYTES)
+            while len(piece) == _PIECE_BYTES and not stream.eof:  # perhaps there is more of it
+                yield piece
+                piece = stream.decompress(stream.unconsumed_tail, _PIECE_BYTES)
+            yield piece
+            data = stream.unused_data if stream.eof else b""
+            stream = None if stream.eof else stream
+    if stream is not None:
+        raise EOFError("the compressed data ends early")
+
+
+def _unzstd(f: BinaryIO) -> Iterator[bytes]:
+    # Block by block, of which none holds more than 128 kB: one call of the library decompresses all
+    # that it is given, and 64 kB may hold gigabytes. Its own reader of streams takes truncation for
+    # the end of the file.
+    while first := f.read(1):
+        if first == b"\0":  # padding
+            continue
+        head = first + _exactly(f, 4)
+        if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:  # a frame of something else
+            size = int.from_bytes(head[4:] + _exactly(f, 3), "little")
+            while size > 0:
+                size -= len(_exactly(f, min(size, _READ_BYTES)))
+            continue
+        head += _exactly(f, zstandard.frame_header_size(head) - len(head))
+        frame = zstandard.get_frame_parameters(head)
+        if frame.window_size > MAX_WINDOW_BYTES:
+            raise _TooLarge(
+                f"decompressing takes {frame.window_size:,} bytes, the limit is "
+                f"{MAX_WINDOW_BYTES:,}: recompress it, `zstd -dc --long=31 FILE | zstd > NEW`"
+            )
+        stream = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
+        stream.decompress(head)
+        last = False
+        while not last:
+            block = _exactly(f, 3)
+            number = int.from_bytes(block, "little")
+            last, repeated = bool(number & 1), number >> 1 & 3 == 1
+            yield stream.decompress(block + _exactly(f, 1 if repeated else number >> 3))
+        if frame.has_checksum:
+            stream.decompress(_exactly(f, 4))
+
+
+def _exactly(f: BinaryIO, num_bytes: int) -> bytes:
+    data = f.read(num_bytes)
+    if len(data) < num_bytes:
+        raise EOFError("the compressed data ends early")
+    return data
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
+    """Lines without their end, split at b"\\n" only; the last one may lack it.
+
+    None stands for a line of more than MAX_DOCUMENT_BYTES.
+    """
+    parts: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        *complete, rest = chunk.split(b"\n")
+        for line in complete:
+            size += len(line)
+            yield b"".join([*parts, line]) if size <= MAX_DOCUMENT_BYTES else None
+            parts, size = [], 0
+        size += len(rest)
+        parts.append(rest)
+        if size > MAX_DOCUMENT_BYTES:
+            parts.clear()
+    if size:
+        yield b"".join(parts) if size <= MAX_DOCUMENT_BYTES else None
