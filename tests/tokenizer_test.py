@@ -1,14 +1,17 @@
 """The tokenizer: exact round trips, determinism, special tokens, files of others."""
 
+import pathlib
 import random
+import time
 
 import pytest
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.errors import UserError
 
+ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = [
     "the quick brown fox jumps over the lazy dog\n" * 5,
     "def f(x):\n\treturn x ** 2  # größer als 日本語\r\n" * 5,
@@ -70,6 +73,35 @@ def test_training_depends_on_the_set_of_texts_only():
     hashes = {tokenizer_lib.train_tokenizer(t, 400).hash for t in (texts, texts[::-1], texts)}
     assert len(hashes) == 1
     assert tokenizer_lib.train_tokenizer(texts[:30], 400).hash not in hashes
+
+
+def test_words_without_end_are_learnt_from_in_pieces():
+    # 200,000 letters without a space took two minutes, and a megabyte hours.
+    start = time.monotonic()
+    long = tokenizer_lib.train_tokenizer(["a" * 2_000_000, "ab" * 100_000], 300)
+    assert time.monotonic() - start < 20
+    text = "a" * 5000 + " b"
+    assert long.decode(long.encode(text)) == text
+    assert max(long.num_bytes([i]) for i in long.encode(text)) == 1024  # no cut for encoding
+
+
+def test_ordinary_text_gives_what_it_always_gave():
+    # Nothing but the cut is new: the hash is that of the library's plain training.
+    paths = [*ROOT.glob("docs/*.md"), *ROOT.glob("tests/*.py")]
+    texts = [path.read_text("utf-8") for path in paths]
+    texts += ["日本語の文章は単語の間に空白を置かない。" * 50, "=" * 1000, "\n" * 900, " " * 1024]
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=[tokenizer_lib.EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    plain = tokenizer_lib.Tokenizer(inner)
+    assert tokenizer_lib.train_tokenizer(texts, 1000).hash == plain.hash
 
 
 def test_too_little_text_gives_the_true_size():

@@ -29,6 +29,10 @@ EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|end
 # encode_batch answers with objects of about 100 bytes a token; this many documents at a time keep
 # that small beside the documents themselves.
 _BATCH_DOCUMENTS = 256
+# BPE learns from words, and its time grows with the square of a word's length: a megabyte without a
+# space would take hours. Words are cut to this many bytes for training, and never for encoding. No
+# word of ordinary text is as long, in scripts without spaces neither; 256 would be hardly faster.
+_TRAINING_WORD_BYTES = 1024
 
 
 class Tokenizer:
@@ -97,7 +101,9 @@ def _token_bytes(inner: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray | N
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE; the result depends only on the texts (as a set) and the size.
 
-    A text too small for `vocab_size` merges gives fewer tokens: look at the result's `vocab_size`.
+    Words of more than 1,024 bytes are cut to that size for training, so that its time is in
+    proportion to the text. A text too small for `vocab_size` merges gives fewer tokens: look at the
+    result's `vocab_size`.
 
     Raises:
       UserError: `vocab_size` has no room for the 256 bytes and EOS, or there is no text.
@@ -112,7 +118,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if first is None:
         raise UserError("there is no text to train the tokenizer on: no train document was found")
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    # After `words` a character stands for a byte.
+    cut = pre_tokenizers.Split(tokenizers.Regex(f".{{{_TRAINING_WORD_BYTES}}}"), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -121,6 +130,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     inner.train_from_iterator(itertools.chain([first], texts), trainer)
+    inner.pre_tokenizer = words
     return Tokenizer(inner)
 
 
