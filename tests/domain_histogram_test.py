@@ -85,6 +85,21 @@ def test_garbage_resembles_no_domain(corpus):
     assert "resemble no domain" in found.warnings()[0]
 
 
+@pytest.mark.parametrize("text", ["\U0001f35e" * 40, "x", "\u0915\u0916 " * 9, "1 2 3"])
+def test_a_document_without_a_known_word_counts_as_the_corpus_does(corpus, text):
+    found = document_histogram(corpus, [text])
+    np.testing.assert_allclose(found.h_K, corpus.domain_frequencies)
+    assert (found.num_unknown, found.outside) == (1, 1)
+    assert "1 of 1 documents resemble no domain" in " ".join(found.warnings())
+
+
+def test_documents_without_a_known_word_leave_the_others_where_they_are(corpus, by_topic):
+    found = document_histogram(corpus, [*_texts("sailing"), *["x"] * 5])
+    expected = 0.8 * by_topic["sailing"].h_K + 0.2 * corpus.domain_frequencies
+    np.testing.assert_allclose(found.h_K, expected, atol=1e-12)
+    assert [w for w in found.warnings() if "5 of 25 documents" in w] == found.warnings()
+
+
 @pytest.mark.parametrize(("num", "warned"), [(1, True), (9, True), (10, False)])
 def test_few_documents_warn(corpus, num, warned):
     found = document_histogram(corpus, _texts("cooking", num))

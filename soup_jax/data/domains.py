@@ -5,8 +5,9 @@
 3. `histogram`     nearest domains [n]          -> h [K], the domain weights of these documents
 4. `top_terms`     texts, their domains         -> words that tell a domain from the others
 
-A document without a direction (a row of zeros) has similarity 0 and falls to domain 0; callers
-that care look at the similarity. This module knows neither files nor tokens.
+A document without a direction (a row of zeros) has similarity 0 and falls to domain 0, as every
+document of a corpus must lie somewhere; `domain_histogram` counts it for none. This module knows
+neither files nor tokens.
 """
 
 import warnings
