@@ -23,8 +23,13 @@ _numbers = itertools.count()
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON whose bytes depend on nothing but `value`; NaN is refused."""
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    """`value` as JSON whose bytes depend on nothing but `value`; NaN is refused.
+
+    UTF-8 can hold it: lone surrogates, by which Python spells a file name that is not UTF-8, are
+    written as JSON's escapes and read back as what they were.
+    """
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextlib.contextmanager

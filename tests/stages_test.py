@@ -268,6 +268,69 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
     assert not (tmp_path / "corpus" / ".work").exists()
 
 
+STAGES = (
+    "_read", "_fit_tokenizer", "_fit_embedder", "_encode", "_fit_centroids", "_group",
+    "_write_windows", "describe_domains", "write_manifest", "_publish",
+)  # fmt: skip
+
+
+def dying_after(stage: str):
+    whole = getattr(prepare, stage)
+
+    def die(*args, **kwargs):
+        whole(*args, **kwargs)
+        raise Killed
+
+    return die
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_run_that_dies_after_stages_continues_to_the_same_bytes(
+    sources, prepared, tmp_path, monkeypatch, first
+):
+    # After each stage, and after every second one, so that a start also does two stages at once.
+    cfg = config(sources, tmp_path / "corpus")
+    for stage in STAGES[first :: 1 + first]:
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, stage, dying_after(stage))
+            with pytest.raises(Killed):
+                prepare.prepare(cfg)
+    found = prepare.prepare(cfg)
+    assert found.fingerprint == prepared.fingerprint
+    assert content(tmp_path / "corpus") == content(prepared.path)
+
+
+# A stage in a process of its own loads libraries, and limits their threads, in another order.
+STAGE_PROGRAM = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+import stages_test
+from soup_jax.data import windows
+from soup_jax.data.prepare import shards
+from soup_jax.data.prepare import stages as prepare
+shards.SHARD_DOCUMENTS, windows.FILE_BYTES = 25, 5000
+setattr(prepare, {stage!r}, stages_test.dying_after({stage!r}))
+try:
+    prepare.prepare(stages_test.config(pathlib.Path({sources!r}), pathlib.Path({path!r})))
+except stages_test.Killed:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.slow
+def test_every_stage_in_a_process_of_its_own_gives_the_same_bytes(sources, prepared, tmp_path):
+    for stage in STAGES:
+        program = STAGE_PROGRAM.format(
+            tests=str(pathlib.Path(__file__).parent),
+            sources=str(sources),
+            path=str(tmp_path / "corpus"),
+            stage=stage,
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+        assert done.returncode == 7, done.stderr.decode()
+    assert content(tmp_path / "corpus") == content(prepared.path)
+
+
 # Runs `prepare`, and is killed by SIGKILL when stage `stage` has given its first result.
 KILLED_PROGRAM = """
 import os, signal, sys
@@ -392,8 +455,67 @@ def test_damage_is_reported_and_does_not_stop_the_run(tmp_path, capsys):
     assert sorted(texts) == sorted(TEXTS[: len(texts)])
     last_lines = capsys.readouterr().out.splitlines()[-7:]
     assert last_lines[0].strip() == "damaged: 16 (all in report.json)"
-    for line, meaning in zip(last_lines[1:], DAMAGE.values(), strict=True):
+    expected = [meaning for kind, meaning in DAMAGE.items() if kind in report["counts"]]
+    for line, meaning in zip(last_lines[1:], expected, strict=True):
         assert meaning in line
+
+
+def test_windows_that_are_mostly_padding_are_refused(sources, tmp_path):
+    longest = 0
+    for seq_len in (1024, 2048, 4096, 8192, 16384, 1 << 20):
+        cfg = config(sources, tmp_path / f"{seq_len}", seq_len=seq_len)
+        try:
+            found = prepare.prepare(cfg)
+        except UserError as e:
+            assert "would be padding, and half is the most" in str(e)  # noqa: PT017
+            assert not (tmp_path / f"{seq_len}" / ".work" / "final" / "windows").exists()
+            continue
+        targets = found.offsets["train"][-1] * seq_len
+        assert found.pad["train"].sum() <= targets / 2
+        longest = seq_len
+    assert 1024 <= longest < 16384
+    # By the bytes before anything is encoded, and by the tokens before windows are written.
+    assert not (tmp_path / f"{1 << 20}" / ".work" / "encoded").exists()
+    assert (tmp_path / f"{2 * longest}" / ".work" / "grouped").exists()
+
+
+@pytest.mark.parametrize("texts", [["word"] * 9, ["word" + " " * i for i in range(30)]])
+def test_texts_of_one_word_are_refused(tmp_path, texts):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
+    with pytest.raises(UserError, match=r"fewer than num_domains|the one word 'word"):
+        prepare.prepare(config(tmp_path / "a.jsonl", tmp_path / "corpus", embed__max_features=1))
+    with pytest.raises(UserError, match=r"num_domains|the one word 'word"):
+        prepare.prepare(config(tmp_path / "a.jsonl", tmp_path / "other"))
+
+
+@pytest.mark.parametrize(("encoding", "hint"), [("utf-16", "iconv"), ("utf-8", "jq -c")])
+def test_a_refusal_says_what_was_damaged(tmp_path, encoding, hint):
+    nested = "".join(json.dumps({"data": {"text": t}}) + "\n" for t in TEXTS)
+    (tmp_path / "a.jsonl").write_bytes(nested.encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes(json_lines(TEXTS[:2]))  # some can be read
+    with pytest.raises(UserError, match=rf"num_domains = 4 \(2 documents read, .*{hint}"):
+        prepare.prepare(config(tmp_path, tmp_path / "corpus"))
+
+
+def test_names_of_sources_need_not_be_utf8(tmp_path, prepared, capsys):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(json_lines(TEXTS))
+    with open(os.fsencode(folder) + b"/\xff.jsonl", "wb") as f:
+        f.write(json_lines(TEXTS[:5]) + b"broken\n")
+    cfg = config(folder, tmp_path / "corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_encode", dying_after("_encode"))
+        with pytest.raises(Killed):
+            prepare.prepare(cfg)
+    capsys.readouterr()
+    made = prepare.prepare(cfg)
+    assert "continuing" in capsys.readouterr().err
+    assert made.manifest["counts"]["duplicates"] == 5
+    assert made.manifest["request"]["sources"][1]["path"] == f"{folder}/\udcff.jsonl"
+    assert "\\udcff.jsonl:6" in made.summary()[-1]
+    made.verify()
+    assert prepare.prepare(cfg).fingerprint == made.fingerprint
 
 
 def test_long_documents_are_cut_and_short_ones_dropped(sources, tmp_path):
@@ -456,10 +578,17 @@ def test_too_little_text_for_the_vocabulary_is_said(sources, tmp_path, capsys):
         ({"num_domains": 200, "embed__fit_documents": 100}, "raise --config.embed.fit_documents"),
         ({"vocab_size": 256}, "at least 257"),
         ({"corpus__sources": ("nothing-here",)}, "matches no file"),
-        ({"corpus__text_field": "body"}, "train documents, fewer than"),
+        (
+            {"corpus__text_field": "body"},
+            r"hold \d train documents, fewer than .*no field 'body'; the fields are 'text'.*"
+            r"give --config\.corpus\.text_field=text\. ",
+        ),
+        ({"corpus__min_chars": 999}, "hold 0 train documents, .* 140 too short ones dropped"),
+        ({"seq_len": 10_000_000}, r"seq_len = 10000000 is too long .* 100% would be padding"),
+        ({"embed__max_features": 1}, r"the one word '\w+' .*embed.max_features = 1"),
         ({"embed__kind": "other"}, "'other'; known are"),
-        ({"tokenizer__path": "nothing.json"}, "cannot read the tokenizer"),
-        ({"corpus__dir": "/proc/nothing/corpus"}, "cannot make the folder"),
+        ({"tokenizer__path": "nothing.json"}, "nothing.json does not exist"),
+        ({"corpus__dir": "/proc/nothing/corpus"}, "cannot be written: /proc"),
     ],
 )
 def test_what_cannot_work_says_what_to_do(sources, tmp_path, changes, message):

@@ -214,6 +214,11 @@ def _check_combinations(cfg: ConfigDict) -> None:
         "corpus.validation_fraction + corpus.held_out_fraction must leave documents to train on",
     )
     need(
+        cfg.corpus.min_chars <= cfg.corpus.max_chars,
+        f"corpus.min_chars = {cfg.corpus.min_chars} must be at most corpus.max_chars = "
+        f"{cfg.corpus.max_chars}",
+    )
+    need(
         cfg.evaluate.tuning_fraction < 1 - cfg.evaluate.histogram_fraction,
         "evaluate.histogram_fraction and tuning_fraction must leave documents for all parts: "
         "histogram_fraction + tuning_fraction < 1",

@@ -89,6 +89,8 @@ def shown(text: str) -> str:
 
 
 def listed(values: Sequence[str], *, most: int = 20) -> str:
-    """Names for a message: in quotes, the first `most` of them, none of them long."""
+    """Names for a message: in quotes, the first `most` of them, none of them long; or "none"."""
+    if not values:
+        return "none"
     names = [repr(v if len(v) <= 50 else v[:50] + "...") for v in values[:most]]
     return ", ".join(names) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -110,8 +110,8 @@ def _expand(source: str, report: Report) -> Iterator[str]:
         yield from _walk(source, report)
     elif os.path.exists(source):
         raise UserError(
-            f"the source {source!r} is a pipe or device, and sources are read more than once: write "
-            "it into a file first"
+            f"the source {source!r} is a pipe or device, and sources are read more than once: "
+            "write it into a file first"
         )
     elif glob.has_magic(source):
         for path in sorted(glob.glob(source, recursive=True)):

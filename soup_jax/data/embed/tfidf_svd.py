@@ -71,11 +71,20 @@ class TfidfSvd:
         """Vocabulary, IDF and SVD of `texts`; `cfg` is the config's `embed` section.
 
         `dim` is lower than `cfg.dim` only when there are fewer texts or terms than that.
+
+        Raises:
+          UserError: fewer than two different words, or `cfg.max_features` below 2.
         """
         import sklearn.decomposition  # half a second; readers of a corpus never need it
 
         texts = [text[: cfg.max_chars] for text in texts]
         terms = _choose_terms(texts, cfg.max_features)
+        if len(terms) < 2:
+            raise UserError(
+                f"the embedder has the one word {terms[0]!r} to tell documents apart by "
+                f"({len(texts)} documents, embed.max_features = {cfg.max_features}): raise "
+                "--config.embed.max_features, or bring documents of more words"
+            )
         counts = _count(texts, terms, num_workers)
         num_documents = np.bincount(counts.indices, minlength=len(terms))
         idf = (np.log((1 + len(texts)) / (1 + num_documents)) + 1).astype(np.float32)

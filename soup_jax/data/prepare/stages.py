@@ -24,6 +24,7 @@ that should be trained on.
 
 import os
 import pathlib
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ def prepare(cfg: Any) -> Corpus:
     """Prepare `cfg.corpus.dir` from `cfg.corpus.sources`; the finished folder is left alone.
 
     Raises:
-      UserError: sources or settings that cannot work, or a folder made with other settings.
+      UserError: sources or settings that cannot work, such as too few documents or windows that
+        would be padding for the most part, or a folder made with other settings.
     """
     start = time.monotonic()
     request_lib.check(cfg)
@@ -150,16 +152,49 @@ def _read(work: Work, report: Report) -> dict[str, int]:
         report,
         lambda documents: progress(documents, "reading documents"),
     )
-    num_documents = sum(
-        np.count_nonzero(shards.load(path, "split")["split"] == 0)
-        for path in work.shards("documents")
-    )
+    num_documents = num_bytes = 0
+    for path in work.shards("documents"):
+        shard = shards.load(path, "split", "offsets")
+        train = shard["split"] == 0
+        num_documents += int(np.count_nonzero(train))
+        num_bytes += int(np.diff(shard["offsets"])[train].sum())
     if num_documents < work.cfg.num_domains:
         raise UserError(
             f"the sources hold {num_documents} train documents, fewer than num_domains = "
-            f"{work.cfg.num_domains}: add sources or lower --config.num_domains"
+            f"{work.cfg.num_domains} ({_why_so_few(totals, report)}"
         )
+    # A token has a byte or more, and a document one end: refused now rather than after stage 6.
+    _check_padding(work.cfg, num_bytes + num_documents, work.cfg.num_domains * work.cfg.seq_len)
     return totals
+
+
+def _why_so_few(totals: dict[str, int], report: Report) -> str:
+    reasons = [
+        f"{totals['documents']} documents read, {totals['duplicates']} duplicates and "
+        f"{totals['too_short']} too short ones dropped)",
+        *report.lines(),
+    ]
+    if report.counts.get("no_text", 0) <= totals["documents"]:
+        pass  # a few odd records, and the field is the right one
+    elif field := report.text_field():
+        flag = shlex.quote(f"--config.corpus.text_field={field}")
+        reasons.append(f"If {field!r} holds the text, give {flag}")
+    else:
+        reasons.append(
+            "A text is a string in a field of the object itself; `jq -c '{text: .path.to.text}'` "
+            "writes such lines"
+        )
+    return ". ".join([*reasons, "Else add sources or lower --config.num_domains"])
+
+
+def _check_padding(cfg: Any, num_tokens: int, num_targets: int) -> None:
+    if num_targets > 2 * num_tokens:
+        raise UserError(
+            f"seq_len = {cfg.seq_len} is too long for these sources: {num_tokens:,} train tokens "
+            f"in windows of {cfg.num_domains} domains have {num_targets:,} targets, of which "
+            f"{1 - num_tokens / num_targets:.0%} would be padding, and half is the most. Lower "
+            "--config.seq_len or --config.num_domains, or add sources"
+        )
 
 
 # Stages 2, 3 and 5: what is fitted on a sample
@@ -243,6 +278,8 @@ def _write_windows(work: Work) -> windows.Layout:
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
     )
+    num_targets = int(layout.offsets["train"][-1]) * work.cfg.seq_len
+    _check_padding(work.cfg, int(num_tokens[0].sum()), num_targets)
     directory = work.final / "windows"
     directory.mkdir(parents=True, exist_ok=True)
     missing = [file for file in layout.files() if not (directory / file.name).exists()]
