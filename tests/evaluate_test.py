@@ -11,11 +11,14 @@ import pytest
 from conftest import tiny_config
 
 from soup_jax import soup
-from soup_jax.data import sources as corpus_lib
 from soup_jax.data.corpus import Corpus
+from soup_jax.data.readers import Document, text_hash
+from soup_jax.data.sources import split_of
 from soup_jax.errors import UserError
 from soup_jax.evaluation import evaluator as evaluator_lib
+from soup_jax.evaluation import sample as sample_lib
 from soup_jax.evaluation import sets, table
+from soup_jax.evaluation.sample import read_sample
 from soup_jax.soup import merge
 from soup_jax.specialists import open as open_lib
 from soup_jax.specialists.compare import evaluate_runs
@@ -49,8 +52,8 @@ def cooking(tiny_text, trained) -> sets.SpecialistSet:
     return sets.specialist_set("cooking", path, trained.corpus, trained.cfg)
 
 
-def _documents(text: pathlib.Path) -> list[corpus_lib.Document]:
-    return sets.read_texts(str(text / "cooking.jsonl"), text_field="text")[0]
+def _documents(text: pathlib.Path) -> list[Document]:
+    return read_sample([str(text / "cooking.jsonl")], text_field="text").documents
 
 
 def test_documents_are_split_by_hash_into_three_parts(tiny_text, trained, monkeypatch):
@@ -69,7 +72,7 @@ def test_documents_are_split_by_hash_into_three_parts(tiny_text, trained, monkey
     monkeypatch.setattr(sets, "pack", pack)
     path = str(tiny_text / "cooking.jsonl")
     found = sets.specialist_set("cooking", path, trained.corpus, trained.cfg)
-    texts = {d.text: corpus_lib.hash_fraction(d.hash) for d in _documents(tiny_text)}
+    texts = {d.text: sets.part_fraction(d.hash) for d in _documents(tiny_text)}
     assert len(texts) == 30
     assert set(seen["h"]) == {t for t, fraction in texts.items() if fraction < 0.5}
     assert found.histogram.num_documents == len(seen["h"])
@@ -275,8 +278,12 @@ def test_names_are_those_of_the_files(tiny_text):
 
 
 def test_pattern_without_a_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no specialist file matches"):
+    with pytest.raises(UserError, match=r"no specialist file matches '.*jsonl'$"):
         sets.document_sets([str(tmp_path / "*.jsonl")])
+    with pytest.raises(
+        UserError, match=r"=\"\('a','b'\)\", and in `evaluate` a --specialists each"
+    ):
+        sets.document_sets(["a,b"])
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
@@ -290,7 +297,7 @@ def test_two_files_of_one_name_are_refused(tmp_path):
 @pytest.mark.parametrize("num", [1, 2])
 def test_too_few_documents_are_refused(tmp_path, tiny_text, trained, num):
     # All of one half, so that the other part stays empty.
-    half = [d.text for d in _documents(tiny_text) if corpus_lib.hash_fraction(d.hash) < 0.5]
+    half = [d.text for d in _documents(tiny_text) if sets.part_fraction(d.hash) < 0.5]
     path = tmp_path / "few.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in half[:num]))
     with pytest.raises(UserError, match=f"has {num} documents for h and 0 to score"):
@@ -308,9 +315,42 @@ def test_unreadable_documents_are_refused(tmp_path, trained, content):
 def test_a_duplicate_counts_once(tmp_path):
     path = tmp_path / "twice.jsonl"
     path.write_text('{"text": "one"}\n{"text": "one"}\n{"text": "two"}\n')
-    documents, damage = sets.read_texts(str(path), text_field="text")
-    assert [d.text for d in documents] == ["one", "two"]
-    assert damage == []
+    sample = read_sample([str(path)], text_field="text")
+    assert [d.text for d in sample.documents] == ["one", "two"]
+    assert (sample.num_duplicates, sample.damage) == (1, [])
+
+
+def test_the_parts_of_a_specialist_are_none_of_the_corpus():
+    # Documents of the corpus's own validation split, which are those of the lowest fractions.
+    hashes = [text_hash(f"text number {i}") for i in range(20_000)]
+    held = [h for h in hashes if split_of(h, 0.05, 0) == "validation"]
+    places = np.array([sets.part_fraction(h) for h in held])
+    assert abs(np.mean(places < 0.5) - 0.5) < 0.06
+    assert abs(np.mean(places >= 0.7) - 0.3) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "there is nothing in it"),
+        (b'{"body": "words"}\n', r"no field 'text'; .* `jq -c '{text: \.body}' FILE > NEW`"),
+        ("words".encode("utf-16"), "iconv"),
+    ],
+)
+def test_why_there_is_no_document(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"holds no readable document: .*{message}"):
+        read_sample([str(tmp_path / "a.jsonl")], text_field="text")
+
+
+def test_a_sample_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_lib, "MAX_SAMPLE_BYTES", 1 << 20)
+    lines = [json.dumps({"text": f"{i} " + "x" * 1000}) + "\n" for i in range(1100)]
+    (tmp_path / "a.jsonl").write_text("".join(lines[:1000] * 2))
+    assert len(read_sample([str(tmp_path / "a.jsonl")], text_field="text").documents) == 1000
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="more than 1 MB of text: a specialist needs a sample"):
+        read_sample([str(tmp_path / "a.jsonl")], text_field="text")
 
 
 def test_columns_of_one_name_and_no_specialists_are_refused(generic_run, tiny_text, tmp_path):

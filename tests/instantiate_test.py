@@ -11,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from soup_jax import storage as files
 from soup_jax import tree
+from soup_jax.cli import main
 from soup_jax.data.corpus import fingerprint_of, open_corpus
 from soup_jax.errors import UserError
+from soup_jax.evaluation.sample import read_sample
 from soup_jax.specialists import open as open_lib
 from soup_jax.specialists.instantiate import instantiate_to
 from soup_jax.specialists.specialist import Specialist
@@ -138,6 +140,47 @@ def test_other_documents_give_another_specialist(made, tiny_run, tiny_text, tmp_
     weights = dict(zip(python["domains"], python["h"]))
     assert nearest
     assert all(weights[label] == weight for label, weight in nearest)
+
+
+def test_several_files_are_one_specialist_and_what_was_read_is_said(
+    tiny_run, tiny_text, made, tmp_path, caplog
+):
+    lines = (tiny_text / "cooking.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join([*lines[:10], *lines[:5]]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[10:]))
+    (tmp_path / "c.txt").write_text(json.loads(lines[0])["text"])
+    said: list[str] = []
+    sources = [str(tmp_path / "*.jsonl"), str(tmp_path / "c.txt")]
+    instantiate_to(tiny_run, sources, tmp_path / "out", say=said.append)
+    assert said == [
+        f"read {tmp_path}/a.jsonl: 15 documents",
+        f"read {tmp_path}/b.jsonl: 20 documents",
+        f"read {tmp_path}/c.txt: 1 document",
+        "one specialist of 3 files",
+        "6 exact duplicates dropped",
+    ]
+    assert not [r for r in caplog.records if r.name.startswith("soup_jax")]
+    assert _bytes(tmp_path / "out") == _bytes(made)
+    command = ["instantiate", f"--run={tiny_run}", f"--out={tmp_path / 'other'}"]
+    assert main.run([*command, *(f"--documents={source}" for source in sources)]) == 0
+    assert _bytes(tmp_path / "other") == _bytes(made)
+
+
+def test_one_long_document_is_doubted(tmp_path):
+    (tmp_path / "a.txt").write_text("a paragraph of words\n\n" * 1000)
+    sample = read_sample([str(tmp_path / "a.txt")], text_field="text")
+    assert "is one document of 22,000 characters" in sample.warnings()[0]
+    assert ".jsonl" in sample.warnings()[0]
+    (tmp_path / "a.txt").write_text("a short one")
+    assert not read_sample([str(tmp_path / "a.txt")], text_field="text").warnings()
+
+
+def test_many_files_are_not_all_listed(tmp_path):
+    for i in range(25):
+        (tmp_path / f"{i:02d}.txt").write_text(f"document {i}")
+    summary = read_sample([str(tmp_path)], text_field="text").summary()
+    assert len(summary) == 12
+    assert summary[-2:] == ["read 15 more files: 15 documents", "one specialist of 25 files"]
 
 
 @pytest.fixture

@@ -20,7 +20,13 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     string, multi = flags.DEFINE_string, flags.DEFINE_multi_string
     string("workdir", "", "the run to evaluate", flag_values=values)
     multi("against", [], "another run, added as a column; may be repeated", flag_values=values)
-    multi("specialists", [], "file or glob of specialist documents", flag_values=values)
+    multi(
+        "specialists",
+        [],
+        "file of a specialist's documents, or glob: each file is a specialist of its own; may be "
+        "repeated",
+        flag_values=values,
+    )
     string("json", "", "where the numbers go; default RUN/evaluation.json", flag_values=values)
     string("text", "", "a file that gets what is printed, too", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)

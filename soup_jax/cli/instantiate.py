@@ -2,7 +2,9 @@
 
     soup-jax instantiate --run=runs/quickstart/soup --documents=mine.jsonl --out=specialist
 
-The folder holds a plain small model, its tokenizer and the recipe it was made by.
+Documents are files, folders or globs, and --documents may be repeated: all of them are the sample
+of one specialist. The folder holds a plain small model, its tokenizer and the recipe it was made
+by.
 """
 
 from collections.abc import Sequence
@@ -15,9 +17,15 @@ from soup_jax.errors import UserError
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define the flags."""
     del argv
-    string = flags.DEFINE_string
+    string, multi = flags.DEFINE_string, flags.DEFINE_multi_string
     string("run", "", "the run whose soup is used", flag_values=values)
-    string("documents", "", "file of sample documents of the wanted specialist", flag_values=values)
+    multi(
+        "documents",
+        [],
+        "file, folder or glob of sample documents; may be repeated: all files together are the "
+        "sample of one specialist",
+        flag_values=values,
+    )
     string("out", "", "folder the specialist is written to", flag_values=values)
     string("corpus", "", "the prepared corpus, if it was moved", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
@@ -34,7 +42,12 @@ def run(values: flags.FlagValues) -> int:
     from soup_jax.specialists.instantiate import instantiate_to
 
     made, nearest = instantiate_to(
-        values.run, values.documents, values.out, step=values.step, corpus_dir=values.corpus
+        values.run,
+        values.documents,
+        values.out,
+        step=values.step,
+        corpus_dir=values.corpus,
+        say=print,
     )
     histogram = made.histogram
     assert histogram is not None  # documents gave h

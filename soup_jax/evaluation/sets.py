@@ -1,12 +1,13 @@
 """What is scored: held-out documents of specialists, and the generic validation split.
 
-A specialist is a file (or glob) of documents. A hash splits them into three parts: one gives the
-histogram h; training scores `tuning`, for choosing settings; `soup-jax evaluate` scores `final`, so
-that no choice was made on what it reports.
+A specialist is a file of documents, or a folder. A hash splits them into three parts: one gives
+the histogram h; training scores `tuning`, for choosing settings; `soup-jax evaluate` scores
+`final`, so that no choice was made on what it reports.
 """
 
 import dataclasses
 import glob
+import hashlib
 import math
 import pathlib
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from soup_jax.data import sources as corpus_lib
 from soup_jax.data.corpus import Corpus
-from soup_jax.data.damage import Report
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.data.loader import num_targets
+from soup_jax.data.sources import hash_fraction
 from soup_jax.errors import UserError
+from soup_jax.evaluation.sample import read_sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,14 @@ def document_sets(patterns: Sequence[str]) -> dict[str, str]:
     for pattern in patterns:
         paths = sorted(glob.glob(pattern, recursive=True))
         if not paths:
-            raise UserError(f"no specialist file matches {pattern!r}")
+            hint = ""
+            if "," in pattern:
+                names = ",".join(repr(name.strip()) for name in pattern.split(","))
+                hint = (
+                    f'. Several are a tuple in a config, --config.evaluate.specialists="({names})"'
+                    ", and in `evaluate` a --specialists each"
+                )
+            raise UserError(f"no specialist file matches {pattern!r}{hint}")
         for path in paths:
             name = pathlib.Path(path).name.split(".")[0]
             if found.setdefault(name, path) != path:
@@ -58,21 +66,19 @@ def document_sets(patterns: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def read_texts(path: str, *, text_field: str) -> tuple[list[corpus_lib.Document], list[str]]:
-    """Documents of a specialist file, exact duplicates removed, and lines on what was damaged.
-
-    Raises:
-      UserError: no document could be read.
-    """
-    report = Report()
-    files = corpus_lib.find_files([path], report)
-    documents = {d.hash: d for d in corpus_lib.read_documents(files, text_field, report)}
-    if not documents:
-        raise UserError(f"{path} holds no readable document: {report.lines()}")
-    return list(documents.values()), report.lines()
-
-
 PARTS = ("final", "tuning")
+
+
+def part_fraction(digest: bytes) -> float:
+    """Where a specialist's document falls among its parts: a number in [0, 1), fixed by its text.
+
+    It is independent of `sources.hash_fraction`, which splits a corpus: else the documents of a
+    corpus's validation split would all fall into the part that gives h.
+
+    Args:
+      digest: the document's `text_hash`.
+    """
+    return hash_fraction(hashlib.blake2b(digest, person=b"specialist parts").digest())
 
 
 def specialist_set(
@@ -87,12 +93,12 @@ def specialist_set(
     Raises:
       UserError: a part of the split is empty.
     """
-    documents, _ = read_texts(path, text_field=cfg.corpus.text_field)
+    sample = read_sample([path], text_field=cfg.corpus.text_field)
     end_h = cfg.evaluate.histogram_fraction
     start, end = end_h + cfg.evaluate.tuning_fraction, 1.0
     if part == "tuning" and cfg.evaluate.tuning_fraction:
         start, end = end_h, start
-    place = {d.text: corpus_lib.hash_fraction(d.hash) for d in documents}
+    place = {d.text: part_fraction(d.hash) for d in sample.documents}
     for_h = [text for text, at in place.items() if at < end_h]
     scored = [text for text, at in place.items() if start <= at < end]
     if not for_h or not scored:
@@ -100,6 +106,7 @@ def specialist_set(
             f"specialist {name!r} ({path}) has {len(for_h)} documents for h and {len(scored)} to "
             f"score (part {part!r}); both need some: give more documents or change "
             "evaluate.histogram_fraction and evaluate.tuning_fraction"
+            + "".join(f". {line}" for line in [*sample.warnings(), *sample.damage])
         )
     return SpecialistSet(
         name,

@@ -1,9 +1,10 @@
-"""A specialist from a file of documents: embed, histogram, route, merge, save. No training."""
+"""A specialist from files of documents: embed, histogram, route, merge, save. No training."""
 
 import logging
 import pathlib
+from collections.abc import Callable, Sequence
 
-from soup_jax.evaluation.sets import read_texts
+from soup_jax.evaluation.sample import read_sample
 from soup_jax.specialists import export
 from soup_jax.specialists.open import load
 from soup_jax.specialists.specialist import Specialist
@@ -13,13 +14,18 @@ _log = logging.getLogger(__name__)
 
 def instantiate_to(
     run: str | pathlib.Path,
-    documents: str,
+    documents: str | Sequence[str],
     out: str | pathlib.Path,
     *,
     step: int | None = None,
     corpus_dir: str = "",
+    say: Callable[[str], None] = _log.info,
 ) -> tuple[Specialist, list[tuple[str, float]]]:
-    """`soup-jax instantiate`: from a run and a file of documents to a specialist's folder.
+    """`soup-jax instantiate`: from a run and files of documents to a specialist's folder.
+
+    Args:
+      documents: files, folders or globs; the documents of all are those of the one specialist.
+      say: takes lines on what was read.
 
     Returns:
       The specialist, and (label, weight) of the domains its documents resemble most.
@@ -29,10 +35,13 @@ def instantiate_to(
     """
     export.check_target(pathlib.Path(out))
     soup = load(run, step=step, corpus_dir=corpus_dir)
-    texts, damage = read_texts(documents, text_field=soup.cfg.corpus.text_field)
-    for line in damage:
+    sources = [documents] if isinstance(documents, str) else documents
+    sample = read_sample(sources, text_field=soup.cfg.corpus.text_field)
+    for line in sample.summary():
+        say(line)
+    for line in [*sample.damage, *sample.warnings()]:
         _log.warning("%s", line)
-    specialist = soup.instantiate([d.text for d in texts])
+    specialist = soup.instantiate([d.text for d in sample.documents])
     specialist.save(out)
     histogram = specialist.histogram
     return specialist, histogram.nearest(soup.corpus) if histogram else []
