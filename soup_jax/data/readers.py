@@ -21,15 +21,16 @@ from soup_jax import inputs
 from soup_jax.data.damage import Report, listed
 from soup_jax.errors import UserError
 
-# The largest text file, JSON line or Parquet value that is taken for a document. While it is read,
-# Python holds it up to eight times: as bytes, and with four bytes a character.
-MAX_DOCUMENT_BYTES = 64 << 20
+# The largest text file, JSON line or Parquet value that is taken for a document: the text of 40
+# books. Python holds it as bytes and with up to four bytes a character, and JSON that is all empty
+# objects takes 25 times its size.
+MAX_DOCUMENT_BYTES = 32 << 20
 # What decompressing one frame of zstd may take; `zstd --long` needs this, --long=28 and more do not
 # fit.
 MAX_WINDOW_BYTES = 128 << 20
 _READ_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 18  # of decompressed data at a time
-_PARQUET_ROWS = 8  # as long as a document may be, they take half a gigabyte
+_PARQUET_ROWS = 8  # as long as a document may be, they take a quarter of a gigabyte
 _PARQUET_BUFFER = 1 << 20
 _TOO_LARGE = "the limit for one document is {:,} bytes"
 
@@ -103,7 +104,7 @@ def _read_text(
         if size > MAX_DOCUMENT_BYTES:
             raise _TooLarge(
                 f"{_TOO_LARGE.format(MAX_DOCUMENT_BYTES)}, and a text file is one document: cut it "
-                "into files (`split -C 50m FILE`), or make it .jsonl, a document a line"
+                "into files (`split -C 30m FILE`), or make it .jsonl, a document a line"
             )
     data = b"".join(parts)
     parts.clear()

@@ -26,9 +26,10 @@ EOS = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # 256 bytes and EOS
 # How the tokenizers of public models spell "end of text"; the first one found is taken.
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|end|>")
-# encode_batch answers with objects of about 100 bytes a token; this many documents at a time keep
-# that small beside the documents themselves.
+# encode_batch answers with objects of about 100 bytes a token; this much at a time keeps that small
+# beside the documents themselves.
 _BATCH_DOCUMENTS = 256
+_BATCH_CHARS = 4_000_000
 # BPE learns from words, and its time grows with the square of a word's length: a megabyte without a
 # space would take hours. Words are cut to this many bytes for training, and never for encoding. No
 # word of ordinary text is as long, in scripts without spaces neither; 256 would be hardly faster.
@@ -59,10 +60,15 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; uses the threads of `tokenizers`."""
         result: list[list[int]] = []
-        for start in range(0, len(texts), _BATCH_DOCUMENTS):
-            batch = list(texts[start : start + _BATCH_DOCUMENTS])
-            encoded = self._inner.encode_batch_fast(batch, add_special_tokens=False)
-            result.extend(e.ids for e in encoded)
+        batch: list[str] = []
+        size = 0
+        for i, text in enumerate(texts, start=1):
+            batch.append(text)
+            size += len(text)
+            if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_CHARS or i == len(texts):
+                encoded = self._inner.encode_batch_fast(batch, add_special_tokens=False)
+                result.extend(e.ids for e in encoded)
+                batch, size = [], 0
         return result
 
     def decode(self, ids: Iterable[int]) -> str:

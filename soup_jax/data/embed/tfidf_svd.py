@@ -81,7 +81,7 @@ class TfidfSvd:
         terms = _choose_terms(texts, cfg.max_features)
         if len(terms) < 2:
             raise UserError(
-                f"the embedder has the one word {terms[0]!r} to tell documents apart by "
+                f"the embedder has the one word {terms[0][:50]!r} to tell documents apart by "
                 f"({len(texts)} documents, embed.max_features = {cfg.max_features}): raise "
                 "--config.embed.max_features, or bring documents of more words"
             )
