@@ -30,7 +30,7 @@ from array_record.python import array_record_module
 from soup_jax import storage as files
 from soup_jax.data import loader, windows
 from soup_jax.data import meta_distribution as domain_weights
-from soup_jax.data.corpus import FORMAT_VERSION, open_corpus
+from soup_jax.data.corpus import FORMAT_VERSION, fingerprint_of, open_corpus
 from soup_jax.data.embed import parallel
 from soup_jax.data.prepare import shards
 from soup_jax.data.sampling import SamplingPlan
@@ -72,14 +72,20 @@ def make_corpus(path, *, num_domains, seq_len, gigabytes):
     files.write_json(path / "domains.json", [{"label": str(k)} for k in range(num_domains)])
     shard.unlink()
     artefacts = {
-        file.relative_to(path).as_posix(): {"bytes": file.stat().st_size}
+        # No hash of gigabytes that nobody verifies.
+        file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, "sha256": file.name}
         for file in path.rglob("*")
         if file.is_file()
     }
     window_files = [{"name": f.name, "windows": f.stop - f.start} for f in layout.files()]
-    manifest = {"format": FORMAT_VERSION, "fingerprint": "synthetic", "eos_id": 0}
-    manifest |= {"seq_len": seq_len, "vocab_size": VOCAB_SIZE, "artefacts": artefacts}
-    manifest |= {"window_files": {"train": window_files}, "request": request}
+    for name in ("offsets.safetensors", "domains.json"):
+        artefacts[name]["sha256"] = files.sha256_file(path / name)
+    manifest = {"format": FORMAT_VERSION, "fingerprint": "", "eos_id": 0, "artefacts": artefacts}
+    manifest["fingerprint"] = fingerprint_of(manifest)
+    counts = {"documents": 0, "duplicates": 0, "too_short": 0, "cut": 0, "splits": {}}
+    manifest |= {"seq_len": seq_len, "vocab_size": VOCAB_SIZE, "counts": counts}
+    manifest |= {"window_files": {"train": window_files}}
+    manifest |= {"request": {"parameters": {}, "sources": [], **request}}
     files.write_json(path / "manifest.json", manifest)
 
 
