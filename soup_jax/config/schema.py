@@ -232,16 +232,19 @@ def _check_combinations(cfg: ConfigDict) -> None:
         f"checkpoint.init_step = {cfg.checkpoint.init_step} is a step of the run "
         "checkpoint.init_from, which is empty",
     )
-    ends = [-1]
-    for pair in cfg.skip_batches:
-        need(
-            isinstance(pair, tuple)
-            and [type(x) for x in pair] == [int, int]
-            and ends[-1] < pair[0] <= pair[1],
-            "skip_batches must be pairs (first, last) of steps, each after the one before, such as "
-            f"((4100, 4105),), not {cfg.skip_batches!r}",
-        )
-        ends.append(pair[1])
+    _check_skipped(cfg.skip_batches)
+
+
+def _check_skipped(pairs: Any) -> None:
+    end = -1
+    for pair in pairs:
+        good = isinstance(pair, tuple) and [type(x) for x in pair] == [int, int]
+        if not good or not end < pair[0] <= pair[1]:
+            raise UserError(
+                "config: skip_batches must be pairs (first, last) of steps, each after the one "
+                f"before, such as ((4100, 4105),), not {pairs!r}"
+            )
+        end = pair[1]
 
 
 def _is_component(value: Any) -> bool:
