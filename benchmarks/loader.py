@@ -27,6 +27,7 @@ import common
 import numpy as np
 from array_record.python import array_record_module
 
+from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.data import loader, windows
 from soup_jax.data import meta_distribution as domain_weights
@@ -43,7 +44,7 @@ def make_corpus(path, *, num_domains, seq_len, gigabytes):
     """Write a corpus with about so many bytes of tokens, unless it is there already."""
     request = {"num_domains": num_domains, "seq_len": seq_len, "gigabytes": gigabytes}
     if (path / "manifest.json").exists():
-        if files.read_json(path / "manifest.json")["request"] != request:
+        if inputs.read_json(path / "manifest.json")["request"]["parameters"] != request:
             raise SystemExit(f"{path} was made with other arguments: delete it or choose --dir")
         return
     rng = np.random.default_rng(0)
@@ -85,7 +86,7 @@ def make_corpus(path, *, num_domains, seq_len, gigabytes):
     counts = {"documents": 0, "duplicates": 0, "too_short": 0, "cut": 0, "splits": {}}
     manifest |= {"seq_len": seq_len, "vocab_size": VOCAB_SIZE, "counts": counts}
     manifest |= {"window_files": {"train": window_files}}
-    manifest |= {"request": {"parameters": {}, "sources": [], **request}}
+    manifest |= {"request": {"parameters": request, "sources": []}}
     files.write_json(path / "manifest.json", manifest)
 
 
