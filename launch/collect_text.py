@@ -53,6 +53,7 @@ import time
 import tomllib
 from collections.abc import Iterable, Iterator
 
+from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.errors import UserError
 
@@ -499,7 +500,7 @@ def run(out: pathlib.Path, max_mb: float) -> None:
     started = time.time()
     manifest = out / "manifest.json"
     if manifest.exists():
-        done = files.read_json(manifest)
+        done = inputs.read_json(manifest)
         if done["max_mb"] != max_mb:
             raise UserError(
                 f"{out} was collected with --max-mb {done['max_mb']}; give another --out"

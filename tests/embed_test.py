@@ -142,7 +142,7 @@ def test_what_cannot_be_fitted_or_loaded_is_a_user_error(embedder, tmp_path):
     (tmp_path / "embedder.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="cannot read"):
         base.load_embedder(tmp_path)
-    files.write_json(tmp_path / "embedder.json", {"kind": "new"})
+    files.write_json(tmp_path / "embedder.json", {"kind": "new", "name": "x", "dim": 1})
     with pytest.raises(
         UserError, match=r"embedder.json: unknown embedder 'new'; known are tfidf_svd"
     ):

@@ -44,7 +44,8 @@ def namespace(tiny_run, tiny_corpus, tiny_text, tmp_path_factory):
     fields = {"corpus.dir": tiny_corpus, "corpus.sources": (str(tiny_text / "generic.jsonl"),)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(quickstart, "get_config", lambda _: tiny_config(**fields, **{"num_steps": 2}))
+        fields |= {"num_steps": 2, "optimizer.warmup_steps": 1}
+        patch.setattr(quickstart, "get_config", lambda _: tiny_config(**fields))
         exec(compile(source, "python.md", "exec"), found)
     return {**found, "folder": folder}
 
