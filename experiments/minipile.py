@@ -39,12 +39,13 @@ the default), 256 windows a set:
     (nats per token; lower is better; * best of the line)
 
 The specialists are 0.149 nats better than the generic model (0.164, 0.214 and 0.070 for the three
-seeds) and 0.123 better than the same soup at the generic h. Seeds differ by up to 0.1 in the generic
-model: a difference of 0.05 between two single runs means nothing here.
+seeds) and 0.123 better than the same soup at the generic h. Seeds differ by up to 0.1 in the
+generic model: a difference of 0.05 between two single runs means nothing here.
 
 The same runs on a corpus that was prepared on another machine, with other k-means clusters, and on
-another split of the documents, gave 4.5484, 4.6471, 4.6636 and 4.6349: a gain of 0.086 (0.090, 0.120
-and 0.050). The code was not the reason: old and new take the same steps to the bit on one corpus.
+another split of the documents, gave 4.5484, 4.6471, 4.6636 and 4.6349: a gain of 0.086 (0.090,
+0.120 and 0.050). The code was not the reason: old and new take the same steps to the bit on one
+corpus.
 
 Learning rates were chosen by `evaluate --part=tuning`, averages over the 16 sets:
 
