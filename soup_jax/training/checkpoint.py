@@ -124,6 +124,9 @@ class Checkpointer:
         params, opt_state = state.params, state.opt_state
         if jax.default_backend() == "cpu":
             # On CPU the "device to host copy" is a view of the buffer that the next step donates.
+            # Copies that are sent while a step of many simulated devices still runs take the
+            # threads that its collectives wait for: XLA aborts the process after 40 s.
+            jax.block_until_ready((params, opt_state))
             params, opt_state = jax.tree.map(jnp.copy, (params, opt_state))
             jax.block_until_ready((params, opt_state))
         data = {"format": formats.CHECKPOINT, **data}
