@@ -11,7 +11,7 @@ import pytest
 from soup_jax.errors import UserError
 from soup_jax.processes import wire
 from soup_jax.processes.coordinator import Coordinator
-from soup_jax.processes.group import Group, Solo
+from soup_jax.processes.group import BEAT_SECS, Group, Solo
 from soup_jax.processes.lobby import listen
 from soup_jax.processes.secret import FROM_VARIABLE, Secret
 from soup_jax.processes.wire import Line
@@ -285,6 +285,18 @@ def test_a_meeting_that_is_not_complete_in_time_names_who_is_missing():
         assert text.startswith("process 2 did not come to the meeting 'read' within 1 s")
         assert "restoring" in text
         assert dump
+
+
+def test_a_process_that_moves_while_its_beat_is_made_is_no_damage():
+    run = Run(2)
+    groups = run.complete()
+    groups[1].moved = time.monotonic() + 100  # as if long after the beat's own clock was read
+    time.sleep(1.5 * BEAT_SECS)
+    lead, differences = run.on_all(lambda group: group.meet("after a beat"), groups)[1]
+    assert (lead, differences) == ({}, [])
+    assert run.downs.empty()
+    for group in groups:
+        group.close()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -73,11 +73,15 @@ def _check_python(path: str) -> None:
 
     if not path.endswith(".py"):
         raise UserError(f"--config={path} is no Python file: a config is a FILE.py with get_config")
+    text = read_text(path)
     try:
-        compile(read_text(path), path, "exec")
+        compile(text, path, "exec")
     except (SyntaxError, ValueError) as e:
         line = f", line {e.lineno}" if isinstance(e, SyntaxError) else ""
         raise UserError(f"{path}{line} is not valid Python: {getattr(e, 'msg', e)}") from e
+    # Looked for in the text, for a module that was loaded before would lend its own.
+    if "get_config" not in text and "import *" not in text:
+        raise UserError(f"{path} has no function get_config()")
 
 
 def explain(error: BaseException, arguments: Sequence[str]) -> str:

@@ -94,7 +94,7 @@ class Coordinator(threading.Thread):
         self._meetings: dict[str, dict[str, Any]] = {}
         self._troubles: dict[str, dict[int, dict[str, Any]]] = {cause: {} for cause in _CAUSES}
         self._first_trouble = 0.0
-        self._stop: dict[str, Any] | None = None
+        self._stopping: dict[str, Any] | None = None
         self._over = False
         self.drained = threading.Event()  # everybody has left
 
@@ -214,7 +214,7 @@ class Coordinator(threading.Thread):
     def _allowed(self, peer: _Peer) -> tuple[str, ...]:
         if not self._welcomed:
             return ("beat", "fail", "bye")
-        paused = self._stop is not None and peer.id not in self._stop["at"]
+        paused = self._stopping is not None and peer.id not in self._stopping["at"]
         return ("beat", "meet", "stop", "fail", "bye", *(["at"] if paused else []))
 
     def _damage(self, peer: _Peer, why: str) -> None:
@@ -230,12 +230,12 @@ class Coordinator(threading.Thread):
             peer.place = dict(message["place"])
         elif op == "meet":
             self._meet(peer, message)
-        elif op == "stop" and self._stop is None:
-            self._stop = {"who": peer.id, "reason": message["reason"], "at": {}}
+        elif op == "stop" and self._stopping is None:
+            self._stopping = {"who": peer.id, "reason": message["reason"], "at": {}}
             self._broadcast("pause")
         elif op == "at":
-            assert self._stop is not None  # `_allowed`
-            self._stop["at"][peer.id] = message["step"]
+            assert self._stopping is not None  # `_allowed`
+            self._stopping["at"][peer.id] = message["step"]
             self._settle_stop()
         elif op == "fail":
             self._trouble(
@@ -249,9 +249,9 @@ class Coordinator(threading.Thread):
             self._settle_stop()
 
     def _settle_stop(self) -> None:
-        if self._stop and {p.id for p in self._present()} <= set(self._stop["at"]):
-            last = max(self._stop["at"].values(), default=-1)
-            reason = f"{self._stop['reason']} at process {self._stop['who']}"
+        if self._stopping and {p.id for p in self._present()} <= set(self._stopping["at"]):
+            last = max(self._stopping["at"].values(), default=-1)
+            reason = f"{self._stopping['reason']} at process {self._stopping['who']}"
             self._broadcast("stop_after", step=last, reason=reason)
 
     def _meet(self, peer: _Peer, message: Mapping[str, Any]) -> None:

@@ -160,7 +160,9 @@ class Group(Solo):
                     self._line.send("stop", reason=messages.printable(self._wanted, 200))
                 if now - last_beat >= BEAT_SECS:
                     last_beat = now
-                    self._line.send("beat", place={**self.place, "idle": now - self.moved})
+                    # It may have moved since `now` was taken.
+                    idle = max(now - self.moved, 0.0)
+                    self._line.send("beat", place={**self.place, "idle": idle})
                 events = ready.get(self._line.sock, 0)
                 if events & selectors.EVENT_WRITE:
                     self._line.flush()
