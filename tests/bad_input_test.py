@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
     """Files of every wrong kind; commands run in it."""
     here = tmp_path_factory.mktemp("bad")
     (here / "syntax.py").write_text("def get_config(:\n")
-    (here / "imports.py").write_text("import nothing_of_this_name\n")
+    (here / "imports.py").write_text("import nothing_of_this_name\nget_config = None\n")
     (here / "raises.py").write_text("def get_config():\n    raise KeyError('gone')\n")
     (here / "none.py").write_text("def get_config():\n    return None\n")
     (here / "without.py").write_text("x = 1\n")
@@ -92,7 +92,6 @@ def folder(tmp_path_factory):
 
 COMMANDS = [
     # (arguments, what the sentence says)
-    # First: the module of a config file keeps what an earlier one defined.
     (["train", "--config=without.py", "--workdir=w"], "has no function get_config"),
     (["train", "--config=", "--workdir=w"], "--config=FILE.py is required"),
     (["train", "--config=empty", "--workdir=w"], "is no Python file"),
