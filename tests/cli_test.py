@@ -132,7 +132,7 @@ def test_shipped_config_is_found_from_anywhere_and_a_local_one_wins(tmp_path):
     assert found.read_text().count("def get_config") == 1
     assert config_flag.resolve(["--workdir=r"]) == ["--workdir=r"]
     (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments" / "quickstart.py").write_text("")
+    (tmp_path / "experiments" / "quickstart.py").write_text("get_config = None")
     assert config_flag.resolve([argument]) == [argument]
 
 
