@@ -102,14 +102,15 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
-    if not (workdir / "config.json").exists():
+    new = not (workdir / "config.json").exists()  # earlier versions started others, too
+    if new:
         config_lib.check_start(cfg)
     trackers.find(cfg.log.trackers)
     corpus = open_corpus(cfg.corpus.dir)
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
     )
-    for warning in provenance.check_against(cfg, corpus):
+    for warning in provenance.check_against(cfg, corpus) if new else ():
         _log.warning("%s", warning)
     provenance.check_weights(cfg.domain_weights.path, corpus)
     mesh = build.make_mesh(cfg, devices)
