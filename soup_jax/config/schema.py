@@ -174,60 +174,59 @@ def _need(condition: bool, message: str) -> None:
 
 
 def _check_combinations(cfg: ConfigDict) -> None:
-    need = _need
     _divides(cfg, "num_mixtures", "batch_size")
     rows = cfg.batch_size // cfg.num_mixtures
-    need(
+    _need(
         rows % cfg.optimizer.grad_accumulation == 0,
         f"optimizer.grad_accumulation = {cfg.optimizer.grad_accumulation} must divide the {rows} "
         "rows of a mixture (batch_size / num_mixtures)",
     )
-    need(
+    _need(
         all(isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], str) for a in cfg.model.args),
         f"model.args must be a tuple of (name, value) pairs, not {cfg.model.args!r}",
     )
     weights = cfg.domain_weights
-    need(
+    _need(
         all(_is_component(c) for c in weights.components),
         "domain_weights.components must be a tuple of (name, probability) or (name, probability, "
         f"((argument, value), ...)), not {weights.components!r}",
     )
     total = weights.sparse + weights.generic + weights.dirichlet + weights.file
     total += sum(probability for _, probability, *_ in weights.components)
-    need(
+    _need(
         abs(total - 1) < 1e-6,
         "domain_weights.sparse + generic + dirichlet + file and those of domain_weights.components "
         f"are probabilities and must add up to 1, not {total:g}",
     )
-    need(
+    _need(
         weights.min_support_size <= weights.support_size <= cfg.num_domains,
         f"domain_weights.min_support_size = {weights.min_support_size} <= support_size = "
         f"{weights.support_size} <= num_domains = {cfg.num_domains} must hold",
     )
-    need(
+    _need(
         (weights.file > 0) == bool(weights.path),
         "domain_weights.file > 0 and domain_weights.path go together: "
         f"file = {weights.file}, path = {weights.path!r}",
     )
-    need(
+    _need(
         cfg.corpus.validation_fraction + cfg.corpus.held_out_fraction < 1,
         "corpus.validation_fraction + corpus.held_out_fraction must leave documents to train on",
     )
-    need(
+    _need(
         cfg.corpus.min_chars <= cfg.corpus.max_chars,
         f"corpus.min_chars = {cfg.corpus.min_chars} must be at most corpus.max_chars = "
         f"{cfg.corpus.max_chars}",
     )
-    need(
+    _need(
         cfg.evaluate.tuning_fraction < 1 - cfg.evaluate.histogram_fraction,
         "evaluate.histogram_fraction and tuning_fraction must leave documents for all parts: "
         "histogram_fraction + tuning_fraction < 1",
     )
-    need(
+    _need(
         all(isinstance(r, tuple) and [type(x) for x in r] == [str, str] for r in cfg.experts.rules),
         f"experts.rules must be a tuple of (regex, rule) pairs, not {cfg.experts.rules!r}",
     )
-    need(
+    _need(
         bool(cfg.checkpoint.init_from) or not cfg.checkpoint.init_step,
         f"checkpoint.init_step = {cfg.checkpoint.init_step} is a step of the run "
         "checkpoint.init_from, which is empty",

@@ -212,7 +212,6 @@ class Checkpointer:
                 args = ocp.args.Composite(**{name: ocp.args.StandardRestore(target)})
                 items = {name: self._manager.restore(step, args=args)[name]}
                 found += integrity.differences(saved or {}, items)
-                found += [p for p in (saved or ()) if _lost(p, items)]
         except Exception as e:
             return " ".join(f"{type(e).__name__}: {e}".split())[:300], ""
         if found:
@@ -334,10 +333,6 @@ def _check_data(data: Any, step: int, place: str) -> int:
     if data["step"] != step:
         raise _Damaged(f"its data item is that of step {data['step']}: it was copied or renamed")
     return version
-
-
-def _lost(path: str, items: Mapping[str, Any]) -> bool:
-    return path.split("/")[0] in items and path not in tree.flatten(dict(items))
 
 
 def _scalar(value: int, like: Any) -> jax.Array:

@@ -57,7 +57,8 @@ def earlier(run: Run, step: int, *, saved: list[int]) -> str:
 
 def limit(vocab_size: int) -> float:
     """The loss in nats per target above which a run has diverged: three times that of a uniform
-    guess, which no initialisation and no spike comes near."""
+    guess. Spikes stay below. A network whose loss begins above it is stopped, too: its logits are
+    too large at the start."""
     return 3 * math.log(vocab_size)
 
 

@@ -56,6 +56,12 @@ def checksums(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def differences(saved: Mapping[str, str], items: Mapping[str, Any]) -> list[str]:
-    """Leaves of `items` whose checksum is not the saved one, by path."""
+    """Leaves of `items` whose checksum is not the saved one, or that only one side has, by path.
+
+    Nothing is computed where nothing was saved, as by the first versions.
+    """
+    if not saved:
+        return []
     found = checksums(items)
-    return [path for path, value in found.items() if saved.get(path, value) != value]
+    wanted = {path: value for path, value in saved.items() if path.split("/")[0] in items}
+    return [path for path in sorted(wanted | found) if wanted.get(path) != found.get(path)]
