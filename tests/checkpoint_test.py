@@ -1,5 +1,7 @@
 """Checkpoints: other topologies, damage, mismatch, the keep policy and donated buffers."""
 
+import errno
+import os
 import shutil
 
 import jax
@@ -225,3 +227,31 @@ def test_a_save_in_flight_is_not_changed_by_the_steps_after_it(tmp_path):
     assert_equal(copied(restored), want)
     moved = tree.flatten(state.params)
     assert any((np.asarray(moved[p]) != x).any() for p, x in tree.flatten(want["params"]).items())
+
+
+def test_a_save_that_fails_does_not_hide_the_error_before_it(tmp_path, monkeypatch, caplog):
+    cfg, _, state, _, _ = trained(steps=0)
+
+    def fails():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"), Checkpointer(tmp_path, cfg) as opened:
+        monkeypatch.setattr(opened, "wait", fails)
+    with pytest.raises(RuntimeError, match="first"), Checkpointer(tmp_path, cfg) as opened:
+        monkeypatch.setattr(opened, "wait", fails)
+        raise RuntimeError("first")
+    assert "and the save under way failed: the disk is full" in caplog.text
+
+
+def test_whether_a_step_is_saved_is_no_question_of_a_listing(tmp_path, monkeypatch):
+    # On shared storage each process may see another one, and a save is a collective.
+    cfg, _, state, _, _ = trained(steps=0)
+    with Checkpointer(tmp_path, cfg) as checkpointer:
+        assert checkpointer.save(state, {"step": 2})
+        checkpointer.wait()
+    with Checkpointer(tmp_path, cfg) as checkpointer:
+        checkpointer.restore(abstract(state))
+        monkeypatch.setattr(checkpointer._manager, "all_steps", list)
+        assert not checkpointer.save(state, {"step": 2})
+        assert checkpointer.save(state, {"step": 4})
+        assert not checkpointer.save(state, {"step": 4})

@@ -472,3 +472,25 @@ def test_settings_that_contradict_are_refused_before_work(fields, message, make_
     with pytest.raises(UserError, match=message):
         train.train(make_cfg(**fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_host_is_never_more_than_two_steps_ahead(make_cfg, tmp_path, monkeypatch):
+    # However rarely it logs: the watchdog must not take a long interval for a hang.
+    ready, compiled = [], train.compile_together
+
+    def spied(*arguments):
+        step, sent = compiled(*arguments), []
+
+        def spy(state, sums, batch):
+            ready.append([x.is_ready() for x in sent[:-2]])
+            state, sums = step(state, sums, batch)
+            sent.append(sums["steps"])
+            return state, sums
+
+        return spy
+
+    monkeypatch.setattr(train, "compile_together", spied)
+    rare = {"log.every_steps": 1000, "checkpoint.every_steps": 0, "num_steps": 20}
+    train.train(make_cfg(**rare), tmp_path / "run")
+    assert len(ready) == 20
+    assert all(all(steps) for steps in ready)

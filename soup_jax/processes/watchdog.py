@@ -1,8 +1,8 @@
 """Ends a process that makes no progress, and leaves its stacks for whoever looks into it.
 
 A collective that hangs does so in C++ and for ever: no exception, no signal handler, no time-out.
-The watchdog watches `group.at(...)`, which the training loop calls for each step, evaluation batch
-and save. The host runs ahead of the devices, but never by more than two log intervals.
+The watchdog watches `group.at(...)`, which the training loop calls as each step ends on its devices
+and for each evaluation batch and save.
 
 It is a thread, for the timer of `faulthandler` can tell no other process which one hangs. That
 timer is the backstop, should the interpreter be stuck.

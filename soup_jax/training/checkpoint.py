@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from soup_jax import storage, tree
-from soup_jax.errors import UserError
+from soup_jax.errors import UserError, explain
 from soup_jax.inputs import check_structure, read_format
 from soup_jax.processes import start as distributed
 from soup_jax.training import formats, integrity
@@ -71,6 +71,7 @@ class Checkpointer:
         self._group = distributed.current()
         self._timeout = 300.0 if cfg is None else cfg.checkpoint.async_timeout_secs
         self._read_only = cfg is None
+        self._last = -1  # the newest step restored or saved
         self._manager = self._open(options)
 
     def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
@@ -105,8 +106,13 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
+        try:
+            self.close()
+        except Exception as e:
+            if error is None:
+                raise
+            _log.error("%s, and the save under way failed: %s", kind.__name__, explain(e) or e)
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
@@ -119,8 +125,9 @@ class Checkpointer:
         """
         self._manager.check_for_errors()
         step = int(data["step"])
-        if step in self._manager.all_steps():
+        if step <= self._last:  # not by a listing: each process may see another
             return False
+        self._last = step
         params, opt_state = state.params, state.opt_state
         if jax.default_backend() == "cpu":
             # On CPU the "device to host copy" is a view of the buffer that the next step donates.
@@ -167,6 +174,7 @@ class Checkpointer:
         if result is None:
             return None
         step, items = result
+        self._last = step
         if not self._read_only:
             self._set_aside(step)
         state = TrainState(

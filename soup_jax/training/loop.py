@@ -7,6 +7,7 @@ was. SIGTERM and SIGINT save at the current step and end with status 0; with man
 `processes`) a signal at one stops all of them after the same step.
 """
 
+import collections
 import logging
 import pathlib
 import sys
@@ -43,6 +44,10 @@ from soup_jax.training.setup import (
 from soup_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
+
+
+# Steps that the host may send before an earlier one is done: one to run, and one to follow it.
+_AHEAD = 2
 
 
 class Interrupted(Exception):
@@ -184,6 +189,7 @@ class _Loop:
         self.bar: Any = None
         self.meter = Meter(run.mesh, run.cfg.num_domains)
         self.meter.restore(run.unfinished, run.plan, step=start)
+        self.sent: collections.deque[jax.Array] = collections.deque()
 
     def run(self, state: TrainState, start: int) -> TrainState:
         run, cfg = self.run_, self.run_.cfg
@@ -215,16 +221,15 @@ class _Loop:
                     )
                 state, meter.sums = step_fn(state, meter.sums, batch)
                 done = step + 1
-                self.group.at("training")
+                self._sent(meter.sums["steps"], ahead=_AHEAD)
                 self.bar.update()
                 if pending is not None:  # read only now, with the next step under way
                     self._log(pending, state)
                     pending = None
                 if done % cfg.log.every_steps == 0 or done == cfg.num_steps:
-                    # Waiting for the sums bounds how far the host runs ahead of the device.
                     pending = meter.close(done)
                 if self._evaluates(done):
-                    jax.block_until_ready(state.step)
+                    self._sent(ahead=0)
                     before = time.perf_counter()
                     self._evaluate(state, done)
                     meter.skip(time.perf_counter() - before)
@@ -237,6 +242,16 @@ class _Loop:
         if start == cfg.num_steps:
             _log.info("all %d steps are done already", cfg.num_steps)
         return state
+
+    def _sent(self, *results: jax.Array, ahead: int) -> None:
+        """Note what steps will have computed; wait until all but `ahead` steps are done.
+
+        So the watchdog hears of each step as it ends, not as it is sent.
+        """
+        self.sent.extend(results)
+        while len(self.sent) > ahead:
+            jax.block_until_ready(self.sent.popleft())
+            self.group.at("training")
 
     def _saves(self, done: int) -> bool:
         every = self.run_.cfg.checkpoint.every_steps
@@ -277,6 +292,7 @@ class _Loop:
             )
 
     def _save(self, state: TrainState, done: int) -> None:
+        self._sent(ahead=0)
         self._check_finite(state)
         self.group.at("saving")
         self.checkpointer.save(state, {**self.run_.data_state(done), "meter": self.meter.state()})
