@@ -119,9 +119,31 @@ def test_merged_bank_moves_each_expert_by_its_share_of_the_preconditioned_direct
         g = np.asarray(grads.merged["w"], np.float64)
         nu = config.beta2 * nu + (1 - config.beta2) * g.sum(0) ** 2
         direction = g / (np.sqrt(nu / (1 - config.beta2 ** (i + 1))) + config.eps)
+        direction = direction.clip(-config.bank_step_bound, config.bank_step_bound)
         expected *= 1 - lr * config.weight_decay
         expected -= lr * np.einsum("me,mij->eij", np.asarray(grads.alpha_ME), direction)
     np.testing.assert_allclose(params["bank"]["dense"]["w"], expected, atol=1e-5)
+
+
+def test_mixtures_that_cancel_move_no_expert_beyond_the_bound():
+    grads = make_grads(0)
+    opposite = jax.tree.map(
+        lambda g: jnp.stack([g[0], -g[0], 1e-3 * g[2]]), grads.merged
+    )  # their sum is a thousandth of each
+    grads = grads._replace(merged=opposite, alpha_ME=jnp.eye(M, E))
+    moved = {}
+    for bound in (0.0, 4.5):
+        config = make_config(bank_step_bound=bound, clip_norm=0.0, warmup_steps=0, weight_decay=0.0)
+        params = make_params()
+        before = params["bank"]["dense"]["w"]
+        new, _, _ = compiled_update(config)(
+            params, optimizer.init_state(config, params), grads, jnp.asarray(0)
+        )
+        rate = config.learning_rate * config.bank_lr_scale
+        moved[bound] = np.abs(new["bank"]["dense"]["w"] - before).max(axis=(1, 2)) / rate
+    assert moved[0.0][:2].min() > 50
+    np.testing.assert_allclose(moved[4.5][:2], 4.5, rtol=1e-3)
+    np.testing.assert_allclose(moved[4.5][2:], moved[0.0][2:])
 
 
 def test_merged_bank_has_no_state_per_expert():

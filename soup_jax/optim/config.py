@@ -33,6 +33,7 @@ class OptimizerConfig:
     shared_args: tuple[tuple[str, Any], ...] = ()
     bank: str = "merged"
     bank_lr_scale: float = 0.3
+    bank_step_bound: float = 4.5
     router_lr_scale: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.95

@@ -64,6 +64,7 @@ def optimizer_config(cfg: ConfigDict) -> OptimizerConfig:
         shared_args=o.shared_args,
         bank=o.bank,
         bank_lr_scale=o.bank_lr_scale,
+        bank_step_bound=o.bank_step_bound,
         router_lr_scale=o.router_lr_scale,
         beta1=o.beta1,
         beta2=o.beta2,
