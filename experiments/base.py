@@ -98,7 +98,9 @@ FIELDS = (
     fixed("model.tie_embeddings", True, "the output projection is the embedding's transpose"),
     fixed("model.rope_theta", 10_000.0, "base of the rotary position embedding", above=0),
     fixed("model.norm_eps", 1e-5, "of RMSNorm", above=0),
-    fixed("model.dtype", "float32", "of activations and of the merged weights", choices=DTYPES),
+    fixed("model.dtype", "float32",
+          "of activations and of the merged weights. Accelerators multiply float32 in fewer bits "
+          "unless JAX_DEFAULT_MATMUL_PRECISION=highest", choices=DTYPES),
     fixed("model.remat", "none", "recompute in the backward pass; dots: all but matmuls",
           choices=("none", "full", "dots")),
     fixed("model.loss_chunk", 0, "positions whose logits exist at once; divides seq_len. 0: all",
