@@ -104,6 +104,11 @@ class Corpus:
     fingerprint: str  # of the content: the same wherever and whenever it was prepared
     _records: dict[str, _Records] = dataclasses.field(default_factory=dict, repr=False)
 
+    @property
+    def max_chars(self) -> int:
+        """Longer documents were cut into pieces of this size, each with a domain of its own."""
+        return self.manifest["request"]["parameters"]["corpus.max_chars"]
+
     def label(self, domain: int) -> str:
         """A few words that tell what the documents of a domain are about."""
         return self.domains[domain]["label"]

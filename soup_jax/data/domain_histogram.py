@@ -1,8 +1,16 @@
 """From a few documents to domain weights (Algorithm 3 of the paper), and how far to trust them.
 
-Embed each document, count nearest centroids: the histogram is h. A document that lies far from all
-centroids has a nearest one all the same; `DocumentHistogram.warnings` says so. One of which the
-embedder can say nothing says nothing of h: it counts as the corpus does on average.
+Embed each document, find its nearest centroid, and count it with as many tokens as it has: the
+shares are h. So h means here what it means in training, where `mix(h)` draws windows of equal
+length. Documents are treated as `prepare` treats those of the corpus: one longer than
+`corpus.max_chars` is cut into pieces, each with a domain of its own, and its tokens include the
+end-of-text token. The histogram of all training documents of a corpus is therefore
+`Corpus.domain_frequencies`, up to the padding of its windows and the documents of which the
+embedder can say nothing: half the sum of the differences is at most the two's share of the tokens.
+
+A document that lies far from all centroids has a nearest one all the same;
+`DocumentHistogram.warnings` says so. One of which the embedder can say nothing says nothing of h:
+it counts as the corpus does on average.
 """
 
 import dataclasses
@@ -12,6 +20,7 @@ import numpy as np
 
 from soup_jax.data import domains
 from soup_jax.data.corpus import Corpus
+from soup_jax.data.sources import cut
 from soup_jax.errors import UserError
 
 
@@ -20,19 +29,23 @@ class DocumentHistogram:
     """Where documents lie among the domains of a corpus.
 
     Attributes:
-      h_K: share of the documents nearest to each domain, float64, sums to 1. Domains without
-        training windows cannot be drawn and get none.
+      h_K: share of the documents' tokens that is nearest to each domain, float64, sums to 1.
+        Domains without training windows cannot be drawn and get none.
       num_documents: how many were counted.
-      outside: share of the documents less similar to their centroid than 99% of the corpus's own,
-        those without a known word among them.
+      outside: share of the tokens in documents less similar to their centroid than 99% of the
+        corpus's own, those without a known word among them.
       num_unknown: documents without a word that the embedder knows; they count as
         `Corpus.domain_frequencies`.
+      unknown: share of the tokens in documents, or pieces of long ones, without a known word.
+      largest: share of the tokens in the longest document.
     """
 
     h_K: np.ndarray
     num_documents: int
     outside: float
     num_unknown: int = 0
+    unknown: float = 0.0
+    largest: float = 0.0
 
     def nearest(self, corpus: Corpus, *, num: int = 5) -> list[tuple[str, float]]:
         """(label, weight) of the heaviest domains, heaviest first."""
@@ -45,7 +58,12 @@ class DocumentHistogram:
         if self.num_documents < 10:
             found.append(
                 f"only {self.num_documents} documents: each moves the weights by "
-                f"{100 / self.num_documents:.0f}%; give 20 or more"
+                f"{100 / self.num_documents:.0f}% on average; give 20 or more"
+            )
+        if self.num_documents > 1 and self.largest > 0.5:
+            found.append(
+                f"one document has {self.largest:.0%} of the tokens, and as much of the weights: "
+                "give more documents of its length, or a part of it"
             )
         if self.num_unknown:
             found.append(
@@ -53,31 +71,42 @@ class DocumentHistogram:
                 "corpus: its embedder knows none of their words. They count as the corpus does on "
                 "average"
             )
-        if self.outside - self.num_unknown / self.num_documents > 0.5:
+        if self.outside - self.unknown > 0.5:
             found.append(
-                f"{self.outside:.0%} of the documents resemble no domain of the corpus (less "
-                "similar to the nearest centroid than 99% of the training documents): expect "
+                f"{self.outside:.0%} of the text resembles no domain of the corpus (documents "
+                "less similar to the nearest centroid than 99% of those trained on): expect "
                 "little from this specialist"
             )
         return found
 
 
 def document_histogram(corpus: Corpus, texts: Sequence[str]) -> DocumentHistogram:
-    """h of `texts` among the domains of `corpus`, with its embedder and centroids.
+    """h of `texts` among the domains of `corpus`, with its tokenizer, embedder and centroids.
 
     Raises:
       UserError: no text.
     """
     if not texts:
         raise UserError("no documents to take domain weights from")
-    embeddings = corpus.embedder().embed(texts)
+    # Pieces p of documents d.
+    cuts = [cut(text, corpus.max_chars) for text in texts]
+    document_p = np.repeat(np.arange(len(texts)), [len(pieces) for pieces in cuts])
+    pieces = [piece for of_document in cuts for piece in of_document]
+    embeddings = corpus.embedder().embed(pieces)
     centroids = corpus.centroids()
     available = np.flatnonzero(np.diff(corpus.offsets["train"]))
     nearest, similarity = domains.assign(embeddings, centroids[available])
     known = embeddings.any(axis=1)
-    num_unknown = int(np.count_nonzero(~known))
-    h_K = num_unknown * corpus.domain_frequencies / len(texts)
-    h_K[available] += np.bincount(nearest[known], minlength=len(available)) / len(texts)
+    tokens_p = corpus.tokenizer().lengths(pieces) + 1  # with the end-of-text token
+    total = tokens_p.sum()
+    tokens_K = tokens_p[~known].sum() * corpus.domain_frequencies
+    tokens_K[available] += np.bincount(nearest[known], tokens_p[known], minlength=len(available))
     low = corpus.similarity_quantiles()[0.01]
-    outside = float(np.mean((similarity < low) | ~known))
-    return DocumentHistogram(h_K, len(texts), outside, num_unknown)
+    return DocumentHistogram(
+        tokens_K / total,
+        len(texts),
+        outside=float(tokens_p[(similarity < low) | ~known].sum() / total),
+        num_unknown=len(texts) - len(np.unique(document_p[known])),
+        unknown=float(tokens_p[~known].sum() / total),
+        largest=float(np.bincount(document_p, tokens_p).max() / total),
+    )

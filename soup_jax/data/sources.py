@@ -3,6 +3,7 @@
 1. `find_files`     sources (files, folders, globs)  -> SourceFile, in a fixed order
 2. `read_documents` SourceFile                       -> Document(text, source, line, hash)
 3. `split_of`       hash                             -> "train", "validation" or "held_out"
+4. `cut`            text                             -> pieces, if it is very long
 
 Damage never stops the reading: every damaged line or file goes to a `Report` with its place and its
 reason, and the reading goes on around it. `readers` reads a file. This module does not tokenise and
@@ -46,6 +47,11 @@ def split_of(digest: bytes, validation_fraction: float, held_out_fraction: float
     if fraction < validation_fraction + held_out_fraction:
         return "held_out"
     return "train"
+
+
+def cut(text: str, max_chars: int) -> list[str]:
+    """A document as what is embedded and assigned to a domain: whole, or pieces of `max_chars`."""
+    return [text[i : i + max_chars] for i in range(0, max(len(text), 1), max_chars)]
 
 
 def file_format(path: str) -> tuple[str, str] | None:

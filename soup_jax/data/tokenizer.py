@@ -12,7 +12,7 @@ nothing else. A foreign file may normalise text; the round trip is then as good 
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
@@ -59,17 +59,21 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; uses the threads of `tokenizers`."""
-        result: list[list[int]] = []
+        return [encoded.ids for encoded in self._encoded(texts)]
+
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """int64 [n]: how many tokens each text has; they are not kept."""
+        return np.array([len(encoded) for encoded in self._encoded(texts)], np.int64)
+
+    def _encoded(self, texts: Sequence[str]) -> Iterator[tokenizers.Encoding]:
         batch: list[str] = []
         size = 0
         for i, text in enumerate(texts, start=1):
             batch.append(text)
             size += len(text)
             if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_CHARS or i == len(texts):
-                encoded = self._inner.encode_batch_fast(batch, add_special_tokens=False)
-                result.extend(e.ids for e in encoded)
+                yield from self._inner.encode_batch_fast(batch, add_special_tokens=False)
                 batch, size = [], 0
-        return result
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; a character cut in the middle becomes U+FFFD."""

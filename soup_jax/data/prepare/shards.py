@@ -106,10 +106,9 @@ def write_documents(
             split = corpus_lib.split_of(
                 document.hash, cfg.validation_fraction, cfg.held_out_fraction
             )
-            pieces = range(0, len(document.text), cfg.max_chars)
+            pieces = corpus_lib.cut(document.text, cfg.max_chars)
             shard.counts["cut"] += len(pieces) > 1
-            for start in pieces:
-                piece = document.text[start : start + cfg.max_chars]
+            for piece in pieces:
                 shard.add(piece, document.hash, splits.index(split))
         if shard.full():
             shard.write(path, found, (index[document.source], document.line), last=False)
