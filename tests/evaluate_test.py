@@ -1,5 +1,6 @@
 """Held-out losses: what is scored, how it is averaged, and the shape of the result."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -202,7 +203,7 @@ def test_result_has_the_documented_shape(evaluated, cooking):
     assert set(result["specialists"]) == {"cooking", "python"}
     columns = {*COLUMNS, "generic"}
     for row in result["specialists"].values():
-        assert set(row) == {"tokens", "bytes", *columns}
+        assert set(row) == {"tokens", "bytes", "documents_in_training", *columns}
         assert all(set(row[c]) == {"loss", "bits_per_byte"} for c in columns)
     assert set(result["average"]) == columns
     assert set(result["generic_validation"]) == columns - {"specialist"}
@@ -304,6 +305,48 @@ def test_too_few_documents_are_refused(tmp_path, tiny_text, trained, num):
         sets.specialist_set("few", str(path), trained.corpus, trained.cfg)
 
 
+@pytest.fixture(scope="module")
+def with_training_text(tmp_path_factory, tiny_text, corpus) -> tuple[str, int]:
+    """30 documents of cooking and 40 of the corpus's text; how many of these it would score."""
+    texts = [d.text for d in _documents(tiny_text)]
+    generic = read_sample([str(tiny_text / "generic.jsonl")], text_field="text").documents[:40]
+    path = tmp_path_factory.mktemp("known") / "cooking.jsonl"
+    lines = [json.dumps({"text": t}) + "\n" for t in [*texts, *(d.text for d in generic)]]
+    path.write_text("".join(lines))
+    train = [d for d in generic if split_of(d.hash, 0.1, 0) == "train"]
+    return str(path), sum(sets.part_fraction(d.hash) >= 0.7 for d in train)
+
+
+def test_documents_in_the_training_text_are_not_scored(tiny_run, with_training_text, cooking):
+    path, num_known = with_training_text
+    assert num_known > 3
+    result = evaluate_runs(tiny_run, specialists=[path])
+    row = result["specialists"]["cooking"]
+    assert row["documents_in_training"] == num_known
+    # The corpus's validation documents among them are scored.
+    tokens = cooking.scored.num_targets.sum()
+    assert tokens <= row["tokens"] < 2 * tokens
+    text = f"(documents in the training text are not scored: {num_known} of cooking)"
+    assert table.table(result).endswith(text)
+    assert cooking.num_in_training == 0
+
+
+def test_training_text_alone_cannot_be_scored(tmp_path, tiny_text, trained):
+    generic = read_sample([str(tiny_text / "generic.jsonl")], text_field="text").documents
+    train = [d for d in generic if split_of(d.hash, 0.1, 0) == "train"]
+    path = tmp_path / "known.jsonl"
+    path.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in train))
+    num = sum(sets.part_fraction(d.hash) >= 0.7 for d in train)
+    message = rf"0 to score \(part 'final'\), and {num} in the training text"
+    with pytest.raises(UserError, match=message):
+        sets.specialist_set("known", str(path), trained.corpus, trained.cfg)
+    # Of another run's corpus as well.
+    other = dataclasses.replace(trained.corpus, manifest=trained.corpus.manifest | {"extras": {}})
+    assert sets.specialist_set("known", str(path), other, trained.cfg).num_in_training is None
+    with pytest.raises(UserError, match=message):
+        sets.specialist_set("known", str(path), other, trained.cfg, others=[trained.corpus])
+
+
 @pytest.mark.parametrize("content", [b"", b"not json\n", b'{"body": "x"}\n', b"\xff\xfe\n"])
 def test_unreadable_documents_are_refused(tmp_path, trained, content):
     path = tmp_path / "broken.jsonl"
@@ -366,8 +409,6 @@ def test_columns_of_one_name_and_no_specialists_are_refused(generic_run, tiny_te
 
 
 def test_corpus_without_validation_windows_is_refused(corpus):
-    import dataclasses
-
     empty = {**corpus.offsets, "validation": np.zeros(7, np.int64)}
     with pytest.raises(UserError, match="no validation windows"):
         sets.validation_set(dataclasses.replace(corpus, offsets=empty), max_windows=8)

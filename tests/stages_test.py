@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 
 from soup_jax.data import domains, tokenizer, windows
 from soup_jax.data import sources as corpus
-from soup_jax.data.corpus import Corpus, open_corpus
+from soup_jax.data.corpus import Corpus, artefacts_of, fingerprint_of, open_corpus
 from soup_jax.data.damage import DAMAGE
 from soup_jax.data.embed.tfidf_svd import TfidfSvd
 from soup_jax.data.prepare import shards
@@ -183,13 +184,31 @@ def test_the_folder_is_a_tfds_data_set_and_nothing_else_is_left(prepared):
     assert names == {
         "windows", "offsets.safetensors", "domains.json", "centroids.safetensors", "manifest.json",
         "tokenizer.json", "embedder.json", "embedder.safetensors", "report.json",
+        "train_hashes.safetensors",
     }  # fmt: skip
-    assert set(content(prepared.path)) == {"manifest.json", *prepared.manifest["artefacts"]}
+    assert set(content(prepared.path)) == {"manifest.json", *artefacts_of(prepared.manifest)}
     assert not [name for name in content(prepared.path) if name.endswith((".tmp", ".pkl", ".npy"))]
     source = tfds.builder_from_directory(prepared.path / "windows").as_data_source("train")
     assert len(prepared.manifest["window_files"]["train"]) > 1
     rows = np.stack([source[i]["tokens"] for i in range(len(source))])
     np.testing.assert_array_equal(rows, prepared.read_windows("train", range(len(source))))
+
+
+def test_a_corpus_knows_its_train_documents(prepared, tmp_path):
+    texts = [*TEXTS, TEXTS[0] + " ", "another"]
+    found = prepared.trained_on([text_hash(text) for text in texts])
+    train = set(texts_of(prepared, "train"))
+    assert found.tolist() == [text in train for text in texts]
+    assert 50 < found.sum() < len(TEXTS)
+    assert prepared.trained_on([]).shape == (0,)
+    # What it knows beside is not what it is: a corpus prepared anew continues the runs of the old.
+    assert fingerprint_of(prepared.manifest | {"extras": {}}) == prepared.fingerprint
+    shutil.copytree(prepared.path, tmp_path / "copy")
+    with (tmp_path / "copy" / "train_hashes.safetensors").open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"?")
+    with pytest.raises(UserError, match=r"damaged: train_hashes\.safetensors differ"):
+        open_corpus(tmp_path / "copy").verify()
 
 
 class FirstLetter:
@@ -270,7 +289,7 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
 
 STAGES = (
     "_read", "_fit_tokenizer", "_fit_embedder", "_encode", "_fit_centroids", "_group",
-    "_write_windows", "describe_domains", "write_manifest", "_publish",
+    "_write_windows", "describe_domains", "write_train_hashes", "write_manifest", "_publish",
 )  # fmt: skip
 
 

@@ -74,12 +74,15 @@ def test_run_goes_on_as_if_never_killed(name):
         _assert_close(line, wanted, rtol=1e-5)
 
 
-def test_evaluation(monkeypatch):
+def test_evaluation(monkeypatch, caplog):
     # Version 1 parted a specialist's documents by the bits that split a corpus. On its parts, its
     # numbers come out.
     monkeypatch.setattr(sets, "part_fraction", hash_fraction)
     found = evaluate_runs("soup", specialists=["text/cooking.jsonl"])
     _assert_close(found, _json("evaluation.json"), rtol=1e-5)
+    # Its corpora kept no hashes of what is in them.
+    assert caplog.text.count("documents that are in its training text are scored like others") == 1
+    assert found["specialists"]["cooking"]["documents_in_training"] is None
 
 
 def test_instantiation():

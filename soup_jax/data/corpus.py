@@ -9,6 +9,7 @@ Folder (`prepare` writes it, `open_corpus` reads it):
     domains.json             K entries: label, terms, documents, windows and tokens per split
     centroids.safetensors    centroids float32 [K, dim], similarity_quantiles float32 [3]
     tokenizer.json, embedder.json, embedder.safetensors
+    train_hashes.safetensors hashes uint64 [n], sorted: of the train documents, by `short_hashes`
     report.json              what was damaged in the sources, and where
     manifest.json            counts, parameters, sizes and SHA-256 of all of the above; comes last
 
@@ -16,6 +17,7 @@ Folder (`prepare` writes it, `open_corpus` reads it):
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,11 +31,14 @@ from soup_jax.data import domains
 from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.data.damage import REPORT, Report
 from soup_jax.data.embed.base import Embedder, load_embedder
+from soup_jax.data.readers import short_hashes
 from soup_jax.data.windows import token_dtype
 from soup_jax.errors import UserError
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "held_out")
+# Not among what the fingerprint hashes; corpora of earlier versions have none.
+TRAIN_HASHES = "train_hashes.safetensors"
 # What every reader stands on; small, so that their hashes are compared whenever a corpus is opened.
 _SMALL = (
     "centroids.safetensors",
@@ -52,6 +57,7 @@ _MANIFEST = {
     "counts": {"documents": int, "duplicates": int, "too_short": int, "cut": int, "splits": dict},
     "window_files": {...: [{"name": str, "windows": int}]},
     "artefacts": {...: {"bytes": int, "sha256": str}},
+    "extras?": {...: {"bytes": int, "sha256": str}},
     "request": {"parameters": dict, "sources": [{"path": str}]},
 }
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random reads
@@ -129,6 +135,23 @@ class Corpus:
         """Quantiles of the similarity of train documents to their own centroid."""
         tensors = inputs.read_tensors(self.path / "centroids.safetensors")
         return dict(zip(domains.QUANTILES, tensors["similarity_quantiles"].tolist()))
+
+    @functools.cached_property
+    def _train_hashes(self) -> np.ndarray | None:
+        if TRAIN_HASHES not in artefacts_of(self.manifest):
+            return None
+        return inputs.read_tensors(self.path / TRAIN_HASHES)["hashes"]
+
+    def trained_on(self, hashes: Sequence[bytes]) -> np.ndarray | None:
+        """bool [n]: whether documents with these `text_hash`es are in the train split.
+
+        None if the corpus does not know, as earlier versions of `prepare` kept no hashes.
+        """
+        if self._train_hashes is None:
+            return None
+        wanted = short_hashes(np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16))
+        left, right = (np.searchsorted(self._train_hashes, wanted, s) for s in ("left", "right"))
+        return left < right
 
     def source(self, split: str) -> Any:
         """The TFDS data source of a split: `source[i]["tokens"]` is window i."""
@@ -214,7 +237,7 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
         state = "is not finished" if (path / ".work").exists() else "is not a prepared corpus"
         raise UserError(f"{path} {state} (it has no manifest.json): {advice}")
     manifest = _read_manifest(path)
-    for name, artefact in manifest["artefacts"].items():
+    for name, artefact in artefacts_of(manifest).items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != artefact["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
@@ -261,6 +284,11 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
+def artefacts_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a corpus but the manifest itself."""
+    return manifest["artefacts"] | manifest.get("extras", {})
+
+
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
     """The fingerprint of the artefacts in a manifest: what the windows and the domains are, not
     where the text lay or what was wrong with it."""
@@ -273,7 +301,7 @@ def _changed(
     path: pathlib.Path, manifest: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> list[str]:
     """Artefacts (all, or those named) that are missing or whose SHA-256 is another."""
-    artefacts = manifest["artefacts"]
+    artefacts = artefacts_of(manifest)
     return [
         name
         for name in (artefacts if names is None else artefacts.keys() & set(names))

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
+import numpy as np
 import zstandard
 
 from soup_jax import inputs
@@ -61,6 +62,11 @@ class _TooLarge(Exception):
 def text_hash(text: str) -> bytes:
     """16 bytes of BLAKE2b over the UTF-8 text: the identity of a document."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+
+
+def short_hashes(hashes: np.ndarray) -> np.ndarray:
+    """uint64 [n] of `text_hash`es uint8 [n, 16]: the half that no split is made by."""
+    return hashes[:, 8:].copy().view(">u8").ravel().astype(np.uint64)
 
 
 def read_file(source: SourceFile, field: str, report: Report, skip: int = 0) -> Iterator[Document]:

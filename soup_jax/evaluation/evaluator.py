@@ -111,9 +111,11 @@ def evaluate(
     """The result dict of one run (see `table.combine` for several).
 
     Returns:
-      {"specialists": {NAME: {"tokens", "bytes", COLUMN: {"loss", "bits_per_byte"}}},
+      {"specialists": {NAME: {"tokens", "bytes", "documents_in_training",
+                              COLUMN: {"loss", "bits_per_byte"}}},
        "average": {COLUMN: {...}}, "generic_validation": {COLUMN: {...}}}; the average is over
-      specialists, each with the same weight.
+      specialists, each with the same weight. `documents_in_training` counts those left out of the
+      score (`sets.SpecialistSet`).
     """
     fixed = {}
     if "generic_h" in columns:
@@ -125,6 +127,7 @@ def evaluate(
         row: dict[str, Any] = {
             "tokens": int(s.scored.num_targets.sum()),
             "bytes": s.scored.num_bytes,
+            "documents_in_training": s.num_in_training,
         }
         if "specialist" in columns:
             theta = evaluator.at(params, s.histogram.h_K)

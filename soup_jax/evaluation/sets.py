@@ -34,11 +34,17 @@ class TokenSet:
 
 @dataclasses.dataclass(frozen=True)
 class SpecialistSet:
-    """One specialist: its domain weights from one part of its documents, windows of the other."""
+    """One specialist: its domain weights from one part of its documents, windows of the other.
+
+    Attributes:
+      num_in_training: documents that are not scored because they are in the training text, word
+        for word; None if no corpus knows.
+    """
 
     name: str
     histogram: DocumentHistogram
     scored: TokenSet
+    num_in_training: int | None = None
 
 
 def document_sets(patterns: Sequence[str]) -> dict[str, str]:
@@ -82,13 +88,23 @@ def part_fraction(digest: bytes) -> float:
 
 
 def specialist_set(
-    name: str, path: str, corpus: Corpus, cfg: ConfigDict, *, part: str = "final"
+    name: str,
+    path: str,
+    corpus: Corpus,
+    cfg: ConfigDict,
+    *,
+    part: str = "final",
+    others: Sequence[Corpus] = (),
 ) -> SpecialistSet:
     """Read, split, histogram and tokenise one specialist.
+
+    What the network was trained on is not scored, as it would look better than unseen text; it may
+    give h.
 
     Args:
       part: of the documents, to score: one of PARTS. With `evaluate.tuning_fraction` = 0 there is
         no tuning part, and both names mean all documents that do not give h.
+      others: corpora of runs that are compared; what is in their training text is not scored.
 
     Raises:
       UserError: a part of the split is empty.
@@ -98,13 +114,18 @@ def specialist_set(
     start, end = end_h + cfg.evaluate.tuning_fraction, 1.0
     if part == "tuning" and cfg.evaluate.tuning_fraction:
         start, end = end_h, start
-    place = {d.text: part_fraction(d.hash) for d in sample.documents}
-    for_h = [text for text, at in place.items() if at < end_h]
-    scored = [text for text, at in place.items() if start <= at < end]
+    place = [(d, part_fraction(d.hash)) for d in sample.documents]
+    for_h = [d.text for d, at in place if at < end_h]
+    candidates = [d for d, at in place if start <= at < end]
+    hashes = [d.hash for d in candidates]
+    seen = [s for c in (corpus, *others) if (s := c.trained_on(hashes)) is not None]
+    trained_on = np.any(seen, axis=0) if seen else np.zeros(len(hashes), bool)
+    scored = [d.text for d, known in zip(candidates, trained_on) if not known]
     if not for_h or not scored:
+        known = f", and {trained_on.sum()} in the training text" if trained_on.any() else ""
         raise UserError(
             f"specialist {name!r} ({path}) has {len(for_h)} documents for h and {len(scored)} to "
-            f"score (part {part!r}); both need some: give more documents or change "
+            f"score (part {part!r}){known}; both need some: give more documents or change "
             "evaluate.histogram_fraction and evaluate.tuning_fraction"
             + "".join(f". {line}" for line in [*sample.warnings(), *sample.damage])
         )
@@ -112,6 +133,7 @@ def specialist_set(
         name,
         document_histogram(corpus, for_h),
         pack(corpus, scored, max_windows=cfg.evaluate.max_windows),
+        int(trained_on.sum()) if seen else None,
     )
 
 

@@ -35,7 +35,14 @@ def table(result: dict[str, Any], *, metric: str = "loss") -> str:
     return (
         "\n".join(text.rstrip() for text in lines)
         + f"\n({unit}; lower is better; * best of the line)"
+        + _left_out(result)
     )
+
+
+def _left_out(result: dict[str, Any]) -> str:
+    counts = {n: row.get("documents_in_training") for n, row in result["specialists"].items()}
+    known = [f"{count} of {name}" for name, count in counts.items() if count]
+    return f"\n(documents in the training text are not scored: {', '.join(known)})" * bool(known)
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -5,11 +5,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from soup_jax.data.corpus import Corpus
 from soup_jax.errors import UserError
 from soup_jax.evaluation import sets as sets_lib
 from soup_jax.evaluation import table
 from soup_jax.evaluation.evaluator import COLUMNS, Evaluator, evaluate
-from soup_jax.specialists.open import Soup, load
+from soup_jax.specialists.open import Soup, corpus_of, load
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,17 @@ def evaluate_runs(
     if len(set(columns)) != len(columns):
         raise UserError(f"the columns {columns} are not all different; rename a --against folder")
     paths = sets_lib.document_sets(patterns)
-    result = _evaluate_one(trained, paths, max_windows, COLUMNS, part)
+    # All columns score the same documents, and none of them what its network was trained on.
+    corpora = {c.fingerprint: c for c in [trained.corpus, *map(corpus_of, against)]}
+    for corpus in corpora.values():
+        if corpus.trained_on([]) is None:
+            _log.warning(
+                "%s was prepared by an earlier version, which kept no hashes of its documents: "
+                "documents that are in its training text are scored like others",
+                corpus.path,
+            )
+    others = list(corpora.values())
+    result = _evaluate_one(trained, paths, max_windows, COLUMNS, part, others)
     result["part"] = part
     result["runs"] = {"specialist": _origin(trained)}
     for name, path in zip(names, against):
@@ -58,7 +69,7 @@ def evaluate_runs(
             _log.warning(
                 "%s was trained on another corpus: compare bits per byte, not nats per token", path
             )
-        numbers = _evaluate_one(other, paths, max_windows, COLUMNS[:2], part)
+        numbers = _evaluate_one(other, paths, max_windows, COLUMNS[:2], part, others)
         table.combine(result, numbers, name)
         result["runs"][name] = _origin(other)
     return result
@@ -75,6 +86,7 @@ def _evaluate_one(
     max_windows: int | None,
     columns: Sequence[str],
     part: str,
+    others: Sequence[Corpus],
 ) -> dict[str, Any]:
     cfg, corpus = trained.cfg, trained.corpus
     if max_windows is not None:
@@ -82,7 +94,7 @@ def _evaluate_one(
             cfg.evaluate.max_windows = max_windows
     sets = []
     for name, path in paths.items():
-        sets.append(sets_lib.specialist_set(name, path, corpus, cfg, part=part))
+        sets.append(sets_lib.specialist_set(name, path, corpus, cfg, part=part, others=others))
         for warning in sets[-1].histogram.warnings():
             _log.warning("specialist %s: %s", name, warning)
     return evaluate(

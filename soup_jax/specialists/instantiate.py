@@ -39,6 +39,9 @@ def instantiate_to(
     sample = read_sample(sources, text_field=soup.cfg.corpus.text_field)
     for line in sample.summary():
         say(line)
+    trained_on = soup.corpus.trained_on([d.hash for d in sample.documents])
+    if trained_on is not None and trained_on.any():
+        say(f"{trained_on.sum()} of {len(trained_on)} documents are in the run's training text")
     for line in [*sample.damage, *sample.warnings()]:
         _log.warning("%s", line)
     specialist = soup.instantiate([d.text for d in sample.documents])

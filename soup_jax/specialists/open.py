@@ -156,9 +156,7 @@ def load(
       UserError: no run there, its corpus is gone or another one, or no such checkpoint.
     """
     workdir = pathlib.Path(workdir)
-    if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} is not a run: it has no config.json (see `soup-jax train`)")
-    cfg = config_lib.load(workdir / "config.json")
+    cfg = _config(workdir)
     with cfg.unlocked():
         cfg.mesh.replica, cfg.mesh.fsdp = 1, -1  # this machine's devices, not the training's
         cfg.mesh.platform, cfg.mesh.num_devices = "", 0
@@ -167,13 +165,7 @@ def load(
         if model is not None:
             cfg.model.kind = ""  # a recipe must not name another network
         cfg.batch_size = cfg.num_mixtures * cfg.optimizer.grad_accumulation * jax.device_count()
-    try:
-        corpus = open_corpus(corpus_dir or cfg.corpus.dir)
-    except UserError as e:
-        raise UserError(
-            f"{e}. If the corpus of {workdir} lies elsewhere, give its folder: --corpus=DIR of "
-            "`instantiate`, corpus_dir in Python"
-        ) from e
+    corpus = corpus_of(workdir, corpus_dir=corpus_dir)
     mesh = build.make_mesh(cfg)
     model = model or build.base_model(cfg)
     optimizer = build.optimizer_config(cfg)
@@ -199,3 +191,25 @@ def load(
             "the old one"
         )
     return Soup(workdir, cfg, corpus, model, mesh, params, step)
+
+
+def corpus_of(workdir: str | pathlib.Path, *, corpus_dir: str = "") -> Corpus:
+    """The corpus that a run's config names, or the one in `corpus_dir`; the run is not opened.
+
+    Raises:
+      UserError: no run there, or its corpus is gone.
+    """
+    cfg = _config(pathlib.Path(workdir))
+    try:
+        return open_corpus(corpus_dir or cfg.corpus.dir)
+    except UserError as e:
+        raise UserError(
+            f"{e}. If the corpus of {workdir} lies elsewhere, give its folder: --corpus=DIR of "
+            "`instantiate`, corpus_dir in Python"
+        ) from e
+
+
+def _config(workdir: pathlib.Path) -> ConfigDict:
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} is not a run: it has no config.json (see `soup-jax train`)")
+    return config_lib.load(workdir / "config.json")

@@ -3,7 +3,7 @@
 import pathlib
 
 from soup_jax.config import schema as config_lib
-from soup_jax.data.corpus import open_corpus
+from soup_jax.data.corpus import artefacts_of, open_corpus
 from soup_jax.errors import UserError
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.training import metrics
@@ -22,7 +22,8 @@ def verify(path: str | pathlib.Path) -> list[str]:
     if (path / "manifest.json").exists():
         corpus = open_corpus(path)
         corpus.verify()
-        return [f"{path}: corpus, {len(corpus.manifest['artefacts'])} files as they were written"]
+        num_files = len(artefacts_of(corpus.manifest))
+        return [f"{path}: corpus, {num_files} files as they were written"]
     if (path / "recipe.json").exists():
         made = recipe_lib.read(path)
         return [f"{path}: specialist of step {made.get('step')}, files as they were written"]

@@ -123,6 +123,13 @@ def _evaluation_sets(run: Run) -> tuple[list[sets_lib.SpecialistSet], Any]:
         sets_lib.specialist_set(name, path, run.corpus, cfg, part="tuning")
         for name, path in paths.items()
     ]
+    for known in sets:
+        if known.num_in_training:
+            _log.warning(
+                "specialist %s: %d documents are not scored, they are in the training text",
+                known.name,
+                known.num_in_training,
+            )
     # What each process has read must be the same text: a file less here is a wait for ever there.
     read = {name: _digest(s) for name, s in zip(paths, sets)}
     run.group.require_same("evaluation sets", {"sets": read})

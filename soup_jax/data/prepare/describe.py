@@ -1,4 +1,4 @@
-"""The last stage of `prepare`: domains.json, report.json and manifest.json."""
+"""The last stage of `prepare`: domains, hashes of train documents, damage and, last, manifest."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.data import domains, windows
 from soup_jax.data import tokenizer as tokenizer_lib
-from soup_jax.data.corpus import FORMAT_VERSION, fingerprint_of
+from soup_jax.data.corpus import FORMAT_VERSION, TRAIN_HASHES, fingerprint_of
 from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import load_embedder
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare.work import Work
+from soup_jax.data.readers import short_hashes
 from soup_jax.errors import UserError
 
 
@@ -54,6 +55,18 @@ def describe_domains(work: Work, layout: windows.Layout) -> None:
     files.write_json(work.final / "domains.json", described)
 
 
+def write_train_hashes(work: Work) -> None:
+    """Write train_hashes.safetensors, by which other text is compared with the train documents."""
+    path = work.final / TRAIN_HASHES
+    if path.exists():
+        return
+    parts = []
+    for source in work.shards("documents"):
+        shard = shards.load(source, "split", "hash")
+        parts.append(short_hashes(shard["hash"][shard["split"] == 0]))
+    shards.save(path, {"hashes": np.unique(np.concatenate(parts))})
+
+
 def write_manifest(
     work: Work, layout: windows.Layout, totals: dict[str, int], report: Report
 ) -> None:
@@ -64,6 +77,7 @@ def write_manifest(
     for path in sorted(path for path in final.rglob("*") if path.is_file()):
         name = path.relative_to(final).as_posix()
         artefacts[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    extras = {TRAIN_HASHES: artefacts.pop(TRAIN_HASHES)}
     described = inputs.read_json(final / "domains.json")
     splits = {
         split: {
@@ -96,6 +110,7 @@ def write_manifest(
             for split in work.splits
         },
         "artefacts": artefacts,
+        "extras": extras,  # of which the fingerprint says nothing
         "request": work.request,
     }
     files.write_json(final / "manifest.json", files.sealed(manifest))

@@ -24,6 +24,7 @@ from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import Embedder, load_embedder
+from soup_jax.data.readers import short_hashes
 
 SHARD_DOCUMENTS = 4096
 SHARD_BYTES = 32 << 20
@@ -134,7 +135,7 @@ def choose(
     for path in documents:
         shard = load(path, "split", "hash", "offsets")
         train.append(np.flatnonzero(shard["split"] == 0))
-        rank.append(shard["hash"][train[-1], 8:].copy().view(">u8").ravel())
+        rank.append(short_hashes(shard["hash"][train[-1]]))
         size.append(np.diff(shard["offsets"])[train[-1]])
     order = np.argsort(np.concatenate(rank), kind="stable")
     if num_bytes:

@@ -7,7 +7,7 @@
 5. vectors    -> centroids         k-means on the documents of 3
 6. shard      -> token ids sorted by split and domain, document order kept; shards in parallel
 7. all shards -> windows/          ArrayRecord files; files in parallel (data/windows.py)
-8.            -> domains.json, report.json and, last of all, manifest.json
+8.            -> domains.json, train_hashes.safetensors, report.json and, last, manifest.json
 
 A shard is 4,096 documents or 32 MB of text. Every output is a function of the config and of the
 sources' bytes alone, on one kind of CPU with one BLAS, not of the number of workers. It is written
@@ -44,7 +44,7 @@ from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import EMBEDDERS, save_embedder
 from soup_jax.data.prepare import provenance as request_lib
 from soup_jax.data.prepare import shards
-from soup_jax.data.prepare.describe import describe_domains, write_manifest
+from soup_jax.data.prepare.describe import describe_domains, write_manifest, write_train_hashes
 from soup_jax.data.prepare.work import Work, progress, run_jobs, say
 from soup_jax.errors import UserError
 
@@ -80,6 +80,7 @@ def prepare(cfg: Any) -> Corpus:
             _group(work)
             layout = _write_windows(work)
             describe_domains(work, layout)
+            write_train_hashes(work)
             write_manifest(work, layout, totals, report)
         _publish(work)
     corpus = open_corpus(directory)
