@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -150,6 +151,15 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as stable JSON, atomically."""
     write_text(path, json_text(value))
+
+
+def nulled(value: Any) -> Any:
+    """A copy of a JSON-ready `value` with None for each number that JSON cannot hold: NaN, inf."""
+    if isinstance(value, Mapping):
+        return {name: nulled(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [nulled(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_file_target(path: str | os.PathLike, what: str) -> None:

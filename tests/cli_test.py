@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pathlib
 
 import numpy as np
@@ -10,6 +11,8 @@ from conftest import tiny_config
 
 from soup_jax.cli import config_flag, main
 from soup_jax.config import schema as config_lib
+from soup_jax.specialists import compare
+from soup_jax.training import learning_curve
 
 CONFIG = "--config=experiments/quickstart.py"
 
@@ -194,3 +197,42 @@ def test_whole_chain(tiny_text, tmp_path, capsys):
 def test_config_as_two_words_and_overrides_without_a_config(arguments, message, capsys):
     assert main.run(["train", *arguments, "--workdir=unused"]) == 2
     assert message in capsys.readouterr().err
+
+
+def _evaluated(loss: float) -> dict:
+    """A result of `evaluate` in which one specialist has this loss."""
+
+    def row(*losses: float) -> dict:
+        columns = ("specialist", "generic_h")
+        return {c: {"loss": x, "bits_per_byte": x} for c, x in zip(columns, losses)}
+
+    return {
+        "specialists": {"law": row(loss, 2.5), "code": row(1.5, 2.0)},
+        "average": row((loss + 1.5) / 2, 2.25),
+        "generic_validation": {"generic_h": {"loss": 3.0, "bits_per_byte": 1.0}},
+    }
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_loss_that_is_not_finite_is_shown_and_ends_with_status_1(
+    loss, shown, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(compare, "evaluate_runs", lambda *args, **kwargs: _evaluated(loss))
+    monkeypatch.setattr(learning_curve, "draw", lambda *args, **kwargs: "picture")
+    assert main.run(["evaluate", "--workdir=.", "--json=n.json", "--text=t.txt"]) == 1
+    out, err = capsys.readouterr()
+    lines = {line[:10].strip(): line[20:].split() for line in out.splitlines()}
+    assert lines["law"] == [shown, "2.5000*"]
+    assert lines["code"] == ["1.5000*", "2.0000"]
+    assert lines["average"] == [shown, "2.2500*"]
+    assert "no averages to compare" in out
+    assert (tmp_path / "t.txt").read_text() == out
+    assert err.startswith("soup-jax: error: the loss is not finite for specialist of law (1 in all")
+    assert err.count("\n") == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    numbers = json.loads((tmp_path / "n.json").read_text(), parse_constant=refuse)
+    assert numbers["specialists"]["law"]["specialist"]["loss"] is None
+    assert numbers["specialists"]["code"] == _evaluated(loss)["specialists"]["code"]

@@ -6,12 +6,13 @@
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from absl import flags
 
 from soup_jax.errors import UserError
-from soup_jax.storage import check_file_target, write_json, write_text
+from soup_jax.storage import check_file_target, nulled, write_json, write_text
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -43,7 +44,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def run(values: flags.FlagValues) -> int:
-    """Evaluate the run and print the table; returns the exit status."""
+    """Evaluate the run and print the table; returns the exit status, 1 if a loss is not finite."""
     if not values.workdir:
         raise UserError("--workdir=RUN is required: the run to evaluate")
     from soup_jax.hardware import compile_cache
@@ -68,9 +69,17 @@ def run(values: flags.FlagValues) -> int:
     )
     text = f"{table.table(result)}\n{table.verdict(result)}"
     print(text)  # before anything is written: what was computed must not be lost
-    write_json(numbers, result)
+    write_json(numbers, nulled(result))
     where = f"numbers: {numbers}\nlearning curve: {learning_curve.drawn(workdir, against=against)}"
     print(where)
     if values.text:
         write_text(values.text, f"{text}\n{where}\n")
+    if broken := table.not_numbers(result):
+        print(
+            f"soup-jax: error: the loss is not finite for {', '.join(broken[:3])} ({len(broken)} "
+            f"in all, null in {numbers}): the parameters of this step probably are not either; "
+            "--step=N takes another checkpoint",
+            file=sys.stderr,
+        )
+        return 1
     return 0

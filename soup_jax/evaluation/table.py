@@ -1,5 +1,6 @@
 """Results of several runs side by side: as one dict, as a table, and in a sentence."""
 
+import math
 from typing import Any
 
 
@@ -19,7 +20,7 @@ def table(result: dict[str, Any], *, metric: str = "loss") -> str:
 
     def line(name: str, values: dict[str, Any]) -> str:
         numbers = [values.get(c, {}).get(metric) for c in columns]
-        best = min((n for n in numbers if n is not None), default=None)
+        best = min((n for n in numbers if n is not None and math.isfinite(n)), default=None)
         cells = [
             " " * w if n is None else f"{n:.4f}{'*' if n == best else ' '}".rjust(w)
             for n, w in zip(numbers, widths)
@@ -54,6 +55,9 @@ def verdict(result: dict[str, Any]) -> str:
         if column == "specialist":
             continue
         gain = value["loss"] - ours
+        if not math.isfinite(gain):
+            sentences.append(f"specialists and {column} have no averages to compare")
+            continue
         word = "better" if gain > 0 else "WORSE"
         rows = result["specialists"].values()
         wins = sum(row["specialist"]["loss"] < row[column]["loss"] for row in rows)
@@ -62,3 +66,14 @@ def verdict(result: dict[str, Any]) -> str:
             f"and better on {wins} of {len(rows)} sets"
         )
     return "\n".join(sentences)
+
+
+def not_numbers(result: dict[str, Any]) -> list[str]:
+    """COLUMN of LINE for every loss of the table, averages aside, that is no finite number."""
+    lines = result["specialists"] | {"generic validation": result["generic_validation"]}
+    return [
+        f"{column} of {name}"
+        for name, line in lines.items()
+        for column in result["average"]
+        if column in line and not math.isfinite(line[column]["loss"])
+    ]
