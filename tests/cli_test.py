@@ -236,3 +236,15 @@ def test_a_loss_that_is_not_finite_is_shown_and_ends_with_status_1(
     numbers = json.loads((tmp_path / "n.json").read_text(), parse_constant=refuse)
     assert numbers["specialists"]["law"]["specialist"]["loss"] is None
     assert numbers["specialists"]["code"] == _evaluated(loss)["specialists"]["code"]
+
+
+def test_each_part_has_a_file_of_its_own(monkeypatch, tmp_path, capsys):
+    losses = {"final": 1.0, "tuning": 2.0}
+    monkeypatch.setattr(compare, "evaluate_runs", lambda *_, part, **__: _evaluated(losses[part]))
+    monkeypatch.setattr(learning_curve, "draw", lambda *args, **kwargs: "picture")
+    assert main.run(["evaluate", "--workdir=."]) == 0
+    assert main.run(["evaluate", "--workdir=.", "--part=tuning"]) == 0
+    assert "numbers: evaluation_tuning.json" in capsys.readouterr().out
+    for name, part in (("evaluation", "final"), ("evaluation_tuning", "tuning")):
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["specialists"]["law"]["specialist"]["loss"] == losses[part]

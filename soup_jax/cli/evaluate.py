@@ -28,7 +28,12 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "repeated",
         flag_values=values,
     )
-    string("json", "", "where the numbers go; default RUN/evaluation.json", flag_values=values)
+    string(
+        "json",
+        "",
+        "where the numbers go; default RUN/evaluation.json, of another --part evaluation_PART.json",
+        flag_values=values,
+    )
     string("text", "", "a file that gets what is printed, too", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
     flags.DEFINE_integer(
@@ -54,7 +59,8 @@ def run(values: flags.FlagValues) -> int:
     from soup_jax.specialists.compare import evaluate_runs
     from soup_jax.training import learning_curve
 
-    numbers = values.json or str(pathlib.Path(values.workdir) / "evaluation.json")
+    name = "evaluation" if values.part == "final" else f"evaluation_{values.part}"
+    numbers = values.json or str(pathlib.Path(values.workdir) / f"{name}.json")
     check_file_target(numbers, "--json")
     if values.text:
         check_file_target(values.text, "--text")
