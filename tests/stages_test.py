@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 import zstandard
 from ml_collections import ConfigDict
 
+from soup_jax import storage as files
 from soup_jax.data import domains, tokenizer, windows
 from soup_jax.data import sources as corpus
 from soup_jax.data.corpus import Corpus, artefacts_of, fingerprint_of, open_corpus
@@ -422,6 +423,42 @@ def test_a_finished_corpus_is_left_alone_and_other_settings_are_refused(sources,
     with pytest.raises(UserError, match="sources: in another order"):
         prepare.prepare(config(reverse, path))
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == stamps
+
+
+def test_sources_are_read_again_only_if_size_or_time_differ(tmp_path, capsys, monkeypatch):
+    folder, path = tmp_path / "text", tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.jsonl").write_bytes(json_lines(TEXTS[30 * i : 30 * (i + 1)]))
+    hashed, whole = [], files.sha256_file
+
+    def sha256_file(name):
+        hashed.append(pathlib.Path(name).name)
+        return whole(name)
+
+    def prepared_again() -> set[str]:
+        hashed.clear()
+        made = prepare.prepare(config(folder, path))
+        assert "is already prepared (sources whose size and time" in capsys.readouterr().err
+        assert made.fingerprint == fingerprint
+        return {name for name in hashed if name.endswith(".jsonl")}
+
+    monkeypatch.setattr(files, "sha256_file", sha256_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_encode", dying_after("_encode"))
+        with pytest.raises(Killed):
+            prepare.prepare(config(folder, path))
+    assert sum(name.endswith(".jsonl") for name in hashed) == 4
+    hashed.clear()
+    fingerprint = prepare.prepare(config(folder, path)).fingerprint  # goes on
+    assert not [name for name in hashed if name.endswith(".jsonl")]
+    capsys.readouterr()
+    assert prepared_again() == set()
+    os.utime(folder / "2.jsonl", ns=(1, 1))
+    assert prepared_again() == {"2.jsonl"}
+    (folder / "1.jsonl").write_bytes(json_lines(TEXTS[30:59]))
+    with pytest.raises(UserError, match=r"sources changed: .*1\.jsonl\)"):
+        prepare.prepare(config(folder, path))
 
 
 def test_unfinished_work_for_other_settings_is_dropped(

@@ -4,7 +4,8 @@
 with it. Settings that change no byte, such as the number of workers, are not part of it.
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from soup_jax import inputs
@@ -24,8 +25,20 @@ REQUEST = {
 }
 
 
-def make_request(cfg: Any, sources: Iterable[corpus_lib.SourceFile]) -> dict[str, Any]:
-    """What determines a corpus: every parameter that matters and the hash of every source."""
+def make_request(
+    cfg: Any,
+    sources: Iterable[corpus_lib.SourceFile],
+    *,
+    known: Iterable[Mapping[str, Any]] = (),
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> dict[str, Any]:
+    """What determines a corpus: every parameter that matters and the hash of every source.
+
+    Args:
+      known: sources of an earlier request. A file that has the size and the time of its last change
+        that it had then has the hash that it had then, and is not read.
+      progress: passes on the files that are read, and shows how many.
+    """
     tokenizer = {"train_bytes": cfg.tokenizer.train_bytes}
     if cfg.tokenizer.path:
         tokenizer = {"hash": tokenizer_lib.load_tokenizer(cfg.tokenizer.path).hash}
@@ -34,14 +47,29 @@ def make_request(cfg: Any, sources: Iterable[corpus_lib.SourceFile]) -> dict[str
     parameters |= {f"corpus.{name}": getattr(cfg.corpus, name) for name in names}
     parameters |= {f"tokenizer.{name}": value for name, value in tokenizer.items()}
     parameters |= {f"embed.{name}": value for name, value in cfg.embed.items()}
-    hashed = []
-    for source in sources:
+    before = {entry["path"]: entry for entry in known}
+    found = [_stamp(source.path) for source in sources]
+    changed = []
+    for entry in found:
+        old = before.get(entry["path"], {})
+        if "mtime_ns" in entry and entry == {name: old.get(name) for name in entry}:
+            entry["sha256"] = old["sha256"]
+        else:
+            changed.append(entry)
+    for entry in progress(changed) if changed else ():
         try:
-            digest = files.sha256_file(source.path)
+            entry["sha256"] = files.sha256_file(entry["path"])
         except OSError:
-            digest = None  # reading will report it
-        hashed.append({"path": source.path, "sha256": digest})
-    return {"format": FORMAT_VERSION, "parameters": parameters, "sources": hashed}
+            entry["sha256"] = None  # reading will report it
+    return {"format": FORMAT_VERSION, "parameters": parameters, "sources": found}
+
+
+def _stamp(path: str) -> dict[str, Any]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return {"path": path}
+    return {"path": path, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

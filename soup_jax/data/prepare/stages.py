@@ -10,9 +10,9 @@
 8.            -> domains.json, train_hashes.safetensors, report.json and, last, manifest.json
 
 A shard is 4,096 documents or 32 MB of text. Every output is a function of the config and of the
-sources' bytes alone, on one kind of CPU with one BLAS, not of the number of workers. It is written
-atomically under `<dir>/.work`: a command that was killed continues after the last finished output
-and ends with the same bytes.
+sources' bytes alone, on one kind of CPU with one BLAS, not of the number of workers; the manifest also
+says where the sources lay and when they were changed. It is written atomically under `<dir>/.work`: a
+command that was killed continues after the last finished output and ends with the same bytes.
 
 Memory: a few shards per worker; one window file (windows.FILE_BYTES) per worker; the texts of 3,
 `embed.fit_documents` times at most `embed.max_chars`; and about 130 bytes per different document
@@ -28,7 +28,7 @@ import pathlib
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import joblib
@@ -61,14 +61,13 @@ def prepare(cfg: Any) -> Corpus:
     directory = pathlib.Path(cfg.corpus.dir)
     report = Report()
     sources = corpus_lib.find_files(cfg.corpus.sources, report)
-    request = request_lib.make_request(cfg, progress(sources, "hashing the sources"))
     if (directory / "manifest.json").exists():
-        return _finished(directory, request)
+        return _finished(cfg, directory, sources)
     files.check_folder_target(directory, "--config.corpus.dir")
     files.check_room(directory, _least_bytes(sources), f"preparing the corpus {directory}")
     directory.mkdir(parents=True, exist_ok=True)
     with files.locked(directory, f"another `soup-jax prepare` is at work in {directory}"):
-        work = _start(cfg, directory, sources, request)
+        work = _start(cfg, directory, sources)
         # The manifest among the staged artefacts says that all of them are there; after that,
         # moving them is all that is left, whenever a kill comes.
         if not (work.final / "manifest.json").exists():
@@ -95,25 +94,31 @@ def _least_bytes(sources: Sequence[corpus_lib.SourceFile]) -> int:
     return 2 * sum(os.path.getsize(s.path) for s in sources if os.path.isfile(s.path))
 
 
-def _finished(directory: pathlib.Path, request: dict[str, Any]) -> Corpus:
+def _hashing(sources: Sequence[Any]) -> Iterable[Any]:
+    return progress(sources, "hashing the sources", total=len(sources))
+
+
+def _finished(
+    cfg: Any, directory: pathlib.Path, sources: Sequence[corpus_lib.SourceFile]
+) -> Corpus:
     corpus = open_corpus(directory)
-    differences = request_lib.differences(corpus.manifest["request"], request)
+    old = corpus.manifest["request"]
+    request = request_lib.make_request(cfg, sources, known=old["sources"], progress=_hashing)
+    differences = request_lib.differences(old, request)
     if differences:
         raise UserError(
             f"{directory} was prepared from other settings or sources ({'; '.join(differences)}). "
             "Choose another --config.corpus.dir, or delete the folder to prepare it anew"
         )
     shutil.rmtree(directory / ".work", ignore_errors=True)  # killed between manifest and tidying
-    say(f"{directory} is already prepared")
+    say(
+        f"{directory} is already prepared (sources whose size and time of change are as they were "
+        "then were not read again)"
+    )
     return corpus
 
 
-def _start(
-    cfg: Any,
-    directory: pathlib.Path,
-    sources: Sequence[corpus_lib.SourceFile],
-    request: dict[str, Any],
-) -> Work:
+def _start(cfg: Any, directory: pathlib.Path, sources: Sequence[corpus_lib.SourceFile]) -> Work:
     present = os.listdir(directory)
     if present and ".work" not in present:
         raise UserError(
@@ -121,8 +126,10 @@ def _start(
             "another --config.corpus.dir"
         )
     record = directory / ".work" / "request.json"
-    if record.exists():
-        old = inputs.read_json(record, request_lib.REQUEST)
+    old = inputs.read_json(record, request_lib.REQUEST) if record.exists() else None
+    known = old["sources"] if old else ()
+    request = request_lib.make_request(cfg, sources, known=known, progress=_hashing)
+    if old:
         differences = request_lib.differences(old, request)
         if old["format"] != request["format"]:
             differences.append(f"format: {old['format']}, now {request['format']}")
