@@ -156,7 +156,8 @@ FIELDS = (
     fixed("optimizer.moment_dtype", "float32", "storage of the bank's moments", choices=DTYPES),
     tunable("optimizer.bank_lr_scale", 0.3, "of learning_rate, for the experts", at_least=0),
     tunable("optimizer.bank_step_bound", 4.5,
-            "merged: largest step of a number of the bank in units of its rate times alpha; 0: none",
+            "merged: largest step of a number of the bank, in units of its rate times alpha; "
+            "0: no bound",
             at_least=0, before=0.0),
     tunable("optimizer.router_lr_scale", 1.0, "of learning_rate, for the router", at_least=0),
 

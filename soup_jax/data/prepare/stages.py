@@ -10,9 +10,10 @@
 8.            -> domains.json, train_hashes.safetensors, report.json and, last, manifest.json
 
 A shard is 4,096 documents or 32 MB of text. Every output is a function of the config and of the
-sources' bytes alone, on one kind of CPU with one BLAS, not of the number of workers; the manifest also
-says where the sources lay and when they were changed. It is written atomically under `<dir>/.work`: a
-command that was killed continues after the last finished output and ends with the same bytes.
+sources' bytes alone, on one kind of CPU with one BLAS, not of the number of workers; the manifest
+also says where the sources lay and when they were changed. It is written atomically under
+`<dir>/.work`: a command that was killed continues after the last finished output and ends with the
+same bytes.
 
 Memory: a few shards per worker; one window file (windows.FILE_BYTES) per worker; the texts of 3,
 `embed.fit_documents` times at most `embed.max_chars`; and about 130 bytes per different document
