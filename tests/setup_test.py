@@ -1,9 +1,12 @@
 """What a run's set-up refuses, and what it may change between two starts."""
 
+import shutil
+
 import numpy as np
 import pytest
 from conftest import tiny_config
 
+from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.training import setup as run_lib
 from soup_jax.training.checkpoint import Checkpointer
@@ -44,6 +47,18 @@ def test_fields_that_change_no_number_may_change(tiny_corpus, tmp_path):
     start(tmp_path, tiny_corpus)
     fields = {"log.every_steps": 3, "checkpoint.keep_latest": 1, "loader.prefetch": 2}
     start(tmp_path, tiny_corpus, **fields, **{"mesh.replica": 1})
+
+
+def test_a_moved_corpus_and_names_may_change_between_starts(tiny_corpus, tmp_path):
+    before = start(tmp_path / "run", tiny_corpus)
+    moved = str(tmp_path / "moved")
+    shutil.copytree(tiny_corpus, moved)
+    fields = {"name": "other", "corpus.sources": ("elsewhere",), "corpus.num_workers": 3}
+    run = start(tmp_path / "run", moved, **fields)
+    assert run.fingerprint() == before.fingerprint()  # which a checkpoint compares
+    assert run.corpus.path == tmp_path / "moved"
+    found = dict(config_lib.flat_items(config_lib.load(tmp_path / "run" / "config.json")))
+    assert found == found | fields | {"corpus.dir": moved}
 
 
 def test_a_checkpoint_of_other_data_is_refused(tiny_corpus, tmp_path):
