@@ -23,8 +23,10 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
     """Open a file for reading, as bytes.
 
     Raises:
-      UserError: missing, not to be read, or no regular file: a pipe would be waited for.
+      UserError: an address, missing, not to be read, or no regular file: a pipe would be waited
+        for.
     """
+    storage.refuse_address(path)
     try:
         # Not waiting for a writer, if it is a pipe. For a regular file the flag means nothing.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

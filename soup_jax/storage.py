@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import socket
 import tempfile
@@ -162,6 +163,27 @@ def nulled(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# pathlib makes one slash of two, so one is enough; a drive has one letter.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+
+def refuse_address(path: str | os.PathLike, what: str = "") -> None:
+    """Refuse gs://, s3://, https:// and the like: only files of a file system can be read or made.
+
+    Args:
+      what: the flag or field that names the place, for the message.
+
+    Raises:
+      UserError: it is an address.
+    """
+    if found := _ADDRESS.match(os.fspath(path)):
+        place = f"{found[1]}://{os.fspath(path)[found.end() :]}"
+        raise UserError(
+            f"{what}{'=' * bool(what)}{place} is an address, and only files and folders of a file "
+            "system can be read or written: mount the bucket there, or copy what it holds"
+        )
+
+
 def check_file_target(path: str | os.PathLike, what: str) -> None:
     """Refuse, before work, a place where no file can be written; nothing is made.
 
@@ -169,8 +191,9 @@ def check_file_target(path: str | os.PathLike, what: str) -> None:
       what: the flag or field that names the place, for the message.
 
     Raises:
-      UserError: a folder or device is there, or its folder cannot be written.
+      UserError: an address, a folder or device is there, or its folder cannot be written.
     """
+    refuse_address(path, what)
     path = pathlib.Path(path)
     if os.path.lexists(path) and not path.is_file():
         kind = "a folder" if path.is_dir() else "no regular file"
@@ -182,8 +205,9 @@ def check_folder_target(path: str | os.PathLike, what: str) -> None:
     """Refuse, before work, a place where no folder can be made or written; as above.
 
     Raises:
-      UserError: a file is there, or it cannot be written.
+      UserError: an address, a file is there, or it cannot be written.
     """
+    refuse_address(path, what)
     path = pathlib.Path(path)
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{what}={path} is no folder; name a folder, there or to be made")

@@ -172,6 +172,38 @@ COMMANDS = [
     (["verify", "made2"], "is missing"),
     (["verify", "run", "run2"], "unexpected arguments"),
     (["nonsense"], "unknown subcommand"),
+    (["train", QUICKSTART, "--workdir=gs://b/run"], "--workdir=gs://b/run is an address"),
+    (
+        ["train", QUICKSTART, "--workdir=w", "--config.corpus.dir=gs://b/corpus"],
+        "corpus.dir=gs://b/corpus is an address",
+    ),
+    (
+        ["prepare", QUICKSTART, "--config.tokenizer.path=s3://b/t.json"],
+        "s3://b/t.json is an address",
+    ),
+    (
+        ["prepare", QUICKSTART, "--config.corpus.sources=('s3://b/*.jsonl',)"],
+        "s3://b/*.jsonl is an",
+    ),
+    (
+        [
+            "prepare",
+            QUICKSTART,
+            "--config.corpus.sources=('lines.jsonl',)",
+            "--config.corpus.dir=gs://b/c",
+        ],
+        "--config.corpus.dir=gs://b/c is an address",
+    ),
+    (["plan", QUICKSTART, "--json=https://h/x", "--chip=H200"], "--json=https://h/x is an address"),
+    (["evaluate", "--workdir=gs://b/run"], "--workdir=gs://b/run is an address"),
+    (["evaluate", "--workdir=run", "--against=gs://b/run"], "--against=gs://b/run is an address"),
+    (["evaluate", "--workdir=run", "--specialists=s3://b/*"], "--specialists=s3://b/* is an"),
+    (["evaluate", "--workdir=run", "--text=s3://b/x"], "--text=s3://b/x is an address"),
+    (["instantiate", "--run=gs://b", "--documents=d", "--out=o"], "gs://b is an address"),
+    (["instantiate", "--run=run", "--documents=https://h/d", "--out=o"], "--documents=https://h/d"),
+    (["instantiate", "--run=run", "--documents=d", "--out=s3://b/o"], "--out=s3://b/o is an"),
+    (["generate", "--model=hf://user/model"], "hf://user/model is an address"),
+    (["verify", "gs://b/run"], "gs://b/run is an address"),
 ]
 
 

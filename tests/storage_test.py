@@ -162,3 +162,20 @@ def test_failures_of_the_machine_are_explained_through_their_causes():
     assert "device is out of memory" in explain(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
     assert explain(KeyError("x")) == ""
     assert explain(FileNotFoundError(2, "No such file", "x")) == ""  # a bug, if nobody caught it
+
+
+@pytest.mark.parametrize("path", ["gs://b/run", "https://h", "S3://b/*.jsonl", "file:///x"])
+def test_addresses_are_refused_also_after_pathlib(path):
+    for given in (path, pathlib.Path(path)):
+        with pytest.raises(UserError, match=r"^--out=\w+://\S+ is an address"):
+            storage.refuse_address(given, "--out")
+    with pytest.raises(UserError, match=f"^{path.split(':')[0]}://"):
+        storage.refuse_address(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["run", "a:b/c", "C:/runs", "C:\\runs", "/x/gs:/y", "1s:/x", ":/x"]
+)
+def test_paths_are_no_addresses(path):
+    storage.refuse_address(path)
+    storage.refuse_address(pathlib.Path(path))

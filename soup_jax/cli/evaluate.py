@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from soup_jax.errors import UserError
-from soup_jax.storage import check_file_target, nulled, write_json, write_text
+from soup_jax.storage import check_file_target, nulled, refuse_address, write_json, write_text
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -52,6 +52,10 @@ def run(values: flags.FlagValues) -> int:
     """Evaluate the run and print the table; returns the exit status, 1 if a loss is not finite."""
     if not values.workdir:
         raise UserError("--workdir=RUN is required: the run to evaluate")
+    refuse_address(values.workdir, "--workdir")
+    for flag in ("against", "specialists"):
+        for path in values[flag].value or ():
+            refuse_address(path, f"--{flag}")
     from soup_jax.hardware import compile_cache
 
     compile_cache.enable()

@@ -231,6 +231,7 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
     Raises:
       UserError: not a corpus, an unfinished or incomplete one, or one of another version.
     """
+    files.refuse_address(directory, "corpus.dir")
     path = pathlib.Path(directory)
     advice = "run `soup-jax prepare` with this --config.corpus.dir"
     if not (path / "manifest.json").exists():

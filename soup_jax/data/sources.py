@@ -17,6 +17,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
+from soup_jax import storage as files
 from soup_jax.data.damage import Report
 from soup_jax.data.readers import Document, SourceFile, read_file
 from soup_jax.errors import UserError
@@ -103,6 +104,7 @@ def find_files(sources: Sequence[str], report: Report) -> list[SourceFile]:
 
 
 def _expand(source: str, report: Report) -> Iterator[str]:
+    files.refuse_address(source)
     source = os.path.expanduser(os.fspath(source))
     if os.path.isfile(source):
         if file_format(source) is None:

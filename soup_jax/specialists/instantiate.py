@@ -4,6 +4,7 @@ import logging
 import pathlib
 from collections.abc import Callable, Sequence
 
+from soup_jax import storage as files
 from soup_jax.evaluation.sample import read_sample
 from soup_jax.specialists import export
 from soup_jax.specialists.open import load
@@ -34,8 +35,10 @@ def instantiate_to(
       UserError: a run or documents that cannot be read, or a folder with something else in it.
     """
     export.check_target(pathlib.Path(out))
-    soup = load(run, step=step, corpus_dir=corpus_dir)
     sources = [documents] if isinstance(documents, str) else documents
+    for source in sources:
+        files.refuse_address(source, "--documents")
+    soup = load(run, step=step, corpus_dir=corpus_dir)
     sample = read_sample(sources, text_field=soup.cfg.corpus.text_field)
     for line in sample.summary():
         say(line)

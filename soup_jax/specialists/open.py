@@ -210,6 +210,7 @@ def corpus_of(workdir: str | pathlib.Path, *, corpus_dir: str = "") -> Corpus:
 
 
 def _config(workdir: pathlib.Path) -> ConfigDict:
+    files.refuse_address(workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} is not a run: it has no config.json (see `soup-jax train`)")
     return config_lib.load(workdir / "config.json")

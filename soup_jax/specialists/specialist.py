@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from soup_jax import storage as files
 from soup_jax import tree
 from soup_jax.data.domain_histogram import DocumentHistogram
 from soup_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -48,6 +49,7 @@ class Specialist:
         Raises:
           UserError: not such a folder, incomplete or changed, or its network cannot be made.
         """
+        files.refuse_address(folder)
         folder = pathlib.Path(folder).absolute()  # read later too, wherever that is
         made = recipe_lib.read(folder)
         return cls(

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.data.corpus import artefacts_of, open_corpus
 from soup_jax.errors import UserError
@@ -18,6 +19,7 @@ def verify(path: str | pathlib.Path) -> list[str]:
     Raises:
       UserError: no such folder, or everything in it that is damaged.
     """
+    files.refuse_address(path)
     path = pathlib.Path(path)
     if (path / "manifest.json").exists():
         corpus = open_corpus(path)

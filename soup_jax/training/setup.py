@@ -102,6 +102,7 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
+    files.refuse_address(workdir, "--workdir")
     new = not (workdir / "config.json").exists()  # earlier versions started others, too
     if new:
         config_lib.check_start(cfg)
@@ -166,6 +167,7 @@ def read_initial(run: Run) -> None:
         lead, _ = run.group.meet("own checkpoints", {"steps": own.steps()})
     if lead["steps"]:
         return
+    files.refuse_address(cfg.init_from, "checkpoint.init_from")
     source = pathlib.Path(cfg.init_from)
     config = source / "config.json"
     if not config.exists():
