@@ -1,5 +1,6 @@
 """The console command: exit statuses, one-line errors, help, and the whole chain once."""
 
+import errno
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ from conftest import tiny_config
 from soup_jax.cli import config_flag, main
 from soup_jax.config import schema as config_lib
 from soup_jax.specialists import compare
-from soup_jax.training import learning_curve
+from soup_jax.training import learning_curve, loop
 
 CONFIG = "--config=experiments/quickstart.py"
 
@@ -248,3 +249,25 @@ def test_each_part_has_a_file_of_its_own(monkeypatch, tmp_path, capsys):
     for name, part in (("evaluation", "final"), ("evaluation_tuning", "tuning")):
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert found["specialists"]["law"]["specialist"]["loss"] == losses[part]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'matplotlib'"), "matplotlib"),
+        (OSError(errno.EROFS, "Read-only file system", "learning_curve.png"), "learning_curve.png"),
+        (RuntimeError("broken backend"), "RuntimeError: broken backend"),
+    ],
+)
+def test_a_picture_that_fails_fails_no_command(error, reason, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(learning_curve, "draw", fail)
+    monkeypatch.setattr(loop, "train", lambda *args, **kwargs: None)
+    monkeypatch.setattr(compare, "evaluate_runs", lambda *args, **kwargs: _evaluated(1.0))
+    assert main.run(["train", CONFIG, "--workdir=w"]) == 0
+    assert main.run(["evaluate", "--workdir=.", "--json=n.json"]) == 0
+    out, err = capsys.readouterr()
+    assert [reason in text for text in out.split("not drawn: ")] == [False, True, True]
+    assert err == ""
