@@ -24,6 +24,9 @@ from soup_jax.errors import UserError
 _numbers = itertools.count()
 
 
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.\d+\.tmp")
+
+
 def json_text(value: Any) -> str:
     """`value` as JSON whose bytes depend on nothing but `value`; NaN is refused.
 
@@ -98,6 +101,20 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
         else:
             left.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{next(_numbers)}.tmp")
+
+
+def files_in(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """All files below a folder, sorted, but for temporary ones; those of dead processes go."""
+    found = []
+    for path in sorted(pathlib.Path(folder).rglob("*")):
+        if not path.is_file():
+            continue
+        if match := _TEMPORARY.fullmatch(path.name):
+            if match["host"] == _host() and not _alive(int(match["pid"])):
+                path.unlink(missing_ok=True)
+        else:
+            found.append(path)
+    return found
 
 
 def _leftovers(path: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:

@@ -73,6 +73,16 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
     assert path.read_text() == "first"
 
 
+def test_files_are_listed_without_temporary_ones_and_those_of_the_dead_go(tmp_path):
+    storage.write_text(tmp_path / "made" / "x.json", "x")
+    kill_while_writing("path", tmp_path / "made" / "y.json")
+    with storage.atomic_path(tmp_path / "z") as alive:
+        alive.write_text("half")
+        assert storage.files_in(tmp_path) == [tmp_path / "made" / "x.json"]
+        assert alive.exists()
+    assert names(tmp_path / "made") == ["x.json"]
+
+
 def test_an_error_inside_leaves_no_trace(tmp_path):
     for make in (storage.atomic_path, storage.atomic_folder):
         with pytest.raises(KeyError), make(tmp_path / "x"):

@@ -74,7 +74,8 @@ def write_manifest(
     final = work.final
     files.write_json(final / "report.json", report.to_json())
     artefacts = {}
-    for path in sorted(path for path in final.rglob("*") if path.is_file()):
+    # A worker of a killed command may still be at its last file for a moment.
+    for path in files.files_in(final):
         name = path.relative_to(final).as_posix()
         artefacts[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
     extras = {TRAIN_HASHES: artefacts.pop(TRAIN_HASHES)}
