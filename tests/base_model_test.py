@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,14 @@ def tokens():
     return jnp.asarray(np.random.default_rng(0).integers(0, 97, (3, L)), jnp.int32)
 
 
+@functools.cache
 def init(config=CONFIG):
-    return llama.base_model(config, seq_len=L).init(jax.random.key(0))
+    return jax.jit(llama.base_model(config, seq_len=L).init)(jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, params, tokens):
+    return llama.Llama(config).apply({"params": params}, tokens)
 
 
 def test_no_position_sees_the_future():
@@ -39,7 +46,7 @@ def test_no_position_sees_the_future():
         return module.apply({"params": {**params, "embedding": x[0]}}, jnp.arange(L)[None])
 
     embedded = params["embedding"][None]
-    jacobian = jax.jacobian(lambda x: logits(x)[0].sum(-1))(embedded)[:, 0]  # [L out, L in, D]
+    jacobian = jax.jit(jax.jacobian(lambda x: logits(x)[0].sum(-1)))(embedded)[:, 0]  # [L out, L in, D]
     reach = abs(jacobian).sum(-1)
     assert (np.triu(reach, 1) == 0).all()
     assert (np.diag(reach) > 0).all()
@@ -48,12 +55,12 @@ def test_no_position_sees_the_future():
 
 def test_cached_decoding_equals_the_full_forward(tokens):
     params = init()
-    full = llama.Llama(CONFIG).apply({"params": params}, tokens[:1])
-    cached = llama.Llama(CONFIG, cache_len=32)
-    logits, state = cached.apply({"params": params}, tokens[:1, :5], mutable="cache")
+    full = forward(CONFIG, params, tokens[:1])
+    apply = jax.jit(llama.Llama(CONFIG, cache_len=32).apply, static_argnames="mutable")
+    logits, state = apply({"params": params}, tokens[:1, :5], mutable="cache")
     np.testing.assert_allclose(logits, full[:, :5], atol=2e-5)
     for i in range(5, L):
-        logits, state = cached.apply(
+        logits, state = apply(
             {"params": params, **state},
             tokens[:1, i : i + 1],
             jnp.full((1, 1), i),
@@ -70,8 +77,9 @@ def test_chunked_losses_and_gradients_equal_the_plain_ones(tokens, chunk):
         losses, weights = llama.base_model(config, seq_len=L).example_losses(params, batch)
         return (losses * weights).sum()
 
-    plain = jax.value_and_grad(f)(init(), CONFIG)
-    cut = jax.value_and_grad(f)(init(), dataclasses.replace(CONFIG, loss_chunk=chunk))
+    both = jax.jit(jax.value_and_grad(f), static_argnums=1)
+    plain = both(init(), CONFIG)
+    cut = both(init(), dataclasses.replace(CONFIG, loss_chunk=chunk))
     np.testing.assert_allclose(plain[0], cut[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain[1], cut[1])
 
@@ -88,13 +96,14 @@ def test_remat_changes_nothing_but_memory(tokens, remat):
 
     changed = dataclasses.replace(CONFIG, remat=remat)
     assert num_saved(changed) > num_saved(CONFIG)
-    plain, rematted = (jax.grad(f)(init(), c) for c in (CONFIG, changed))
+    gradient = jax.jit(jax.grad(f), static_argnums=1)
+    plain, rematted = (gradient(init(), c) for c in (CONFIG, changed))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, rematted)
 
 
 def test_padding_targets_weigh_nothing(tokens):
     batch = {"tokens": jnp.pad(tokens, ((0, 0), (0, 1))), "num_targets": jnp.array([16, 3, 0])}
-    _, weights = llama.base_model(CONFIG, seq_len=L).example_losses(init(), batch)
+    _, weights = jax.jit(llama.base_model(CONFIG, seq_len=L).example_losses)(init(), batch)
     np.testing.assert_array_equal(weights.sum(1), [16, 3, 0])
     assert (weights[1, :3] == 1).all()
 
@@ -102,9 +111,9 @@ def test_padding_targets_weigh_nothing(tokens):
 def test_bfloat16_compute_keeps_float32_losses_and_parameters(tokens):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(init(config))} == {jnp.dtype("float32")}
-    logits = llama.Llama(config).apply({"params": init(config)}, tokens)
+    logits = forward(config, init(config), tokens)
     assert logits.dtype == jnp.float32
-    exact = llama.Llama(CONFIG).apply({"params": init()}, tokens)
+    exact = forward(CONFIG, init(), tokens)
     assert 0 < abs(logits - exact).max() < 0.05
 
 
@@ -134,8 +143,8 @@ def test_flops_count_the_matmuls_that_xla_counts():
     batch = {"tokens": jnp.zeros((1, L + 1), jnp.int32), "num_targets": jnp.array([L])}
     params = init(dataclasses.replace(config, num_layers=1))
     single = llama.base_model(dataclasses.replace(config, num_layers=1), seq_len=L)
-    forward = jax.jit(lambda p: single.example_losses(p, batch)[0].sum())
-    counted = forward.lower(params).compile().cost_analysis()["flops"]
+    losses = jax.jit(lambda p: single.example_losses(p, batch)[0].sum())
+    counted = losses.lower(params).compile().cost_analysis()["flops"]
     # Ours counts causal attention at half of the square that XLA computes; the rest of the
     # difference is softmax, norms and the like.
     ours = single.flops_per_row / 3
@@ -173,7 +182,10 @@ def squared_error(apply, batch):
 def test_any_flax_module_can_be_souped(base_model):
     rng = np.random.default_rng(0)
     config = soup.SoupConfig(num_domains=3, num_experts=2, init_scale=0.5)
-    params = soup.init(jax.random.key(0), base_model.init, config, frequencies_K=np.full(3, 1 / 3))
+    make = functools.partial(
+        soup.init, init_base=base_model.init, config=config, frequencies_K=np.full(3, 1 / 3)
+    )
+    params = jax.jit(make)(jax.random.key(0))
     rows = {"x": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), "y": jnp.ones(6)}
     batch = soup.Batch(rows=rows, h_MK=jnp.eye(3)[:2])
 
@@ -190,8 +202,9 @@ def test_any_flax_module_can_be_souped(base_model):
             total = total + base_model.example_losses(theta, own)[0].sum()
         return total / 6
 
-    loss, expected = jax.value_and_grad(plain)(params)
-    (ours, _), grads = soup.value_and_grad(params, batch, model=base_model, config=config)
+    loss, expected = jax.jit(jax.value_and_grad(plain))(params)
+    ours = functools.partial(soup.value_and_grad, model=base_model, config=config)
+    (ours, _), grads = jax.jit(ours)(params, batch)
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),

@@ -48,11 +48,16 @@ def batch():
     )
 
 
-def init(cfg):
+@functools.cache
+def init(**fields):
+    """(network, settings, parameters) of a config: the same objects, so that jit knows them."""
+    cfg = make_config(**fields)
     base_model = build.base_model(cfg)
     config = build.soup_config(cfg)
-    params = soup.init(jax.random.key(0), base_model.init, config, frequencies_K=FREQUENCIES)
-    return base_model, config, params
+    make = functools.partial(
+        soup.init, init_base=base_model.init, config=config, frequencies_K=FREQUENCIES
+    )
+    return base_model, config, jax.jit(make)(jax.random.key(0))
 
 
 value_and_grad = jax.jit(
@@ -64,16 +69,20 @@ value_and_grad = jax.jit(
 def plain_loss(params, batch, base_model, config):
     """The definition: merge each mixture, average the loss over all targets."""
     alpha = soup.coefficients(params, batch.h_MK, config)
-    total, weight = 0.0, 0.0
-    for m in range(M):
-        theta = merge.merge(params["shared"], params["bank"], alpha[min(m, len(alpha) - 1)])
-        rows = {k: v[m * B // M : (m + 1) * B // M] for k, v in batch.rows.items()}
+
+    def of_mixture(alpha_E, rows):
+        theta = merge.merge(params["shared"], params["bank"], alpha_E)
         losses, weights = base_model.example_losses(theta, rows)
-        total, weight = total + (losses * weights).sum(), weight + weights.sum()
-    return total / weight
+        return (losses * weights).sum(), weights.sum()
+
+    alpha = jnp.broadcast_to(alpha, (M, alpha.shape[1]))
+    rows = {k: v.reshape(M, B // M, *v.shape[1:]) for k, v in batch.rows.items()}
+    total, weight = jax.lax.map(lambda x: of_mixture(*x), (alpha, rows))
+    return total.sum() / weight.sum()
 
 
 def assert_close(a, b, tolerance=2e-5):
+    a, b = jax.device_get((a, b))  # eager jax would compile for each shape
     for path, x in tree.flatten(a).items():
         y = tree.flatten(b)[path]
         scale = max(float(abs(x).max()), 1e-6)
@@ -82,7 +91,7 @@ def assert_close(a, b, tolerance=2e-5):
 
 @pytest.mark.parametrize(("num_micro", "normalization"), [(1, "ball"), (2, "softmax")])
 def test_factored_gradients_are_those_of_the_plain_loss(batch, num_micro, normalization):
-    base_model, config, params = init(make_config(**{"router.normalization": normalization}))
+    base_model, config, params = init(**{"router.normalization": normalization})
     loss, expected = jax.value_and_grad(plain_loss)(params, batch, base_model, config)
     (ours, _), grads = value_and_grad(
         params, batch, model=base_model, config=config, num_micro=num_micro
@@ -101,7 +110,7 @@ def test_factored_gradients_are_those_of_the_plain_loss(batch, num_micro, normal
 @pytest.mark.slow
 def test_gradients_on_a_mesh_equal_those_on_one_device(batch):
     cfg = make_config()
-    base_model, config, params = init(cfg)
+    base_model, config, params = init()
     (loss, _), expected = value_and_grad(params, batch, model=base_model, config=config)
     for replica in (1, 2):
         cfg.mesh.replica = replica
@@ -113,7 +122,7 @@ def test_gradients_on_a_mesh_equal_those_on_one_device(batch):
 
 
 def test_zero_experts_is_the_generic_model(batch):
-    base_model, config, params = init(make_config(num_experts=0))
+    base_model, config, params = init(num_experts=0)
     assert params["bank"] == {}
     assert params["router"] == {}
     losses, weights = base_model.example_losses(params["shared"], batch.rows)
@@ -127,13 +136,13 @@ def test_zero_experts_is_the_generic_model(batch):
 
 
 def test_the_shared_init_does_not_depend_on_the_number_of_experts():
-    _, _, with_experts = init(make_config())
-    _, _, without = init(make_config(num_experts=0))
+    _, _, with_experts = init()
+    _, _, without = init(num_experts=0)
     assert_close(with_experts["shared"], without["shared"], 0)
 
 
 def test_the_mean_is_weighted_however_small_the_weights(batch):
-    base_model, config, params = init(make_config())
+    base_model, config, params = init()
 
     def scaled(params, rows):
         losses, weights = base_model.example_losses(params, rows)
@@ -168,7 +177,7 @@ def normal(*shape, seed):
 
 
 def test_row_stats_are_those_of_their_rows(batch):
-    base_model, config, params = init(make_config())
+    base_model, config, params = init()
     for num_micro in (1, 2):
         (loss, (row_loss, row_weight)), _ = value_and_grad(
             params, batch, model=base_model, config=config, num_micro=num_micro
@@ -178,7 +187,7 @@ def test_row_stats_are_those_of_their_rows(batch):
 
 
 def test_specialist_is_the_merge_at_the_routed_coefficients(batch):
-    _, config, params = init(make_config())
+    _, config, params = init()
     h = np.asarray(batch.h_MK[2])
     theta, alpha = soup.specialist(params, h, config)
     np.testing.assert_allclose(alpha, soup.coefficients(params, batch.h_MK, config)[2], rtol=1e-5)

@@ -30,6 +30,7 @@ MIXED = (
 ALL = ((r".*norm/scale", "none"), (".*", "low_rank:3"))
 
 
+@jax.jit
 def perturbed(params, seed=7):
     """With factors that are all nonzero."""
     leaves, structure = jax.tree.flatten(params)
@@ -38,6 +39,7 @@ def perturbed(params, seed=7):
     return jax.tree.unflatten(structure, new)
 
 
+@jax.jit
 def multiplied_out(bank, shared):
     """The dense bank of the same experts."""
     leaves = tree.flatten(bank.get("dense", {}))
@@ -47,13 +49,17 @@ def multiplied_out(bank, shared):
     return {"dense": tree.unflatten(leaves)}
 
 
+@functools.cache
 def make(rules=MIXED, **fields):
     cfg = tiny_config(**{"experts.rules": rules} | fields)
     base_model = build.base_model(cfg)
-    params = soup.init(
-        jax.random.key(0), base_model.init, build.soup_config(cfg), frequencies_K=FREQUENCIES
+    init = functools.partial(
+        soup.init,
+        init_base=base_model.init,
+        config=build.soup_config(cfg),
+        frequencies_K=FREQUENCIES,
     )
-    return cfg, base_model, params
+    return cfg, base_model, jax.jit(init)(jax.random.key(0))
 
 
 def make_batch(seed=0, num_mixtures=M):
@@ -69,7 +75,7 @@ def make_batch(seed=0, num_mixtures=M):
 
 
 def close(a, b, tolerance=2e-5):
-    a, b = tree.flatten(a), tree.flatten(b)
+    a, b = (tree.flatten(jax.device_get(t)) for t in (a, b))  # eager jax compiles by shape
     assert a.keys() == b.keys()
     for path, x in a.items():
         scale = max(float(abs(x).max()), 1e-6)
@@ -96,9 +102,10 @@ def test_leaves_of_a_network_may_be_called_left_and_right():
     assert set(tree.flatten(bank)) == paths
     assert set(experts.by_leaf(bank["low_rank"], shared)) == {"arm/left"}
     bank, alpha_ME = perturbed(bank), jnp.ones((M, E))
+    merge_many = jax.jit(merge.merge_many)
     close(
-        merge.merge_many(shared, bank, alpha_ME),
-        merge.merge_many(shared, multiplied_out(bank, shared), alpha_ME),
+        merge_many(shared, bank, alpha_ME),
+        merge_many(shared, multiplied_out(bank, shared), alpha_ME),
     )
 
 
@@ -118,9 +125,8 @@ def test_merge_is_that_of_the_experts_multiplied_out(dtype, num_mixtures):
     assert {x.dtype for x in jax.tree.leaves(bank)} == {jnp.dtype(dtype)}
     alpha_ME = jax.random.normal(jax.random.key(1), (num_mixtures, E))
     ours = jax.jit(merge.merge_many)(params["shared"], bank, alpha_ME)
-    close(
-        ours, merge.merge_many(params["shared"], multiplied_out(bank, params["shared"]), alpha_ME)
-    )
+    exact = multiplied_out(bank, params["shared"])
+    close(ours, jax.jit(merge.merge_many)(params["shared"], exact, alpha_ME))
 
 
 def plain_loss(params, batch, base_model, config):
@@ -161,6 +167,7 @@ def test_gradients_are_those_of_the_plain_loss(rules):
     np.testing.assert_allclose(norms["bank"], direct, rtol=1e-3)
 
 
+@jax.jit
 def random_grads(params, step):
     def like(t, key, *leading):
         leaves, structure = jax.tree.flatten(t)

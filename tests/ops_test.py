@@ -29,8 +29,8 @@ def check_same(ours, plain, *arguments):
     for map_, given in ((lambda f: f, arguments), (jax.vmap, two)):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-            map_(both(ours))(*given),
-            map_(both(plain))(*given),
+            jax.jit(map_(both(ours)))(*given),
+            jax.jit(map_(both(plain)))(*given),
         )
 
 
@@ -67,7 +67,10 @@ def test_gradients_of_rows_are_added_in_float32():
     dy = normal(3, 400, D)
 
     def gradient(look_up, dtype):
-        return jax.grad(lambda t: (look_up(t, token) * dy.astype(dtype)).sum())(table.astype(dtype))
+        def loss(t):
+            return (look_up(t, token) * dy.astype(dtype)).sum()
+
+        return jax.jit(jax.grad(loss))(table.astype(dtype))
 
     exact = gradient(lambda t, token: t[token], "float32")
     np.testing.assert_allclose(gradient(layers.look_up, "float32"), exact, atol=1e-4)
@@ -84,7 +87,7 @@ def test_bfloat16_gradients_stay_near_those_of_float32():
 
     def gradient(dtype):
         q, k = query.astype(dtype), key.astype(dtype)
-        grads = jax.grad(lambda q, k: layers.attend(q, k, k).sum(), (0, 1))(q, k)
+        grads = jax.jit(jax.grad(lambda q, k: layers.attend(q, k, k).sum(), (0, 1)))(q, k)
         assert {g.dtype for g in grads} == {jnp.dtype(dtype)}
         return jnp.concatenate([g.astype(jnp.float32).ravel() for g in grads])
 
