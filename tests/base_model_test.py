@@ -46,7 +46,8 @@ def test_no_position_sees_the_future():
         return module.apply({"params": {**params, "embedding": x[0]}}, jnp.arange(L)[None])
 
     embedded = params["embedding"][None]
-    jacobian = jax.jit(jax.jacobian(lambda x: logits(x)[0].sum(-1)))(embedded)[:, 0]  # [L out, L in, D]
+    reach_of = jax.jit(jax.jacobian(lambda x: logits(x)[0].sum(-1)))
+    jacobian = reach_of(embedded)[:, 0]  # [L out, L in, D]
     reach = abs(jacobian).sum(-1)
     assert (np.triu(reach, 1) == 0).all()
     assert (np.diag(reach) > 0).all()

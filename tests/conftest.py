@@ -6,6 +6,7 @@ pytest --run-slow      all tests
 """
 
 import hashlib
+import json
 import os
 import pathlib
 import platform
@@ -169,18 +170,33 @@ def tiny_config(**fields):
     return cfg
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make) -> pathlib.Path:
+    """The folder that `make(folder)` fills, for all processes of the test run; to be read only."""
+    import filelock
+
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    with filelock.FileLock(root / f"{name}.lock"):
+        if not (root / f"{name}.made").exists():
+            make(root / name)
+            (root / f"{name}.made").touch()
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """generic.jsonl with 160 documents of four topics, and one file of 30 for two of them."""
-    import json
 
-    folder = tmp_path_factory.mktemp("text")
-    sets = {"generic": [(t, i) for i in range(40) for t in TOPICS]}
-    sets |= {t: [(t, 1000 + i) for i in range(30)] for t in ("cooking", "python")}
-    for name, documents in sets.items():
-        lines = [json.dumps({"text": topic_text(t, i)}) + "\n" for t, i in documents]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    return folder
+    def make(folder: pathlib.Path) -> None:
+        folder.mkdir()
+        sets = {"generic": [(t, i) for i in range(40) for t in TOPICS]}
+        sets |= {t: [(t, 1000 + i) for i in range(30)] for t in ("cooking", "python")}
+        for name, documents in sets.items():
+            lines = [json.dumps({"text": topic_text(t, i)}) + "\n" for t, i in documents]
+            (folder / f"{name}.jsonl").write_text("".join(lines))
+
+    return made_once(tmp_path_factory, "tiny_text", make)
 
 
 @pytest.fixture(scope="session")
@@ -188,13 +204,11 @@ def tiny_corpus(tiny_text: pathlib.Path, tmp_path_factory: pytest.TempPathFactor
     """The folder of a prepared corpus that fits `tiny_config`."""
     from soup_jax.data.prepare.stages import prepare
 
-    directory = str(tmp_path_factory.mktemp("corpus") / "prepared")
-    prepare(
-        tiny_config(
-            **{"corpus.dir": directory, "corpus.sources": (str(tiny_text / "generic.jsonl"),)}
-        )
-    )
-    return directory
+    def make(folder: pathlib.Path) -> None:
+        sources = (str(tiny_text / "generic.jsonl"),)
+        prepare(tiny_config(**{"corpus.dir": str(folder), "corpus.sources": sources}))
+
+    return str(made_once(tmp_path_factory, "tiny_corpus", make))
 
 
 @pytest.fixture(scope="session")
@@ -209,9 +223,9 @@ def tiny_run(
         "evaluate.every_steps": 8,
         "evaluate.specialists": (str(tiny_text / "cooking.jsonl"), str(tiny_text / "python.jsonl")),
     }
-    workdir = tmp_path_factory.mktemp("runs") / "soup"
-    train.train(tiny_config(**fields), workdir)
-    return workdir
+    return made_once(
+        tmp_path_factory, "soup", lambda folder: train.train(tiny_config(**fields), folder)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -227,6 +241,6 @@ def generic_run(tiny_corpus: str, tmp_path_factory: pytest.TempPathFactory) -> p
         "domain_weights.sparse": 0.0,
         "domain_weights.generic": 1.0,
     }
-    workdir = tmp_path_factory.mktemp("runs") / "generic"
-    train.train(tiny_config(**fields), workdir)
-    return workdir
+    return made_once(
+        tmp_path_factory, "generic", lambda folder: train.train(tiny_config(**fields), folder)
+    )
