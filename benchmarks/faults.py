@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from soup_jax.storage import sha256_file
+from soup_jax.inputs import sha256_file
 
 SAVE_EVERY = 5
 CONFIG = """

@@ -80,7 +80,7 @@ def make_corpus(path, *, num_domains, seq_len, gigabytes):
     }
     window_files = [{"name": f.name, "windows": f.stop - f.start} for f in layout.files()]
     for name in ("offsets.safetensors", "domains.json"):
-        artefacts[name]["sha256"] = files.sha256_file(path / name)
+        artefacts[name]["sha256"] = inputs.sha256_file(path / name)
     manifest = {"format": FORMAT_VERSION, "fingerprint": "", "eos_id": 0, "artefacts": artefacts}
     manifest["fingerprint"] = fingerprint_of(manifest)
     counts = {"documents": 0, "duplicates": 0, "too_short": 0, "cut": 0, "splits": {}}

@@ -52,10 +52,10 @@ def explain(error: BaseException) -> str:
         if isinstance(e, OSError) and e.errno in _MACHINE:
             return f"{e.filename}: {_MACHINE[e.errno]}" if e.filename else _MACHINE[e.errno]
         text = str(e).lower()
-        if "resource_exhausted" in text and "memory" in text:
+        if "out of memory" in text or ("resource_exhausted" in text and "memory" in text):
             return (
-                "the device is out of memory: lower --config.batch_size or evaluate.batch_size, "
-                "or see what `soup-jax plan` says"
+                "the device is out of memory: lower --config.batch_size or evaluate.batch_size (of "
+                "`generate`, --max_tokens), or see what `soup-jax plan` says"
             )
         for words, number in _WORDS.items():
             if words in text:

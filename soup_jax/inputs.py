@@ -4,6 +4,7 @@ What can be wrong with a file is said in a `UserError`: its kind (a folder, a pi
 encoding, its structure, its version. No read can wait for ever or fill the memory.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -44,6 +45,19 @@ def _cannot_read(path: str | os.PathLike, error: Exception) -> str:
         return f"{path} does not exist"
     reason = getattr(error, "strerror", None) or str(error)
     return f"cannot read {path}: {reason}"
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's content, read in pieces.
+
+    Raises:
+      UserError: as `open_file`, or it cannot be read to its end.
+    """
+    with open_file(path) as f:
+        try:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        except OSError as e:
+            raise UserError(_cannot_read(path, e)) from e
 
 
 def read_text(path: str | os.PathLike, *, limit: int = MAX_TEXT_BYTES) -> str:

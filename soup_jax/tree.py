@@ -48,27 +48,18 @@ def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[
     """The rule of each path: that of the first (regex, rule) whose regex matches the whole path.
 
     Raises:
-      UserError: a regex that does not compile or is no path's first match, or a path that no regex
-        matches; but ".*" at the end may be left over.
+      UserError: a regex that does not compile, or a path that no regex matches.
     """
-    try:
-        compiled = [(re.compile(pattern), rule) for pattern, rule in rules]
-    except re.error as e:
-        raise UserError(
-            f"rules {list(rules)}: {e.pattern!r} is not a regular expression: {e}"
-        ) from e
-    matched, used = {}, set()
-    for path in paths:
-        for i, (pattern, rule) in enumerate(compiled):
-            if pattern.fullmatch(path):
-                matched[path] = rule
-                used.add(i)
-                break
-        else:
-            raise UserError(
-                f"no rule matches the leaf {path!r}; the rules are {list(rules)}. "
-                "Every leaf must be covered: end the list with ('.*', 'none') or ('.*', 'dense')"
-            )
+    return {path: rules[i][1] for path, i in _first_matches(rules, paths).items()}
+
+
+def check_rules_used(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> None:
+    """Refuse rules that do nothing; but ".*" at the end may be left over.
+
+    Raises:
+      UserError: as `match_rules`, or a regex that is no path's first match.
+    """
+    used = set(_first_matches(rules, paths).values())
     for i, pair in enumerate(rules):
         catch_all = i == len(rules) - 1 and pair[0] == ".*"
         if i not in used and not catch_all:
@@ -76,6 +67,24 @@ def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[
                 f"the rule {pair!r} applies to no leaf: none has such a name, or rules "
                 f"before it take all that have. The leaves are {', '.join(paths)}"
             )
+
+
+def _first_matches(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[str, int]:
+    try:
+        compiled = [re.compile(pattern) for pattern, _ in rules]
+    except re.error as e:
+        raise UserError(
+            f"rules {list(rules)}: {e.pattern!r} is not a regular expression: {e}"
+        ) from e
+    matched = {}
+    for path in paths:
+        found = next((i for i, pattern in enumerate(compiled) if pattern.fullmatch(path)), None)
+        if found is None:
+            raise UserError(
+                f"no rule matches the leaf {path!r}; the rules are {list(rules)}. "
+                "Every leaf must be covered: end the list with ('.*', 'none') or ('.*', 'dense')"
+            )
+        matched[path] = found
     return matched
 
 

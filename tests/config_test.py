@@ -83,7 +83,6 @@ def test_the_reference_of_fields_is_that_of_the_declarations(request):
         ({"checkpoint.init_step": 4}, "checkpoint.init_from, which is empty"),
         ({"evaluate.histogram_fraction": 1.0}, "must leave documents for all parts"),
         ({"evaluate.tuning_fraction": 0.5}, "must leave documents for all parts"),
-        ({"corpus.min_chars": 9, "corpus.max_chars": 8}, "must be at most corpus.max_chars = 8"),
     ],
 )
 def test_refuses(fields, message):

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 import tensorflow_datasets as tfds
 
+from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.data import windows
 from soup_jax.data.corpus import FORMAT_VERSION, fingerprint_of, open_corpus
@@ -118,7 +119,7 @@ def corpus_dir(tmp_path_factory) -> pathlib.Path:
     artefacts = {
         p.relative_to(path).as_posix(): {
             "bytes": p.stat().st_size,
-            "sha256": files.sha256_file(p),
+            "sha256": inputs.sha256_file(p),
         }
         for p in sorted(path.rglob("*"))
         if p.is_file()

@@ -184,6 +184,18 @@ def test_batch_size_and_padding_do_not_change_the_loss(trained, cooking):
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
+def test_a_batch_is_no_larger_than_what_is_scored(trained, evaluator, cooking):
+    scorer = evaluator_lib.Evaluator(
+        trained.config,
+        trained.model,
+        trained.mesh,
+        batch_size=1 << 40,  # of padding, if it were made
+        sets=[None, cooking.scored],
+    )
+    theta = scorer.shared(trained.params)
+    assert scorer.loss(theta, cooking.scored) == evaluator.loss(theta, cooking.scored)
+
+
 def test_nothing_to_score_is_refused(trained, evaluator):
     empty = sets.TokenSet(np.zeros((0, 33), np.int32), np.zeros(0, np.int32), 0)
     with pytest.raises(UserError, match="no tokens to score"):

@@ -83,12 +83,35 @@ def test_without_a_cache_the_last_window_is_seen(params):
     assert ids(prompt) != ids(prompt[:8])
 
 
+def test_of_a_long_prompt_the_last_window_is_read(folder, caplog):
+    long = "butter flour oven " * 100
+    with caplog.at_level("WARNING", logger="soup_jax"):
+        loaded = Specialist.load(folder)
+        text = loaded.generate(long, max_tokens=9, temperature=0)
+        loaded.generate("butter", max_tokens=40)
+    ids = loaded.tokenizer.encode(long)
+    same = generate_lib.generate_ids(
+        loaded.model,
+        loaded.params,
+        ids[-32:],
+        seq_len=32,
+        max_tokens=9,
+        temperature=0,
+        eos_id=loaded.recipe["eos_id"],
+    )
+    assert text == loaded.tokenizer.decode(same)
+    assert f"has {len(ids)} tokens, more than the 32" in caplog.messages[0]
+    assert "the windows that the model was trained on 32: beyond" in caplog.messages[1]
+
+
 def test_what_cannot_generate_is_refused(params):
     regression = dataclasses.replace(MODEL, decode=None, logits=None)
     with pytest.raises(UserError, match="has no `logits`"):
         generate_ids(params, [1], model=regression, max_tokens=1)
     with pytest.raises(UserError, match="temperature = nan must be finite"):
         generate_ids(params, [1], max_tokens=1, temperature=float("nan"))
+    with pytest.raises(UserError, match="max_tokens = 4611686018427387904 must be in"):
+        generate_ids(params, [1], max_tokens=1 << 62)
 
 
 def test_seed_decides_the_sample(params):

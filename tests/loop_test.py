@@ -23,11 +23,12 @@ from soup_jax.data import loader
 from soup_jax.errors import UserError
 from soup_jax.evaluation import evaluator
 from soup_jax.specialists import open as open_lib
-from soup_jax.training import build, metrics
+from soup_jax.training import build, divergence, metrics
 from soup_jax.training import loop as train
 from soup_jax.training import setup as run_lib
 from soup_jax.training import step as train_step
 from soup_jax.training.checkpoint import Checkpointer
+from soup_jax.training.meter import Meter
 
 # Some saves lie between two lines: a line's mean then spans a restart.
 FIELDS = {"checkpoint.every_steps": 4, "log.every_steps": 3}
@@ -444,6 +445,48 @@ def test_a_loss_that_grew_beyond_all_bounds_is_a_divergence(make_cfg, tmp_path):
         train.train(cfg, tmp_path)
 
 
+def test_a_network_may_begin_with_a_large_loss(make_cfg, tmp_path, fed):
+    def large(key):
+        params = whole.init(key)
+        return {**params, "embedding": 100 * params["embedding"]}
+
+    cfg = make_cfg(**{"optimizer.learning_rate": 1e-6})
+    whole = build.base_model(cfg)
+    model = dataclasses.replace(whole, init=large)
+    fed.at[5] = terminate
+    with pytest.raises(train.Interrupted):
+        train.train(cfg, tmp_path, model=model)
+    assert int(train.train(cfg, tmp_path, model=model).step) == 12
+    losses = [line["loss"] for line in lines_of(tmp_path)]
+    first = {}
+    with Checkpointer(tmp_path / "checkpoints") as reader:
+        for step in reader.steps():
+            first[step] = reader.data(step)["meter"]["first_loss"]
+    assert min(losses) > 3 * np.log(cfg.vocab_size)
+    assert len(first) > 1
+    assert len(set(first.values())) == 1  # the resumed run's limit is the first start's
+    assert 0.8 < first[12] / losses[0] < 1.25
+
+
+def test_the_limit_of_the_loss_is_that_of_the_first_step_or_of_guessing():
+    assert divergence.limit(400, 6.0)[0] == divergence.limit(400, None)[0] == 3 * np.log(400)
+    assert divergence.limit(400, 100.0) == (150.0, "1.5 times the loss of the first step")
+
+
+@pytest.mark.parametrize("state", [None, {"sums": {}, "steps": 2, "wait": 0.0, "seconds": 1.0}])
+def test_a_meter_of_an_earlier_version_takes_the_first_loss_that_it_sees(state):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("replica", "fsdp"))
+    meter = Meter(mesh, 6)
+    meter.restore(state, None, step=4)
+    meter.note_first()  # nothing was summed yet
+    assert meter.first_loss is None
+    meter.sums = {**meter.sums, "domain_loss": jnp.ones(6), "domain_targets": jnp.full(6, 2.0)}
+    meter.note_first()
+    meter.sums = meter.sums | {"domain_loss": jnp.zeros(6)}
+    meter.note_first()
+    assert meter.state() == {"first_loss": 0.5}
+
+
 def test_a_last_interval_that_is_shorter_has_a_line(make_cfg, tmp_path):
     train.train(make_cfg(**{"log.every_steps": 1000}), tmp_path)
     (line,) = lines_of(tmp_path)
@@ -466,6 +509,8 @@ def test_a_last_interval_that_is_shorter_has_a_line(make_cfg, tmp_path):
         ),
         ({"tokenizer.path": "/nonexistent"}, "/nonexistent does not exist"),
         ({"experts.rules": ((".*", "dense"), ("embedding", "none"))}, "applies to no leaf"),
+        ({"corpus.min_chars": 9, "corpus.max_chars": 8}, "at most corpus.max_chars = 8"),
+        ({"domain_weights.support_exponent": 1e9}, "support_exponent = 1e[+]09 is too large"),
     ],
 )
 def test_settings_that_contradict_are_refused_before_work(fields, message, make_cfg, tmp_path):

@@ -139,6 +139,8 @@ def test_explicit_settings_win_and_flags_over_variables():
         ("auto", Settings("h", 2, 1), {}, "--coordinator=h is not HOST:PORT"),
         ("auto", Settings("h:99999", 2, 1), {}, "is not HOST:PORT"),
         ("auto", Settings(), {"SOUP_JAX_PROCESS_ID": "one"}, "SOUP_JAX_PROCESS_ID = 'one'"),
+        ("auto", Settings(local_device_ids=(7,)), {}, "this is the only one: leave it out"),
+        ("auto", Settings("h:1", 1, 0), {"SOUP_JAX_LOCAL_DEVICE_IDS": "0"}, "the only one"),
         ("auto", EXPLICIT, {"SOUP_JAX_LOCAL_DEVICE_IDS": "a"}, "local device ids 'a'"),
         ("auto", Settings(), {**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "x"}, "open_mpi.* is incomplete"),
     ],

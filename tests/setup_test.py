@@ -1,5 +1,6 @@
 """What a run's set-up refuses, and what it may change between two starts."""
 
+import json
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ from conftest import tiny_config
 
 from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
+from soup_jax.specialists import open as open_lib
 from soup_jax.training import setup as run_lib
 from soup_jax.training.checkpoint import Checkpointer
 
@@ -81,6 +83,29 @@ def test_a_restored_plan_goes_on_as_a_fresh_one(tiny_corpus, tmp_path):
         a, b = vars(fresh.plan[step]), vars(resumed.plan[step])
         for name, value in a.items():
             np.testing.assert_array_equal(b[name], value, err_msg=name)
+
+
+def test_a_run_that_would_not_be_started_today_goes_on(tiny_corpus, tmp_path, caplog):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"h": [1, 0, 0, 0, 0, 0], "hashes": {"corpus": "another"}}))
+    fields = {
+        "corpus.min_chars": 9,
+        "corpus.max_chars": 8,
+        "experts.rules": ((".*", "dense"), ("embedding", "none")),
+        "domain_weights.sparse": 0.0,
+        "domain_weights.generic": 0.0,
+        "domain_weights.file": 1.0,
+        "domain_weights.path": str(recipe),
+    }
+    cfg = tiny_config(**{"corpus.dir": tiny_corpus} | fields)
+    wanted = ["must be at most corpus.max_chars", "is the recipe of", "applies to no leaf"]
+    config_lib.save(cfg, tmp_path / "config.json")
+    with caplog.at_level("WARNING", logger="soup_jax"):
+        run = start(tmp_path, tiny_corpus, **fields)
+    assert [w for w in wanted if any(w in line for line in caplog.messages)] == wanted
+    with Checkpointer(tmp_path / "checkpoints", run.cfg) as checkpointer:
+        checkpointer.save(run.init(), run.data_state(5))
+    assert open_lib.load(tmp_path).step == 5
 
 
 def test_an_empty_folder_starts_from_the_seed(tiny_corpus, tmp_path):

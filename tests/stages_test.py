@@ -639,6 +639,7 @@ def test_too_little_text_for_the_vocabulary_is_said(sources, tmp_path, capsys):
             r"hold \d train documents, fewer than .*no field 'body'; the fields are 'text'.*"
             r"give --config\.corpus\.text_field=text\. ",
         ),
+        ({"corpus__min_chars": 9, "corpus__max_chars": 8}, "must be at most corpus.max_chars = 8"),
         ({"corpus__min_chars": 999}, "hold 0 train documents, .* 140 too short ones dropped"),
         ({"seq_len": 10_000_000}, r"seq_len = 10000000 is too long .* 100% would be padding"),
         ({"embed__max_features": 1}, r"the one word '\w+' .*embed.max_features = 1"),

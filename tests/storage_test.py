@@ -150,8 +150,10 @@ def test_only_regular_files_are_read(tmp_path):
         ("a\0b", "cannot read"),
         ("latin", "not UTF-8"),
     ):
-        with pytest.raises(UserError, match=message):
-            inputs.read_text(tmp_path / name)
+        for read in (inputs.read_text, inputs.sha256_file):
+            if read is inputs.read_text or name != "latin":
+                with pytest.raises(UserError, match=message):
+                    read(tmp_path / name)
     with pytest.raises(UserError, match="more than 99 bytes"):
         inputs.read_text(tmp_path / "long", limit=99)
     for name in ("deep", "nan"):
@@ -170,6 +172,8 @@ def test_failures_of_the_machine_are_explained_through_their_causes():
     text = "RESOURCE_EXHAUSTED: [write] No space left on device"
     assert "disk is full" in explain(RuntimeError(text))
     assert "device is out of memory" in explain(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    text = "INTERNAL: Error dispatching computation: Out of memory allocating 584141789600 bytes."
+    assert "device is out of memory" in explain(RuntimeError(text))
     assert explain(KeyError("x")) == ""
     assert explain(FileNotFoundError(2, "No such file", "x")) == ""  # a bug, if nobody caught it
 

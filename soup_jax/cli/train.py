@@ -43,7 +43,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     string(
         "local_device_ids",
         None,
-        "devices of this machine to use, such as 0,1; default all",
+        "of many processes: devices of this machine that this one uses, such as 0,1; default all",
         flag_values=values,
     )
 

@@ -152,8 +152,10 @@ def check_start(cfg: ConfigDict) -> None:
     """Refuse what no new run may have, though `check` lets older runs have it.
 
     Raises:
-      UserError: a schedule that never reaches its rate, or a seed that jax would cut.
+      UserError: a schedule that never reaches its rate, a seed that jax would cut, or bounds of a
+        document's length that exclude each other.
     """
+    check_lengths(cfg)
     o, steps = cfg.optimizer, cfg.num_steps
     _need(
         o.warmup_steps < steps,
@@ -166,6 +168,15 @@ def check_start(cfg: ConfigDict) -> None:
         f"than num_steps = {steps} together: lower one of them",
     )
     _need(cfg.seed < 1 << 32, f"seed = {cfg.seed} must be below 2^32 = {1 << 32}")
+
+
+def check_lengths(cfg: ConfigDict) -> None:
+    """UserError if no document has a length that `corpus` allows."""
+    shortest, longest = cfg.corpus.min_chars, cfg.corpus.max_chars
+    _need(
+        shortest <= longest,
+        f"corpus.min_chars = {shortest} must be at most corpus.max_chars = {longest}",
+    )
 
 
 def _need(condition: bool, message: str) -> None:
@@ -211,11 +222,6 @@ def _check_combinations(cfg: ConfigDict) -> None:
     _need(
         cfg.corpus.validation_fraction + cfg.corpus.held_out_fraction < 1,
         "corpus.validation_fraction + corpus.held_out_fraction must leave documents to train on",
-    )
-    _need(
-        cfg.corpus.min_chars <= cfg.corpus.max_chars,
-        f"corpus.min_chars = {cfg.corpus.min_chars} must be at most corpus.max_chars = "
-        f"{cfg.corpus.max_chars}",
     )
     _need(
         cfg.evaluate.tuning_fraction < 1 - cfg.evaluate.histogram_fraction,

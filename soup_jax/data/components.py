@@ -62,11 +62,21 @@ class Sparse:
         min_support_size: int = 1,
         support_exponent: float = 0.0,
     ):
-        """`min_support_size` to `support_size` domains, drawn by frequency ** exponent."""
+        """`min_support_size` to `support_size` domains, drawn by frequency ** exponent.
+
+        Raises:
+          UserError: the exponent leaves no domain a chance that float64 holds.
+        """
         self._settings = [min_support_size, support_size, support_exponent]
         self._low, self._high = min_support_size, support_size
         self._available = np.flatnonzero(frequencies_K)
         chances = frequencies_K[self._available] ** support_exponent
+        if not chances.any():
+            raise UserError(
+                f"domain_weights.support_exponent = {support_exponent:g} is too large: frequency "
+                "** support_exponent is zero for every domain. 1 draws domains by frequency, 0 "
+                "uniformly"
+            )
         self._chances = chances / chances.sum()
         self._chance_thresholds = thresholds(self._chances).tolist()
         self._num_chances = int(np.count_nonzero(self._chances))

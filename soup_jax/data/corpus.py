@@ -307,5 +307,5 @@ def _changed(
         name
         for name in (artefacts if names is None else artefacts.keys() & set(names))
         if not (path / name).is_file()
-        or files.sha256_file(path / name) != artefacts[name]["sha256"]
+        or inputs.sha256_file(path / name) != artefacts[name]["sha256"]
     ]

@@ -117,11 +117,11 @@ def from_config(cfg: ConfigDict, frequencies_K: np.ndarray) -> MetaDistribution:
     Raises:
       UserError: the file of `domain_weights.path` is missing or not rows of K weights, or it
         weighs a domain that has no windows; there is no such component, or it does not take the
-        arguments given.
+        arguments given; `support_exponent` leaves no domain a chance.
     """
     weights = cfg.domain_weights
     frequencies_K = np.asarray(frequencies_K, np.float64)
-    return MetaDistribution(
+    meta = MetaDistribution(
         probabilities=(weights.sparse, weights.generic, weights.dirichlet, weights.file),
         frequencies_K=frequencies_K,
         min_support_size=weights.min_support_size,
@@ -134,6 +134,8 @@ def from_config(cfg: ConfigDict, frequencies_K: np.ndarray) -> MetaDistribution:
             for name, probability, *arguments in weights.components
         ),
     )
+    _ = meta._components  # made, and so checked, now and not in a thread that reads
+    return meta
 
 
 def _component(frequencies_K: np.ndarray, name: str, arguments: Mapping[str, Any]) -> Component:

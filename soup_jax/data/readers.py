@@ -110,7 +110,8 @@ def _read_text(
         if size > MAX_DOCUMENT_BYTES:
             raise _TooLarge(
                 f"{_TOO_LARGE.format(MAX_DOCUMENT_BYTES)}, and a text file is one document: cut it "
-                "into files (`split -C 30m FILE`), or make it .jsonl, a document a line"
+                "into files (`split -C 30m --additional-suffix=.txt FILE`), or make it .jsonl, a "
+                "document a line"
             )
     data = b"".join(parts)
     parts.clear()

@@ -31,14 +31,24 @@ class Evaluator:
     With many processes, all call the same methods with the same sets and get the same numbers.
     """
 
-    def __init__(self, config: SoupConfig, model: BaseModel, mesh: Mesh, *, batch_size: int):
+    def __init__(
+        self,
+        config: SoupConfig,
+        model: BaseModel,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        sets: Iterable[TokenSet | None] = (),
+    ):
         """Settings, model and mesh are those of the run that is evaluated.
 
         Args:
           batch_size: windows per forward pass, rounded up to the devices.
+          sets: what will be scored, if it is known: a batch need not be larger than the largest.
         """
         self._mesh = mesh
-        self._rows = -(-batch_size // mesh.size) * mesh.size
+        most = max((len(s.tokens) for s in sets if s is not None), default=batch_size)
+        self._rows = -(-min(batch_size, max(most, 1)) // mesh.size) * mesh.size
         everywhere = sharding.replicated(mesh)
 
         def merged(params: Params, h_K: jax.Array) -> Params:

@@ -69,6 +69,7 @@ def abstract_step(cfg: ConfigDict, mesh: Mesh, *, model: BaseModel | None = None
         frequencies_K=np.full(cfg.num_domains, 1 / cfg.num_domains),
     )
     state = jax.eval_shape(make)
+    build.check_rules(cfg, state.params)
     shardings = train_state.state_shardings(mesh, state, optimizer)
     everywhere, rows = sharding.replicated(mesh), sharding.batch(mesh)
     metrics = jax.eval_shape(lambda: train_step.zero_metrics(cfg.num_domains))

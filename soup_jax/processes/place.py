@@ -5,7 +5,8 @@ Explicit settings, on the command line or in the environment, win:
     --coordinator=HOST:PORT    SOUP_JAX_COORDINATOR       process 0, any free port of it
     --num_processes=N          SOUP_JAX_NUM_PROCESSES
     --process_id=I             SOUP_JAX_PROCESS_ID
-    --local_device_ids=0,1     SOUP_JAX_LOCAL_DEVICE_IDS  devices of this machine; default all
+    --local_device_ids=0,1     SOUP_JAX_LOCAL_DEVICE_IDS  accelerators of this machine; default
+                                                          all
 
 The launcher gives the rest: Slurm, Open MPI, GKE (by the variables of its TPU node pools) or a
 Cloud TPU VM (by its metadata server). A Kubernetes job or JobSet of GPUs sets the first two itself;
@@ -108,7 +109,8 @@ def find_place(mode: str, flags: Settings, env: Mapping[str, str] = os.environ) 
       mode: auto (many processes if somebody clearly says so), on (an error if nobody does), off.
 
     Raises:
-      UserError: settings that contradict each other or are incomplete.
+      UserError: settings that contradict each other or are incomplete, or devices chosen for the
+        only process.
     """
     if mode not in MODES:
         raise UserError(f"--distributed={mode} is none of {list(MODES)}")
@@ -128,8 +130,16 @@ def find_place(mode: str, flags: Settings, env: Mapping[str, str] = os.environ) 
                 "--distributed=on, but no launcher was recognised (Slurm, Open MPI, GKE, Cloud TPU "
                 "VM); set --coordinator=HOST:PORT --num_processes=N --process_id=I on each process"
             )
-        return None
-    return _checked(wanted, found)
+        place = None
+    else:
+        place = _checked(wanted, found)
+    if place is None and wanted.local_device_ids is not None:
+        raise UserError(
+            "--local_device_ids (SOUP_JAX_LOCAL_DEVICE_IDS) says which devices one of many "
+            "processes takes, and this is the only one: leave it out, and choose devices by "
+            "CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES or TPU_VISIBLE_CHIPS"
+        )
+    return place
 
 
 def _checked(wanted: Settings, found: Place | None) -> Place | None:

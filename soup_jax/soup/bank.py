@@ -110,8 +110,8 @@ def init_bank(
     """The bank for `shared`, by kind; a kind's part is nested like it, without other leaves.
 
     Raises:
-      UserError: a leaf that no (regex, rule) pair covers, or that cannot have the rule it has; a
-        pair that applies to no leaf; no leaf with experts.
+      UserError: a leaf that no (regex, rule) pair covers, or that cannot have the rule it has; no
+        leaf with experts.
     """
     if num_experts == 0:
         return {}

@@ -97,11 +97,19 @@ def _evaluate_one(
         sets.append(sets_lib.specialist_set(name, path, corpus, cfg, part=part, others=others))
         for warning in sets[-1].histogram.warnings():
             _log.warning("specialist %s: %s", name, warning)
+    validation = sets_lib.validation_set(corpus, max_windows=cfg.evaluate.max_windows)
+    evaluator = Evaluator(
+        trained.config,
+        trained.model,
+        trained.mesh,
+        batch_size=cfg.evaluate.batch_size,
+        sets=[*(s.scored for s in sets), validation],
+    )
     return evaluate(
-        Evaluator(trained.config, trained.model, trained.mesh, batch_size=cfg.evaluate.batch_size),
+        evaluator,
         trained.params,
         corpus.domain_frequencies,
         specialists=sets,
-        validation=sets_lib.validation_set(corpus, max_windows=cfg.evaluate.max_windows),
+        validation=validation,
         columns=columns,
     )

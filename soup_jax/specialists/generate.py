@@ -2,6 +2,9 @@
 
 With a cache there are two compiled functions whatever the prompt: prefill over the padded prompt,
 and one token at a time. Without, each token takes a pass over the last `seq_len` tokens.
+
+Of a prompt longer than `seq_len` the last `seq_len` tokens are read. What is added with a cache may
+go beyond that: rotary positions have no end, but none was trained there, and the text gets worse.
 """
 
 import functools
@@ -17,6 +20,9 @@ import numpy as np
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Array, Params
+
+# The cache, and on some devices the program, is as long as the text.
+MAX_TOKENS = 1 << 16
 
 
 def _sample(logits_V: Array, key: Array, temperature: float) -> Array:
@@ -132,16 +138,19 @@ def generate_ids(
     """Ids that continue `prompt_ids`, up to `max_tokens` or the end-of-text token.
 
     Args:
-      seq_len: the tokens that a network without a cache sees at once.
+      seq_len: tokens of the training windows.
       temperature: 0 takes the likeliest token.
       seed: of the sampling; the same call gives the same ids.
 
     Raises:
-      UserError: the network is no language model, or the temperature is negative or not finite.
+      UserError: the network is no language model, the temperature is negative or not finite, or
+        `max_tokens` is above MAX_TOKENS.
     """
+    if not 0 <= max_tokens <= MAX_TOKENS:
+        raise UserError(f"max_tokens = {max_tokens} must be in [0, {MAX_TOKENS}]")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError(f"temperature = {temperature} must be finite and at least 0")
-    key = jax.random.key(seed)
+    key, prompt_ids = jax.random.key(seed), prompt_ids[-seq_len:]
     if model.decode is not None:
         found = _by_cache(model.decode, params, prompt_ids, key, max_tokens, temperature)
     elif model.logits is not None:

@@ -26,7 +26,7 @@ def instantiate_to(
 
     Args:
       documents: files, folders or globs; the documents of all are those of the one specialist.
-      say: takes lines on what was read.
+      say: takes lines on what was read: the checkpoint, and the documents.
 
     Returns:
       The specialist, and (label, weight) of the domains its documents resemble most.
@@ -40,6 +40,8 @@ def instantiate_to(
         files.refuse_address(source, "--documents")
     soup = load(run, step=step, corpus_dir=corpus_dir)
     sample = read_sample(sources, text_field=soup.cfg.corpus.text_field)
+    older = "" if soup.step == soup.newest else f" (its newest checkpoint is step {soup.newest})"
+    say(f"from step {soup.step} of {soup.workdir}{older}")
     for line in sample.summary():
         say(line)
     trained_on = soup.corpus.trained_on([d.hash for d in sample.documents])

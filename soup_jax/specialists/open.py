@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from soup_jax import soup, tree
-from soup_jax import storage as files
+from soup_jax import inputs, soup, tree
 from soup_jax.config import schema as config_lib
 from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
@@ -39,6 +38,8 @@ class Soup:
       mesh: of the devices here.
       params: shared parameters, bank and router.
       step: the optimizer updates behind them.
+      newest: the step of the newest checkpoint: another than `step` if an earlier one was asked
+        for, or the newest cannot be read.
     """
 
     workdir: pathlib.Path
@@ -48,6 +49,7 @@ class Soup:
     mesh: Mesh
     params: Params
     step: int
+    newest: int
 
     @property
     def config(self) -> SoupConfig:
@@ -131,7 +133,7 @@ class Soup:
             "eos_id": self.corpus.eos_id,
             "hashes": {
                 "corpus": self.corpus.fingerprint,
-                "config": files.sha256_file(self.workdir / "config.json"),
+                "config": inputs.sha256_file(self.workdir / "config.json"),
             },
         }
 
@@ -183,6 +185,7 @@ def load(
     target = checkpoint_lib.abstract_with_shardings(abstract.params, shardings.params)
     with checkpoint_lib.Checkpointer(workdir / "checkpoints") as checkpointer:
         params, step = checkpointer.restore_params(target, step=step)
+        newest = checkpointer.steps()[-1]
         fingerprint = checkpointer.data(step)["fingerprint"]["corpus"]
     if fingerprint != corpus.fingerprint:
         raise UserError(
@@ -190,7 +193,7 @@ def load(
             f"(fingerprint {fingerprint[:12]} -> {corpus.fingerprint[:12]}); give the folder of "
             "the old one"
         )
-    return Soup(workdir, cfg, corpus, model, mesh, params, step)
+    return Soup(workdir, cfg, corpus, model, mesh, params, step, newest)
 
 
 def corpus_of(workdir: str | pathlib.Path, *, corpus_dir: str = "") -> Corpus:

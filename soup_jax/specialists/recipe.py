@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from soup_jax import inputs
-from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.models.base import ModelSettings
@@ -42,7 +41,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     for file in ("params.safetensors", "tokenizer.json"):
         written = folder / file
         expected = recipe["hashes"].get(file.split(".")[0])
-        if not written.exists() or files.sha256_file(written) != expected:
+        if not written.exists() or inputs.sha256_file(written) != expected:
             raise UserError(
                 f"{written} is missing or not what its recipe.json describes; make it again"
             )

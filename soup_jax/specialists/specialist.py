@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from soup_jax.shapes import Params
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists.export import export
 from soup_jax.specialists.generate import generate_ids
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,12 +101,28 @@ class Specialist:
           UserError: its network is no language model.
         """
         # Training windows start after an end-of-text token, and so does the prompt.
-        eos_id = self.recipe["eos_id"]
+        eos_id, seq_len = self.recipe["eos_id"], self.recipe["seq_len"]
+        prompt_ids = [eos_id, *self.tokenizer.encode(prompt)]
+        if len(prompt_ids) > seq_len:
+            _log.warning(
+                "the prompt has %d tokens, more than the %d of the windows that the model was "
+                "trained on: only its last %d are read",
+                len(prompt_ids) - 1,
+                seq_len,
+                seq_len,
+            )
+        elif len(prompt_ids) + max_tokens > seq_len:
+            _log.warning(
+                "prompt and max_tokens have %d tokens, the windows that the model was trained on "
+                "%d: beyond that the text gets worse",
+                len(prompt_ids) - 1 + max_tokens,
+                seq_len,
+            )
         ids = generate_ids(
             self.model,
             self.params,
-            [eos_id, *self.tokenizer.encode(prompt)],
-            seq_len=self.recipe["seq_len"],
+            prompt_ids,
+            seq_len=seq_len,
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh as mesh_lib
 from soup_jax.models import base as models
@@ -16,6 +17,7 @@ from soup_jax.models.base import BaseModel, ModelSettings
 from soup_jax.optim.bank import bank_optimizer
 from soup_jax.optim.config import OptimizerConfig
 from soup_jax.optim.shared import shared_optimizer
+from soup_jax.shapes import Params
 from soup_jax.soup import SoupConfig
 from soup_jax.soup.bank import parse_rule
 
@@ -44,6 +46,16 @@ def soup_config(cfg: ConfigDict) -> SoupConfig:
         router_normalization=cfg.router.normalization,
         router_scale=cfg.router.scale,
     )
+
+
+def check_rules(cfg: ConfigDict, params: Params) -> None:
+    """Refuse rules for experts that no leaf of a soup's `params` has, which older runs may have.
+
+    Raises:
+      UserError: names the rule and the leaves.
+    """
+    if cfg.num_experts:
+        tree.check_rules_used(cfg.experts.rules, list(tree.flatten(params["shared"])))
 
 
 def optimizer_config(cfg: ConfigDict) -> OptimizerConfig:

@@ -36,6 +36,11 @@ from soup_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
 
+# Orbax warns of every folder that is opened for reading alone, as all commands but `train` do.
+logging.getLogger("absl").addFilter(
+    lambda record: not str(record.msg).startswith("Given directory is read only")
+)
+
 _ARRAYS = ("params", "opt_state")
 # Between two tries to read: a network file system may fail for a moment.
 _RETRY_SECS = 1.0

@@ -55,11 +55,15 @@ def earlier(run: Run, step: int, *, saved: list[int]) -> str:
     )
 
 
-def limit(vocab_size: int) -> float:
-    """The loss in nats per target above which a run has diverged: three times that of a uniform
-    guess. Spikes stay below. A network whose loss begins above it is stopped, too: its logits are
-    too large at the start."""
-    return 3 * math.log(vocab_size)
+def limit(vocab_size: int, first_loss: float | None) -> tuple[float, str]:
+    """The loss in nats per target above which a run has diverged, and what it is.
+
+    Spikes stay below three times the loss of a uniform guess. A network may begin above it.
+    """
+    guess = 3 * math.log(vocab_size)
+    if first_loss is not None and 1.5 * first_loss > guess:
+        return 1.5 * first_loss, "1.5 times the loss of the first step"
+    return guess, f"three times that of guessing among the {vocab_size} tokens"
 
 
 def _half_rate(run: Run) -> str:

@@ -187,6 +187,7 @@ class _Loop:
                 run.model,
                 run.mesh,
                 batch_size=run.cfg.evaluate.batch_size,
+                sets=[*(s.scored for s in specialists), validation],
             )
             if run.cfg.evaluate.every_steps
             else None
@@ -229,6 +230,8 @@ class _Loop:
                 state, meter.sums = step_fn(state, meter.sums, batch)
                 done = step + 1
                 self._sent(meter.sums["steps"], ahead=_AHEAD)
+                if step == start:
+                    meter.note_first()
                 self.bar.update()
                 if pending is not None:  # read only now, with the next step under way
                     self._log(pending, state)
@@ -278,7 +281,8 @@ class _Loop:
         if self.group.process_id == 0:
             write_json(path, report)
         # The step froze the state before this update, so what is saved here is sound.
-        self.checkpointer.save(state, self.run_.data_state(bad))
+        meter = {"first_loss": self.meter.first_loss}
+        self.checkpointer.save(state, {**self.run_.data_state(bad), "meter": meter})
         self.checkpointer.wait()
         labels = ", ".join(d["label"] for d in report["domains"].values())
         raise FloatingPointError(
@@ -289,12 +293,11 @@ class _Loop:
         )
 
     def _check_growth(self, done: int, line: dict[str, Any]) -> None:
-        limit = divergence.limit(self.run_.cfg.vocab_size)
+        limit, reason = divergence.limit(self.run_.cfg.vocab_size, self.meter.first_loss)
         if line["loss"] > limit:
             raise FloatingPointError(
                 f"the loss of the {line['steps']} steps before step {done} is {line['loss']:.4g} "
-                f"nats, more than {limit:.4g} (three times that of guessing among the "
-                f"{self.run_.cfg.vocab_size} tokens): the run diverged.\n"
+                f"nats, more than {limit:.4g} ({reason}): the run diverged.\n"
                 + divergence.earlier(self.run_, done, saved=self.checkpointer.steps())
             )
 

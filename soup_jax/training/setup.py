@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from soup_jax import inputs, tree
 from soup_jax import storage as files
-from soup_jax import tree
 from soup_jax.config import schema as config_lib
 from soup_jax.data import loader
 from soup_jax.data import meta_distribution as domain_weights
@@ -103,9 +103,8 @@ def setup(
     """
     config_lib.check(cfg)
     files.refuse_address(workdir, "--workdir")
-    new = not (workdir / "config.json").exists()  # earlier versions started others, too
-    if new:
-        config_lib.check_start(cfg)
+    new = not (workdir / "config.json").exists()
+    _check_new(new, config_lib.check_start, cfg)
     trackers.find(cfg.log.trackers)
     corpus = open_corpus(cfg.corpus.dir)
     loader.check_corpus(
@@ -113,7 +112,7 @@ def setup(
     )
     for warning in provenance.check_against(cfg, corpus) if new else ():
         _log.warning("%s", warning)
-    provenance.check_weights(cfg.domain_weights.path, corpus)
+    _check_new(new, provenance.check_weights, cfg.domain_weights.path, corpus)
     mesh = build.make_mesh(cfg, devices)
     meta = domain_weights.from_config(cfg, corpus.domain_frequencies)
     plan = SamplingPlan(
@@ -140,6 +139,7 @@ def setup(
         centroids_KC=corpus.centroids() if cfg.router.init == "centroids" else None,
     )
     abstract = jax.eval_shape(make)
+    _check_new(new, build.check_rules, cfg, abstract.params)
     shardings = state_shardings(mesh, abstract, optimizer)
     return Run(
         cfg=cfg,
@@ -152,6 +152,16 @@ def setup(
         init=jax.jit(make, out_shardings=shardings),
         group=distributed.current(),
     )
+
+
+def _check_new(new: bool, check: Callable[..., None], *arguments: Any) -> None:
+    # Earlier versions started runs that are refused today: these go on.
+    try:
+        check(*arguments)
+    except UserError as e:
+        if new:
+            raise
+        _log.warning("%s. A new run is refused for this; the one in this folder goes on", e)
 
 
 def read_initial(run: Run) -> None:
@@ -178,7 +188,7 @@ def read_initial(run: Run) -> None:
         corpus = reader.data(step)["fingerprint"]["corpus"]
     if corpus != run.corpus.fingerprint:
         _log.warning("%s was trained on another corpus: its domains meant other text", source)
-    origin = {"run": str(source.absolute()), "step": step, "config": files.sha256_file(config)}
+    origin = {"run": str(source.absolute()), "step": step, "config": inputs.sha256_file(config)}
     run.changes = {"checkpoint.init_from": ("", origin)}
 
 
@@ -245,7 +255,7 @@ def _seen(path: pathlib.Path) -> str:
         if path.exists():
             break
         time.sleep(1)
-    return files.sha256_file(path) if path.exists() else "missing"
+    return inputs.sha256_file(path) if path.exists() else "missing"
 
 
 def compile_together(group: Solo, name: str, jitted: Any, *arguments: Any) -> Any:

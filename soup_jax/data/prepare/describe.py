@@ -77,7 +77,7 @@ def write_manifest(
     # A worker of a killed command may still be at its last file for a moment.
     for path in files.files_in(final):
         name = path.relative_to(final).as_posix()
-        artefacts[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+        artefacts[name] = {"bytes": path.stat().st_size, "sha256": inputs.sha256_file(path)}
     extras = {TRAIN_HASHES: artefacts.pop(TRAIN_HASHES)}
     described = inputs.read_json(final / "domains.json")
     splits = {

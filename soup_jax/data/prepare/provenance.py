@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from soup_jax import inputs
-from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
@@ -58,8 +57,8 @@ def make_request(
             changed.append(entry)
     for entry in progress(changed) if changed else ():
         try:
-            entry["sha256"] = files.sha256_file(entry["path"])
-        except OSError:
+            entry["sha256"] = inputs.sha256_file(entry["path"])
+        except UserError:
             entry["sha256"] = None  # reading will report it
     return {"format": FORMAT_VERSION, "parameters": parameters, "sources": found}
 
@@ -155,9 +154,10 @@ def check(cfg: Any) -> None:
     """Refuse settings that cannot work, before anything is read.
 
     Raises:
-      UserError: there is no such embedder, or the vocabulary does not fit the tokenizer, or the
-        sample the domains.
+      UserError: no document can have an allowed length, there is no such embedder, or the
+        vocabulary does not fit the tokenizer, or the sample the domains.
     """
+    config_lib.check_lengths(cfg)
     EMBEDDERS.get(cfg.embed.kind)
     if cfg.tokenizer.path:
         size = tokenizer_lib.load_tokenizer(cfg.tokenizer.path).vocab_size

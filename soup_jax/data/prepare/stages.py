@@ -257,8 +257,8 @@ def _fit_centroids(work: Work) -> None:
 
 def _encode(work: Work) -> None:
     jobs = []
-    version = files.sha256_file(work.final / "tokenizer.json")
-    version += files.sha256_file(work.final / "embedder.json")
+    version = inputs.sha256_file(work.final / "tokenizer.json")
+    version += inputs.sha256_file(work.final / "embedder.json")
     for source, target, later in zip(*map(work.shards, ("documents", "encoded", "grouped"))):
         if not target.exists() and not later.exists():
             jobs.append((source, target, work.final, version))

@@ -10,8 +10,8 @@ import shutil
 import numpy as np
 from safetensors.numpy import save_file
 
+from soup_jax import inputs, tree
 from soup_jax import storage as files
-from soup_jax import tree
 from soup_jax.specialists.export import Exportable
 
 
@@ -23,8 +23,8 @@ def write(specialist: Exportable, folder: pathlib.Path) -> None:
     shutil.copyfile(specialist.tokenizer_path, tokenizer)
     hashes = {
         **specialist.recipe["hashes"],
-        "tokenizer": files.sha256_file(tokenizer),
-        "params": files.sha256_file(params),
+        "tokenizer": inputs.sha256_file(tokenizer),
+        "params": inputs.sha256_file(params),
     }
     recipe = files.sealed({**specialist.recipe, "hashes": hashes})
     files.write_json(folder / "recipe.json", recipe)
