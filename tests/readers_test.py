@@ -92,6 +92,25 @@ def test_the_largest_document_takes_less_than_a_gigabyte(tmp_path):
     assert megabytes < 1000
 
 
+@pytest.mark.parametrize("piece", ['{"":0},', "[0],", '"ab",'])
+def test_a_line_of_json_takes_less_than_a_gigabyte(tmp_path, piece):
+    inner = piece * ((readers.MAX_DOCUMENT_BYTES - 100) // len(piece))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(f'{{"x": [{inner}0]}}'.encode()))
+    _, megabytes = measured(tmp_path / "a.jsonl.zst")
+    assert megabytes < 700
+
+
+def test_a_line_of_many_objects_is_told_and_one_with_a_text_of_brackets_is_read(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(readers, "MAX_CONTAINERS", 100)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "more": [{}] * 99}))
+    assert "101 JSON objects and lists; the limit" in reason(tmp_path / "a.jsonl", "too_large")
+    text = '[{"' * 1000 + "\\"
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": text, "more": [{}] * 98}))
+    assert read(tmp_path / "b.jsonl")[0][0].text == text
+
+
 def test_a_value_of_parquet_that_repeats_does_not_fill_the_memory(tmp_path):
     values = pyarrow.array(["a" * (1 << 24)]).dictionary_encode()
     table = pyarrow.table({"text": values.take(pyarrow.array([0] * 50))})

@@ -23,9 +23,10 @@ from soup_jax.data.damage import Report, listed
 from soup_jax.errors import UserError
 
 # The largest text file, JSON line or Parquet value that is taken for a document: the text of 40
-# books. Python holds it as bytes and with up to four bytes a character, and JSON that is all empty
-# objects takes 25 times its size.
+# books. Python holds it as bytes and with up to four bytes a character.
 MAX_DOCUMENT_BYTES = 32 << 20
+# Objects and lists of a JSON line, each of which takes a hundred times its two characters.
+MAX_CONTAINERS = 1 << 20
 # What decompressing one frame of zstd may take; `zstd --long` needs this, --long=28 and more do not
 # fit.
 MAX_WINDOW_BYTES = 128 << 20
@@ -138,6 +139,10 @@ def _read_lines(
             reason = f"a longer line; {_TOO_LARGE.format(MAX_DOCUMENT_BYTES)}"
             report.add("too_large", source.path, number, reason)
             continue
+        if (count := _containers(data)) > MAX_CONTAINERS:
+            reason = f"{count:,} JSON objects and lists; the limit for a line is {MAX_CONTAINERS:,}"
+            report.add("too_large", source.path, number, reason)
+            continue
         try:
             record = json.loads(data.decode("utf-8").removeprefix("\ufeff"))
         except UnicodeDecodeError as e:
@@ -163,6 +168,16 @@ def _read_lines(
         else:
             del record, data
             yield number, text
+
+
+def _containers(data: bytes) -> int:
+    # An upper bound for most lines; those with more brackets are counted outside of strings.
+    most = data.count(b"{") + data.count(b"[")
+    if most <= MAX_CONTAINERS:
+        return most
+    array = np.frombuffer(data.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
+    inside = np.logical_xor.accumulate(array == ord('"'))
+    return int(np.count_nonzero(((array == ord("{")) | (array == ord("["))) & ~inside))
 
 
 def _longest_text(record: dict[str, Any]) -> str:
