@@ -1,6 +1,7 @@
 """Bad input of every command: one sentence, status 2, before work, and nothing is made.
 
 Cases of the schema are generated: a wrong type and a value beyond each bound of each field.
+benchmarks/bad_inputs.py runs the cases as processes, and measures their memory.
 """
 
 import json
@@ -59,7 +60,11 @@ def test_every_field_refuses_what_it_cannot_be(name, value):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Files of every wrong kind; commands run in it."""
-    here = tmp_path_factory.mktemp("bad")
+    return make_folder(tmp_path_factory.mktemp("bad"))
+
+
+def make_folder(here):
+    """Write them into an empty folder."""
     (here / "syntax.py").write_text("def get_config(:\n")
     (here / "imports.py").write_text("import nothing_of_this_name\nget_config = None\n")
     (here / "raises.py").write_text("def get_config():\n    raise KeyError('gone')\n")
