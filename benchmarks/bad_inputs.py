@@ -2,12 +2,12 @@
 
     python benchmarks/bad_inputs.py --fields=200
 
-Cases are all commands of tests/bad_input_test.py; a sample of its wrong values of config fields, each
-in a config of its own that `train` gets; and source files made to fill the memory or the time, each
-alone in a `prepare`. Each case is a process, forked from one that has imported the command line
-alone. Printed is a line of JSON: cases; those that ended with a traceback, in silence (with another
-status than 2, or without the sentence), or not within `--timeout` seconds; the largest peak of
-resident memory in MB, the most seconds, and the cases that took them.
+Cases are all commands of tests/bad_input_test.py; a sample of its wrong values of config fields,
+each in a config of its own that `train` gets; and source files made to fill the memory or the time,
+each alone in a `prepare`. Each case is a process, forked from one that has imported the command
+line alone. Printed is a line of JSON: cases; those that ended with a traceback, in silence (with
+another status than 2, or without the sentence), or not within `--timeout` seconds; the largest peak
+of resident memory in MB, the most seconds, and the cases that took them.
 """
 
 import argparse
