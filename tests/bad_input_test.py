@@ -63,6 +63,10 @@ def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("bad"))
 
 
+RECIPE = {"alpha": [], "eos_id": 0, "h": [1], "hashes": {}, "model": {}}
+RECIPE |= {"seq_len": 8, "vocab_size": 9}
+
+
 def make_folder(here):
     """Write them into an empty folder."""
     (here / "syntax.py").write_text("def get_config(:\n")
@@ -87,11 +91,13 @@ def make_folder(here):
         "made": {"recipe.json": "[]"},
         "made2": {"recipe.json": json.dumps({"h": "x"})},
         "made3": {"recipe.json": '{"format": 99}'},
+        "made4": {"recipe.json": json.dumps(RECIPE)},
     }.items():
         (here / name).mkdir()
         for file, text in files.items():
             (here / name / file).write_text(text)
     os.mkfifo(here / "empty" / "config.json")
+    os.mkfifo(here / "made4" / "params.safetensors")
     return here
 
 
@@ -109,6 +115,11 @@ COMMANDS = [
     (["train", "--config=raises.py", "--workdir=w"], "raises.py, line 2: KeyError: 'gone'"),
     (["train", "--config=none.py", "--workdir=w"], "returned NoneType"),
     (["train", QUICKSTART], "--workdir=DIR is required"),
+    (["train", QUICKSTART, "--workdir=file"], "--workdir=file is no folder"),
+    (["train", QUICKSTART, "--workdir=/dev/null"], "--workdir=/dev/null is no folder"),
+    (["train", QUICKSTART, "--workdir=/proc/foo"], "--workdir=/proc/foo cannot be written"),
+    (["train", QUICKSTART, "--workdir=w", "--local_device_ids=7"], "this is the only one"),
+    (["train", QUICKSTART, "--workdir=w", f"--config.seed={1 << 63}"], "must be below 2^32"),
     (["train", QUICKSTART, "--workdir=a", "--workdir=b"], "--workdir is given 2 times"),
     (["train", QUICKSTART, "--workdir=w", "--num_steps=3"], "--config.num_steps="),
     (["train", QUICKSTART, "--workdir=w", "--config.no.x=3"], "unknown field no.x"),
@@ -156,6 +167,7 @@ COMMANDS = [
     (["evaluate", "--workdir=run", "--json=empty"], "--json=empty is a folder"),
     (["evaluate", "--workdir=run", "--text=/proc/x"], "--text=/proc/x cannot be written"),
     (["evaluate", "--workdir=run", "--step=many"], "step"),
+    (["evaluate", "--workdir=run", "--max_windows=-1"], "max_windows"),
     (["evaluate", "--workdir=run", "--part=nonsense"], "part"),
     (["instantiate"], "--run is required"),
     (["instantiate", "--run=run", "--documents=lines.jsonl", "--out=file"], "no folder"),
@@ -165,6 +177,8 @@ COMMANDS = [
     (["generate", "--model=made"], "no JSON object"),
     (["generate", "--model=made2"], "is missing"),
     (["generate", "--model=made3"], "format 99"),
+    (["generate", "--model=made4"], "params.safetensors is no regular file"),
+    (["generate", "--model=run"], "see `soup-jax instantiate`"),
     (["generate", "--model=made", "--seed=99999999999999999999"], "seed"),
     (["generate", "--model=made", "--seed=-1"], "seed"),
     (["generate", "--model=made", "--temperature=-1"], "temperature"),

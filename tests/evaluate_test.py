@@ -285,6 +285,14 @@ def test_table_of_an_evaluation_names_all_columns(evaluated):
     assert text.splitlines()[0].split() == [*COLUMNS, "generic"]
 
 
+def test_what_is_equal_is_not_called_worse():
+    equal, lower = {"loss": 2.0}, {"loss": 1.5}
+    row = {"specialist": equal, "again": equal, "better": lower}
+    said = table.verdict({"average": row, "specialists": {"a": row}}).splitlines()
+    assert said[0].startswith("specialists are as good as again on average")
+    assert said[1].startswith("specialists are 0.5000 nats WORSE than better on average")
+
+
 def test_names_are_those_of_the_files(tiny_text):
     found = sets.document_sets([str(tiny_text / "c*.jsonl"), str(tiny_text / "python.jsonl")])
     assert found == {n: str(tiny_text / f"{n}.jsonl") for n in ("cooking", "python")}

@@ -37,7 +37,11 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     string("text", "", "a file that gets what is printed, too", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
     flags.DEFINE_integer(
-        "max_windows", None, "scored per set; 0: all; default: the run's config", flag_values=values
+        "max_windows",
+        None,
+        "scored per set; 0: all; default: the run's config",
+        lower_bound=0,
+        flag_values=values,
     )
     flags.DEFINE_enum(
         "part",

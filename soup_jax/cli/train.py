@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from soup_jax.cli import config_flag
 from soup_jax.errors import UserError
-from soup_jax.storage import refuse_address
+from soup_jax.storage import check_folder_target
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ def run(values: flags.FlagValues) -> int:
     cfg = config_flag.checked(values)
     if not values.workdir:
         raise UserError("--workdir=DIR is required: the folder the run is written to")
-    refuse_address(values.workdir, "--workdir")  # many processes write their secret there
+    check_folder_target(values.workdir, "--workdir")
     from soup_jax.processes import place as place_lib
 
     ids = values.local_device_ids

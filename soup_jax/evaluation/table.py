@@ -59,11 +59,11 @@ def verdict(result: dict[str, Any]) -> str:
             sentences.append(f"specialists and {column} have no averages to compare")
             continue
         word = "better" if gain > 0 else "WORSE"
+        than = f"{abs(gain):.4f} nats {word} than" if abs(gain) >= 5e-5 else "as good as"
         rows = result["specialists"].values()
         wins = sum(row["specialist"]["loss"] < row[column]["loss"] for row in rows)
         sentences.append(
-            f"specialists are {abs(gain):.4f} nats {word} than {column} on average, "
-            f"and better on {wins} of {len(rows)} sets"
+            f"specialists are {than} {column} on average, and better on {wins} of {len(rows)} sets"
         )
     return "\n".join(sentences)
 

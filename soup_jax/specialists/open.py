@@ -207,8 +207,8 @@ def corpus_of(workdir: str | pathlib.Path, *, corpus_dir: str = "") -> Corpus:
         return open_corpus(corpus_dir or cfg.corpus.dir)
     except UserError as e:
         raise UserError(
-            f"{e}. If the corpus of {workdir} lies elsewhere, give its folder: --corpus=DIR of "
-            "`instantiate`, corpus_dir in Python"
+            f"{e}. If the corpus of {workdir} lies elsewhere, make a link to it there, or give its "
+            "folder: --corpus=DIR of `instantiate`, corpus_dir in Python"
         ) from e
 
 
