@@ -208,6 +208,9 @@ def test_damage_is_noticed(corpus_dir, tmp_path):
     (path / name).write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
     with pytest.raises(UserError, match="00000-of-00003 differ"):
         open_corpus(path).verify()
+    (path / name).write_bytes(b"\x55" * len(content))
+    with pytest.raises(UserError, match=r"00000-of-00003, window \d+: .*Restore the file"):
+        open_corpus(path).read_windows("train", [0])
 
 
 def test_what_is_not_a_finished_corpus_says_what_to_do(tmp_path):

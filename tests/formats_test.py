@@ -130,6 +130,10 @@ def test_a_corpus_of_a_later_version_is_refused(tiny_corpus, tmp_path):
         (lambda v: v["model"].update(num_layer=2), r"model\.num_layer = 2 is unknown .*num_layers"),
         (lambda v: v["model"].update(dim="8"), r"model\.dim = '8' is a str"),
         (lambda v: v.pop("hashes"), "hashes is missing"),
+        (lambda v: v["model"].update(num_heads=0), r"model\.num_heads = 0 must be at least 1"),
+        (lambda v: v.update(seq_len=0), "seq_len = 0"),
+        (lambda v: v.update(eos_id=9999), "eos_id = 9999"),
+        (lambda v: v.update(h=[1, 2, 3]), "h, which must add up to 1"),
     ],
 )
 def test_recipes_that_cannot_be_read(specialist, change, message):

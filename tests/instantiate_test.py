@@ -107,6 +107,53 @@ def test_changed_parameters_are_refused(made, tmp_path):
         _load(folder)
 
 
+def unsealed(folder, change=lambda recipe: None):
+    """The recipe changed, without a seal, as those of the first version were, and with the hash of
+    the parameters that are there."""
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["hashes"]["params"] = inputs.sha256_file(folder / "params.safetensors")
+    change(recipe)
+    del recipe["seal"]
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+
+
+def _fill(folder, value):
+    leaves = load_file(folder / "params.safetensors")
+    save_file({**leaves, "embedding": np.full_like(leaves["embedding"], value)}, folder / "p")
+    (folder / "p").rename(folder / "params.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda f: unsealed(f, lambda r: r["model"].update(dim=64)),
+            r"embedding is \(400, 32\), expected \(400, 64\)",
+        ),
+        (lambda f: unsealed(f, lambda r: r["model"].update(num_layers=9)), r"expected \(9, 32"),
+        (
+            lambda f: unsealed(f, lambda r: r["model"].update(kind="os:system")),
+            "'os:system' takes no ModelSettings",
+        ),
+        (
+            lambda f: unsealed(f, lambda r: r["model"].update(args=["a"])),
+            "must be pairs",
+        ),
+        (lambda f: (_fill(f, np.nan), unsealed(f)), r"are not finite \(embedding\)"),
+        (
+            lambda f: ((f / "params.safetensors").write_bytes(b"junk" * 9), unsealed(f)),
+            "no safetensors file, or damaged",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(change, message, made, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(made, folder)
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        _load(folder)
+
+
 def test_changed_tokenizer_is_refused(made, tmp_path):
     folder = tmp_path / "changed"
     shutil.copytree(made, folder)

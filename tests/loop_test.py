@@ -447,6 +447,24 @@ def test_a_loss_that_grew_beyond_all_bounds_is_a_divergence(make_cfg, tmp_path):
         train.train(cfg, tmp_path)
 
 
+def test_steps_before_a_damaged_window_are_saved(make_cfg, tmp_path, monkeypatch):
+    from soup_jax.data.corpus import Corpus
+
+    read, calls = Corpus.read_windows, []
+
+    def damaged(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            raise UserError("windows/x is damaged")
+        return read(*arguments)
+
+    monkeypatch.setattr(Corpus, "read_windows", damaged)
+    cfg = make_cfg(**{"loader.num_threads": 1})
+    with pytest.raises(UserError, match=r"x is damaged\. Step 6 is saved; the same command"):
+        train.train(cfg, tmp_path)
+    assert final_state(cfg, tmp_path)[1]["step"] == 6
+
+
 def test_a_network_may_begin_with_a_large_loss(make_cfg, tmp_path):
     def large(key):
         params = whole.init(key)

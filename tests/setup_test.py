@@ -108,6 +108,23 @@ def test_a_run_that_would_not_be_started_today_goes_on(tiny_corpus, tmp_path, ca
     assert open_lib.load(tmp_path).step == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("changes.jsonl", "junk\n", r"changes\.jsonl, line 1 is damaged .*delete it"),
+        ("changes.jsonl", "{}\n", r"changes\.jsonl, line 1 is damaged, .*step is missing"),
+        ("changes.jsonl", None, r"changes\.jsonl is a folder"),
+        ("parameters.txt", None, r"parameters\.txt is a folder"),
+    ],
+)
+def test_damaged_records_of_a_run_are_told(name, text, message, tiny_corpus, tmp_path):
+    start(tmp_path, tiny_corpus)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir() if text is None else (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        run_lib.settle(start(tmp_path, tiny_corpus), 0)
+
+
 def test_an_empty_folder_starts_from_the_seed(tiny_corpus, tmp_path):
     state = restore(start(tmp_path, tiny_corpus))
     assert (int(state.step), int(state.bad_step)) == (0, -1)

@@ -103,9 +103,12 @@ def restore(
 def restore_section(
     section: str, found: Mapping[str, Any], *, where: str | os.PathLike
 ) -> dict[str, Any]:
-    """`restore` of one section, whose fields are named without it."""
+    """`restore` of one section, whose fields are named without it; the values are checked, too."""
     names = [name for name in FIELDS if name.startswith(f"{section}.")]
     values = restore(dict(flat_items(found, f"{section}.")), names, where=where)
+    for name, value in values.items():
+        if problem := FIELDS[name].value_problem(value):
+            raise UserError(f"{where}: {problem}")
     return {name.removeprefix(f"{section}."): value for name, value in values.items()}
 
 

@@ -77,10 +77,20 @@ class _Records:
         self._readers: dict[int, Any] = {}
 
     def read(self, ids: np.ndarray) -> list[bytes]:
-        """The records with these numbers, in this order."""
+        """The records with these numbers, in this order; UserError names a damaged file."""
         file = np.searchsorted(self._ends, ids, side="right")
         record = ids - np.concatenate([[0], self._ends])[file]
-        return [self._reader(f).read(i, i + 1)[0] for f, i in zip(file.tolist(), record.tolist())]
+        return [self._record(f, i) for f, i in zip(file.tolist(), record.tolist())]
+
+    def _record(self, file: int, record: int) -> bytes:
+        try:
+            return self._reader(file).read(record, record + 1)[0]
+        except (IndexError, ValueError, RuntimeError, OSError) as e:
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise UserError(
+                f"the corpus is damaged: {self._paths[file]}, window {record}: {reason}. Restore "
+                "the file, or delete the corpus and prepare it again, which gives the same bytes"
+            ) from e
 
     def _reader(self, file: int) -> Any:
         if file not in self._readers:

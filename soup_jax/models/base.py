@@ -86,7 +86,10 @@ class ModelSettings:
         """
         fields = {name: value for name, value in section.items() if name != "kind"}
         fields |= {"vocab_size": vocab_size, "seq_len": seq_len}
-        fields["args"] = tuple((name, value) for name, value in fields.get("args", ()))
+        args = fields.get("args", ())
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in args):
+            raise UserError(f"model.args must be pairs (name, value), not {args!r}")
+        fields["args"] = tuple((name, value) for name, value in args)
         declared = dataclasses.fields(cls)
         unknown = fields.keys() - {f.name for f in declared}
         missing = {f.name for f in declared if f.default is dataclasses.MISSING} - fields.keys()
@@ -108,7 +111,13 @@ def make(kind: str, settings: ModelSettings) -> BaseModel:
     Raises:
       UserError: no such network, settings that it refuses, or what was made is no BaseModel.
     """
-    model = KINDS.get(kind)(settings)
+    function = KINDS.get(kind)
+    try:
+        model = function(settings)
+    except TypeError as e:
+        if e.__traceback__ is not None and e.__traceback__.tb_next is not None:
+            raise  # from inside of it
+        raise UserError(f"model.kind = {kind!r} takes no ModelSettings: {e}") from e
     if not isinstance(model, BaseModel):
         raise UserError(
             f"model.kind = {kind!r} returned a {type(model).__name__}, and must return a BaseModel "

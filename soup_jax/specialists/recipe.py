@@ -38,6 +38,14 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     inputs.read_format(recipe, path, newest=FORMAT)
     inputs.check_structure(recipe, _RECIPE, path)
     inputs.check_seal(recipe, path)
+    h, eos_id = recipe["h"], recipe["eos_id"]
+    for good, what in (
+        (recipe["seq_len"] > 0, f"seq_len = {recipe['seq_len']}"),
+        (0 <= eos_id < recipe["vocab_size"], f"eos_id = {eos_id}"),
+        (min(h, default=-1) >= 0 and abs(sum(h) - 1) < 1e-3, "h, which must add up to 1"),
+    ):
+        if not good:
+            raise UserError(f"{path} is damaged: it cannot be that {what}. Make it again")
     for file in ("params.safetensors", "tokenizer.json"):
         written = folder / file
         expected = recipe["hashes"].get(file.split(".")[0])

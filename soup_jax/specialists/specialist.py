@@ -7,13 +7,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
-from safetensors.numpy import load_file
 
 from soup_jax import storage as files
 from soup_jax import tree
 from soup_jax.data.domain_histogram import DocumentHistogram
 from soup_jax.data.tokenizer import Tokenizer, load_tokenizer
+from soup_jax.errors import UserError
+from soup_jax.inputs import read_tensors
 from soup_jax.models import base as models
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Params
@@ -55,9 +57,12 @@ class Specialist:
         files.refuse_address(folder)
         folder = pathlib.Path(folder).absolute()  # read later too, wherever that is
         made = recipe_lib.read(folder)
+        model = model or models.make(made["model"].get("kind", ""), recipe_lib.settings(made))
+        leaves = read_tensors(folder / "params.safetensors")
+        _check_leaves(leaves, model, folder)
         return cls(
-            params=tree.unflatten(load_file(folder / "params.safetensors")),
-            model=model or models.make(made["model"].get("kind", ""), recipe_lib.settings(made)),
+            params=tree.unflatten(leaves),
+            model=model,
             recipe=made,
             tokenizer_path=folder / "tokenizer.json",
         )
@@ -129,3 +134,19 @@ class Specialist:
             eos_id=eos_id,
         )
         return self.tokenizer.decode([i for i in ids if i != eos_id])
+
+
+def _check_leaves(leaves: Mapping[str, np.ndarray], model: BaseModel, folder: pathlib.Path) -> None:
+    wanted = tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    for path in sorted(wanted.keys() | leaves.keys()):
+        here, there = (x[path].shape if path in x else "absent" for x in (leaves, wanted))
+        if here != there:
+            raise UserError(
+                f"{folder}: params.safetensors is not of the network that its recipe.json (or "
+                f"`model`) describes: {path} is {here}, expected {there}"
+            )
+        if not np.isfinite(leaves[path].astype(np.float32)).all():
+            raise UserError(
+                f"{folder}: the parameters are not finite ({path}): make it again, from an earlier "
+                "step of the run (`instantiate --step`)"
+            )

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from soup_jax.config import schema as config_lib
 from soup_jax.data.sampling import plan_index
 from soup_jax.errors import UserError
+from soup_jax.inputs import check_structure, read_text
 from soup_jax.storage import write_text
 
 _log = logging.getLogger(__name__)
@@ -86,12 +87,14 @@ def record(workdir: pathlib.Path, changes: Changes, *, start: int) -> None:
     """Add `changes`, which hold from step `start` on, to the run's changes.jsonl.
 
     Those of later steps, which a start from an earlier checkpoint undid, hold from `start` on too.
+
+    Raises:
+      UserError: there is a changes.jsonl that cannot be read.
     """
     path = workdir / "changes.jsonl"
     if not changes and not path.exists():
         return
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = _read(path) if path.exists() else []
     lines = [line | {"step": min(line["step"], start)} for line in lines]
     # A start that was killed before its first save is repeated.
     lines = [line for line in lines if line["step"] < start or line["field"] not in changes]
@@ -100,3 +103,16 @@ def record(workdir: pathlib.Path, changes: Changes, *, start: int) -> None:
         _log.info("from step %d on: %s: %r -> %r", start, field, old, new)
         lines.append({"step": start, "time": now, "field": field, "old": old, "new": new})
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+    lines = []
+    for number, text in enumerate(read_text(path).splitlines(), start=1):
+        place = f"{path}, line {number}"
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{place} is damaged ({e}): restore the file, or delete it") from e
+        check_structure(value, {"step": int, "field": str}, place)
+        lines.append(value)
+    return lines

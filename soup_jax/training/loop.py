@@ -12,7 +12,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +21,13 @@ from tqdm import tqdm
 
 from soup_jax import tree
 from soup_jax.data import loader
+from soup_jax.errors import UserError
 from soup_jax.evaluation import evaluator as evaluator_lib
 from soup_jax.evaluation import sets as sets_lib
 from soup_jax.models.base import BaseModel
 from soup_jax.processes import watchdog
 from soup_jax.processes.stop import stop_requests
+from soup_jax.soup import Batch
 from soup_jax.soup import layout as sharding
 from soup_jax.storage import sha256_bytes, write_json
 from soup_jax.training import build, divergence, metrics
@@ -220,7 +222,7 @@ class _Loop:
                     self._stop(state, step, pending)
                 self.group.at("reading data")
                 before = time.perf_counter()
-                batch = loader.to_device(next(batches), run.mesh)
+                batch = loader.to_device(self._next(batches, state, step, start), run.mesh)
                 meter.feed(run.plan[step], time.perf_counter() - before)
                 self.group.at("compiling" if step == start else "training")
                 if step == start:
@@ -262,6 +264,17 @@ class _Loop:
         while len(self.sent) > ahead:
             jax.block_until_ready(self.sent.popleft())
             self.group.at("training")
+
+    def _next(self, batches: Iterator[Batch], state: TrainState, step: int, start: int) -> Batch:
+        try:
+            return next(batches)
+        except UserError as e:
+            # With many processes the others, which may read on, would have to save with this one.
+            if step == start or self.group.num_processes > 1:
+                raise
+            self._save(state, step)
+            self.checkpointer.wait()
+            raise UserError(f"{e}. Step {step} is saved; the same command goes on from it") from e
 
     def _saves(self, done: int) -> bool:
         every = self.run_.cfg.checkpoint.every_steps

@@ -224,7 +224,7 @@ def claim_workdir(run: Run, *, accept_changes: bool = False) -> None:
         leaves = tree.flatten(run.abstract.params)
         lines = [f"{p} {x.dtype}{list(x.shape)} {x.sharding.spec}\n" for p, x in leaves.items()]
         listing = run.workdir / "parameters.txt"
-        if not listing.exists() or listing.read_text(encoding="utf-8") != "".join(lines):
+        if not listing.exists() or inputs.read_text(listing) != "".join(lines):
             files.write_text(listing, "".join(lines))
     if run.group.num_processes > 1:
         run.group.meet("workdir written", timeout=timeout)
