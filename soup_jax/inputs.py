@@ -10,7 +10,8 @@ import os
 import pathlib
 import stat
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 from soup_jax import storage
 from soup_jax.errors import UserError
@@ -20,7 +21,7 @@ from soup_jax.errors import UserError
 MAX_TEXT_BYTES = 1 << 28
 
 
-def open_file(path: str | os.PathLike) -> BinaryIO:
+def open_file(path: str | os.PathLike) -> BufferedReader:
     """Open a file for reading, as bytes.
 
     Raises:
