@@ -256,7 +256,7 @@ def check_room(folder: str | os.PathLike, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise UserError(
-            f"{what} needs {num_bytes / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB free: "
+            f"{what} needs {num_bytes / 1e6:,.1f} MB, and {place} has {free / 1e6:,.1f} MB free: "
             "make room or choose another disk"
         )
 

@@ -192,6 +192,16 @@ def test_a_manifest_of_an_older_version_has_no_seal_but_a_fingerprint(corpus):
         open_corpus(corpus)
 
 
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd"])
+def test_a_manifest_names_no_file_elsewhere(name, corpus):
+    path = corpus / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["window_files"]["train"][0]["name"] = name
+    path.write_text(json.dumps(storage.sealed(manifest)))
+    with pytest.raises(UserError, match=f"it names '{name}', not a file here"):
+        open_corpus(corpus)
+
+
 def test_structures_are_compared_field_by_field(tmp_path):
     like = {"a": int, "b?": [float], "c": {...: {"d": str}}}
     inputs.check_structure({"a": 1, "c": {}, "more": 1}, like, "x")

@@ -286,6 +286,12 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
     inputs.read_format(manifest, where, newest=FORMAT_VERSION)
     inputs.check_structure(manifest, _MANIFEST, where)
     inputs.check_seal(manifest, where)
+    windows = (file["name"] for files_ in manifest["window_files"].values() for file in files_)
+    for name in (*manifest["artefacts"], *windows):
+        if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
+            raise UserError(
+                f"{where} was not written by soup_jax: it names {name!r}, not a file here"
+            )
     # The fingerprint is the hash of these hashes; what a run and a recipe compare depends on it.
     if manifest["fingerprint"] != fingerprint_of(manifest):
         raise UserError(
