@@ -4,7 +4,10 @@ import errno
 import json
 import logging
 import math
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -99,6 +102,34 @@ def test_mistake_is_one_line(arguments, words, capsys, tmp_path):
     line = _error(capsys, arguments)
     assert all(word in line for word in words), line
     assert list(tmp_path.iterdir()) == []  # refused before anything is written
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 2, "x: the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), 2, "x: the file system is read-only"),
+        (MemoryError(), 2, "the machine is out of memory"),
+    ],
+)
+def test_what_stops_a_command_is_one_line(error, status, says, monkeypatch, capsys):
+    def run(values):
+        raise error
+
+    monkeypatch.setattr(main.SUBCOMMANDS["verify"], "run", run)
+    assert main.run(["verify", "x"]) == status
+    assert capsys.readouterr().err.startswith(f"soup-jax: error: {says}")
+
+
+@pytest.mark.parametrize("arguments", [["help"], ["verify", "--help"]])
+def test_a_closed_pipe_ends_a_command_in_silence(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "soup_jax.cli", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_error_of_a_config_file_is_its_last_sentence(capsys, tmp_path):

@@ -108,6 +108,18 @@ def test_a_second_picture_replaces_the_first_and_leaves_nothing_else(tiny_run, t
     assert sorted(p.name for p in run.iterdir()) == ["learning_curve.png", "metrics.jsonl"]
 
 
+def test_a_picture_that_cannot_be_drawn_fails_nothing(tmp_path):
+    lines = [{"step": 1, "kind": "train"}, {"step": 2, "kind": "train", "tokens": [], "loss": 1}]
+    for line in lines:  # the first has no numbers and is left out, the second has others
+        with (tmp_path / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps(line) + "\n")
+        assert learning_curve.drawn(tmp_path).startswith("not drawn: ") == ("tokens" in line)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "learning_curve.png").unlink()
+    (tmp_path / "learning_curve.png").mkdir()
+    assert learning_curve.drawn(tmp_path).startswith("not drawn: IsADirectoryError")
+
+
 def test_run_without_metrics_still_gets_a_picture(tmp_path):
     _check_picture(learning_curve.draw(tmp_path))
 

@@ -50,25 +50,11 @@ def _set_up_logging() -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run one subcommand with its arguments; returns the exit status."""
-    if not argv or argv[0] in ("--help", "-h", "help"):
-        print(__doc__)
-        return 0 if argv else 2
-    name, *arguments = argv
-    if name not in SUBCOMMANDS:
-        print(
-            f"soup-jax: error: unknown subcommand {name!r}; there are {', '.join(SUBCOMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
-    subcommand = SUBCOMMANDS[name]
-    values = flags.FlagValues()
-    if "--help" in arguments or "-h" in arguments:
-        subcommand.define(values, [])
-        print(f"{__doc__}\nFlags of {name}:\n{_flags_help(values)}")
-        return 0
     _set_up_logging()
     try:
-        return _run(name, arguments, values)
+        status = _run(argv)
+        sys.stdout.flush()  # a closed pipe is told here, not at the end of the interpreter
+        return status
     except UserError as e:
         text, status = str(e), 2
     except KeyboardInterrupt:
@@ -85,8 +71,19 @@ def run(argv: Sequence[str]) -> int:
     return status
 
 
-def _run(name: str, arguments: Sequence[str], values: flags.FlagValues) -> int:
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(__doc__)
+        return 0 if argv else 2
+    name, *arguments = argv
+    if name not in SUBCOMMANDS:
+        raise UserError(f"unknown subcommand {name!r}; there are {', '.join(SUBCOMMANDS)}")
     subcommand = SUBCOMMANDS[name]
+    values = flags.FlagValues()
+    if "--help" in arguments or "-h" in arguments:
+        subcommand.define(values, [])
+        print(f"{__doc__}\nFlags of {name}:\n{_flags_help(values)}")
+        return 0
     command = [f"soup-jax {name}", *config_flag.resolve(arguments)]
     try:
         subcommand.define(values, command)
@@ -104,9 +101,7 @@ def _run(name: str, arguments: Sequence[str], values: flags.FlagValues) -> int:
         values[positional].parse(rest.pop())
     if rest:
         raise UserError(f"unexpected arguments {rest}; flags are given as --name=value")
-    status = subcommand.run(values)
-    sys.stdout.flush()  # a closed pipe is told here, not at the end of the interpreter
-    return status
+    return subcommand.run(values)
 
 
 def _check_once(values: flags.FlagValues, arguments: Sequence[str]) -> None:
