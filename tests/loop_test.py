@@ -519,6 +519,14 @@ def test_a_last_interval_that_is_shorter_has_a_line(make_cfg, tmp_path):
         ),
         ({"tokenizer.path": "/nonexistent"}, "/nonexistent does not exist"),
         ({"experts.rules": ((".*", "dense"), ("embedding", "none"))}, "applies to no leaf"),
+        (
+            {
+                "domain_weights.sparse": 0.3,
+                "domain_weights.file": 0.5,
+                "domain_weights.path": "/proc",
+            },
+            "/proc is a folder",
+        ),
         ({"corpus.min_chars": 9, "corpus.max_chars": 8}, "at most corpus.max_chars = 8"),
         ({"domain_weights.support_exponent": 1e9}, "support_exponent = 1e[+]09 is too large"),
     ],

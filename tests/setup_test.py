@@ -106,6 +106,15 @@ def test_a_run_that_would_not_be_started_today_goes_on(tiny_corpus, tmp_path, ca
     with Checkpointer(tmp_path / "checkpoints", run.cfg) as checkpointer:
         checkpointer.save(run.init(), run.data_state(5))
     assert open_lib.load(tmp_path).step == 5
+    weights = {name: value for name, value in fields.items() if name.startswith("domain_weights")}
+    with pytest.raises(UserError, match="is the recipe of a specialist on another corpus"):
+        start(tmp_path / "new", tiny_corpus, **weights)
+
+
+def test_a_vocabulary_that_is_never_used_is_said(tiny_corpus, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="soup_jax"):
+        start(tmp_path, tiny_corpus, vocab_size=4096)
+    assert "vocab_size = 4096, but the tokenizer has 400 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(
