@@ -466,6 +466,21 @@ def test_steps_before_a_damaged_window_are_saved(make_cfg, tmp_path, monkeypatch
         assert reader.steps()[-1] == 6
 
 
+def test_steps_before_an_evaluation_without_room_are_saved(
+    make_cfg, tiny_text, tmp_path, monkeypatch
+):
+    def evaluate(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+    cfg = make_cfg(**evaluating(tiny_text), **{"checkpoint.every_steps": 0})
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        train.train(cfg, tmp_path)
+    with Checkpointer(tmp_path / "checkpoints") as reader:
+        (step,) = reader.steps()
+        assert reader.data(step)["evaluation_due"]  # it is made up by the next start
+
+
 def test_a_network_may_begin_with_a_large_loss(make_cfg, tmp_path):
     def large(key):
         params = whole.init(key)

@@ -269,12 +269,17 @@ class _Loop:
         try:
             return next(batches)
         except UserError as e:
-            # With many processes the others, which may read on, would have to save with this one.
-            if step == start or self.group.num_processes > 1:
+            if step == start or not self._keep(state, step):
                 raise
-            self._save(state, step)
-            self.checkpointer.wait()
             raise UserError(f"{e}. Step {step} is saved; the same command goes on from it") from e
+
+    def _keep(self, state: TrainState, done: int) -> bool:
+        # With many processes the others, which may go on, would have to save with this one.
+        if self.group.num_processes > 1:
+            return False
+        self._save(state, done)
+        self.checkpointer.wait()
+        return True
 
     def _saves(self, done: int) -> bool:
         every = self.run_.cfg.checkpoint.every_steps
@@ -384,6 +389,9 @@ class _Loop:
         except _EvaluationCut:
             _log.warning("evaluation of step %d cut short by a signal", done)
             return
+        except jax.errors.JaxRuntimeError:  # no room for its batch, most likely
+            self._keep(state, done)
+            raise
         self.run_.evaluation_due = False
         self.group.at("training")
         self.writer.write(done, result, kind="evaluation")
