@@ -21,6 +21,7 @@ from soup_jax.shapes import Params
 from soup_jax.soup import SoupConfig
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists.specialist import Specialist
+from soup_jax.storage import refuse_address
 from soup_jax.training import build
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import make_init, state_shardings
@@ -213,7 +214,7 @@ def corpus_of(workdir: str | pathlib.Path, *, corpus_dir: str = "") -> Corpus:
 
 
 def _config(workdir: pathlib.Path) -> ConfigDict:
-    files.refuse_address(workdir)
+    refuse_address(workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} is not a run: it has no config.json (see `soup-jax train`)")
     return config_lib.load(workdir / "config.json")

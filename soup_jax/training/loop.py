@@ -256,10 +256,7 @@ class _Loop:
         return state
 
     def _sent(self, *results: jax.Array, ahead: int) -> None:
-        """Note what steps will have computed; wait until all but `ahead` steps are done.
-
-        So the watchdog hears of each step as it ends, not as it is sent.
-        """
+        # The watchdog hears of each step as it ends, not as it is sent.
         self.sent.extend(results)
         while len(self.sent) > ahead:
             jax.block_until_ready(self.sent.popleft())
