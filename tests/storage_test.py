@@ -120,7 +120,7 @@ def test_places_for_folders_are_refused_before_work(place, message, tmp_path):
 
 def test_a_disk_without_room_is_refused(tmp_path):
     storage.check_room(tmp_path / "not" / "yet", 1, "this")
-    with pytest.raises(UserError, match=r"this needs 1000000000\.00 GB, and .* free"):
+    with pytest.raises(UserError, match=r"this needs 1,000,000,000,000\.0 MB, and .* free"):
         storage.check_room(tmp_path / "not" / "yet", 10**18, "this")
 
 
