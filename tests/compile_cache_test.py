@@ -1,10 +1,15 @@
 """The cache of compiled functions: where it is, when it is off, what a second start says."""
 
+import errno
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
+from jax._src import lru_cache
+
+from soup_jax.hardware import sealed_cache
 
 PROGRAM = """
 import logging
@@ -63,13 +68,48 @@ def test_the_users_own_settings_win(tmp_path):
     assert os.listdir(tmp_path) == ["own"]
 
 
-def test_what_a_killed_process_left_is_dropped(tmp_path):
+@pytest.fixture
+def cache(tmp_path):
+    return sealed_cache.SealedCache(str(tmp_path), max_size=1000)
+
+
+def test_a_damaged_entry_counts_as_missing_and_is_replaced(cache, tmp_path, caplog):
+    cache.put("key", b"the value")
+    entry = tmp_path / "key-cache"
+    sound = entry.read_bytes()
+    for damaged in (b"The" + sound[3:], sound[:-1], b""):
+        entry.write_bytes(damaged)
+        assert cache.get("key") is None
+        assert f"{entry} is damaged" in caplog.text
+        cache.put("key", b"the value")
+        assert cache.get("key") == b"the value"
+
+
+def test_an_entry_without_its_time_stops_no_other(cache, tmp_path):
+    """A process was killed between the two, or the disk was full."""
+    (tmp_path / "half-cache").write_bytes(b"half an entry")
+    cache.put("key", b"value")
+    assert cache.get("key") == b"value"
+    assert sorted(os.listdir(tmp_path)) == [".lockfile", "key-atime", "key-cache"]
+
+
+def test_an_entry_that_does_not_fit_on_the_disk_leaves_nothing(cache, tmp_path, monkeypatch):
+    def full(self, key, value):
+        (tmp_path / f"{key}-cache").write_bytes(value[:4])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lru_cache.LRUCache, "put", full)
+    with pytest.raises(OSError, match="No space"):
+        cache.put("key", b"the value")
+    assert os.listdir(tmp_path) == [".lockfile"]
+
+
+def test_commands_check_what_they_read(tmp_path):
     folder, _ = start(XDG_CACHE_HOME=str(tmp_path))
-    half = os.path.join(folder, "half-cache")
-    with open(half, "wb") as file:
-        file.write(b"half an entry")
-    start(XDG_CACHE_HOME=str(tmp_path))
-    assert os.path.exists(half)  # another process may be writing it
-    os.utime(half, (0, 0))
-    start(XDG_CACHE_HOME=str(tmp_path))
-    assert not os.path.exists(half)
+    for entry in pathlib.Path(folder).glob("*-cache"):
+        data = bytearray(entry.read_bytes())
+        data[len(data) // 2] ^= 1
+        entry.write_bytes(data)
+    _, log = start(XDG_CACHE_HOME=str(tmp_path))
+    assert ": compiling it again" in log
+    assert "compiled in" in log

@@ -2,7 +2,8 @@
 
 Every command calls `enable`; a program of your own that calls the library may do the same. The
 folder is ~/.cache/soup_jax/xla (or below XDG_CACHE_HOME). It has a folder for each kind of machine,
-which holds up to 4 GiB. You may delete it at any time. jax's own variables win:
+which holds up to 4 GiB; an entry that is damaged is replaced. You may delete it at any time. jax's
+own variables win:
 
     JAX_COMPILATION_CACHE_DIR=DIR          another folder, as it is, with no limit but your own
     JAX_ENABLE_COMPILATION_CACHE=false     no cache
@@ -10,6 +11,7 @@ which holds up to 4 GiB. You may delete it at any time. jax's own variables win:
 What is in the folder is run: whoever may write there may run code as you.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -48,12 +50,15 @@ def enable() -> pathlib.Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         tempfile.TemporaryFile(dir=folder).close()
-        _drop_incomplete(folder)
     except OSError as e:
         _log.warning(
             "compiled functions are not kept: %s; JAX_COMPILATION_CACHE_DIR names another folder", e
         )
         return None
+    with contextlib.suppress(ImportError):  # a jax whose internals are elsewhere: kept unchecked
+        from soup_jax.hardware import sealed_cache
+
+        sealed_cache.install()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     return folder
@@ -74,15 +79,6 @@ def _machine() -> str:
     except OSError:
         cpu = platform.processor() or platform.node()
     return f"{platform.machine()}-{hashlib.sha256(cpu.encode()).hexdigest()[:12]}"
-
-
-def _drop_incomplete(folder: pathlib.Path) -> None:
-    # The size limit needs a file with the time of use beside each entry. A process that is killed
-    # between writing the two would leave a cache that takes no more entries.
-    for entry in folder.glob("*-cache"):
-        used = entry.with_name(entry.name.removesuffix("-cache") + "-atime")
-        if not used.exists() and time.time() - entry.stat().st_mtime > 60:
-            entry.unlink(missing_ok=True)
 
 
 @functools.cache
