@@ -1,220 +1,327 @@
-"""Kills commands at random moments, runs them again, and compares what comes of it.
+"""Injects faults into the commands, runs them again, and compares what comes of it.
 
-    python benchmarks/faults.py --kills=25 --seed=0
+    python benchmarks/faults.py kills --number=100 --seed=0
+    python benchmarks/faults.py processes --number=20 --seed=0
+    python benchmarks/faults.py storage --seed=0
 
-Each of prepare, train, evaluate and instantiate is run once undisturbed, on a corpus and a soup of
-seconds. Then, `--kills` times each, it is started, killed by SIGKILL (or stopped by SIGTERM, every
-fourth time) after a random part of that time, and started again until it ends. Every time its
-result is compared with the undisturbed one: artefacts by hash, checkpoints by their checksums,
-metrics line by line but for times. Printed as a line of JSON are, by command: kills, results that
-differ, starts that ended otherwise than with 0, the most steps that were logged and then done again
-(a save comes every 5 steps, and one that is under way is lost too), temporary files left at the
-end, and seconds from a kill to the next finished result.
+`kills` shares the number out to all seven commands. Each is started, killed by SIGKILL at a random
+moment and started again until it ends, and its result is compared with that of an undisturbed run:
+artefacts by hash, printed text, checkpoints by their checksums, metrics line by line but for times.
+Every eighth kill of train is followed by one by SIGTERM, which is not counted in the number. Train
+is killed half of the times at any moment of its life and half of the times after its first step;
+every third time it goes on on another number of devices, where batches must be the same and losses
+nearly so. generate, verify and plan must change no file.
+
+`processes` does the same to four processes that train together: one of them is killed, or all, and
+the others must end by themselves with a reason. `storage` is described in `fault_storage.py`.
+
+A line of JSON for each fault goes to --log, and a table in Markdown to stdout.
 """
 
 import argparse
-import dataclasses
+import collections
 import json
 import pathlib
 import random
-import re
-import shutil
 import signal
+import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from typing import Any
 
-from soup_jax.inputs import sha256_file
+import fault_storage
+from fault_cases import (
+    CHILD_LEFT,
+    NUM_STEPS,
+    SAVE_EVERY,
+    Bench,
+    Done,
+    Running,
+    compare_runs,
+    metrics_lines,
+)
 
-SAVE_EVERY = 5
-CONFIG = """
-from soup_jax.experiments import base
-
-def get_config():
-    cfg = base.get_config()
-    cfg.update_from_flattened_dict({fields!r})
-    return cfg
-"""
-WORDS = {
-    "cooking": "butter flour oven bake sugar dough simmer garlic onion pepper roast whisk".split(),
-    "sailing": "wind harbour keel tack mast anchor tide rudder sail hull compass storm".split(),
-    "algebra": "ring ideal module kernel group lemma proof morphism field basis tensor".split(),
+SHARES = {
+    "prepare": 18,
+    "train": 40,
+    "evaluate": 12,
+    "instantiate": 12,
+    "generate": 6,
+    "verify": 6,
+    "plan": 6,
 }
-TIMES = ("step_ms", "data_wait_ms", "tokens_per_second")
+DEVICES = (1, 2, 4)
+# Of a loss in nats, on another mesh: that of tests/topology_test.py.
+LOSS_BOUND = 5e-5
+ENDS_WITHIN = 60.0  # seconds in which the others of a killed process must have ended
 
 
-def fields(here: pathlib.Path) -> dict:
-    """A config whose commands take seconds."""
+def shares(number: int) -> dict[str, int]:
+    """`number` kills as SHARES divides them, at least one of each; train gets the rest."""
+    total = sum(SHARES.values())
+    counts = {name: max(1, number * share // total) for name, share in SHARES.items()}
+    counts["train"] += number - sum(counts.values())
+    return counts
+
+
+def undisturbed(bench: Bench, name: str, **how: Any) -> tuple[Done, Any]:
+    """The command without a fault, with its compiled code in the cache."""
+    for _ in range(2):
+        bench.clean(name)
+        done = bench.finish(name, **how)
+        assert done.status == 0, f"{name} does not run undisturbed:\n{done.log}"
+    return done, bench.result(name, done)
+
+
+def kill(
+    bench: Bench,
+    name: str,
+    rng: random.Random,
+    usual: Done,
+    *,
+    number: signal.Signals = signal.SIGKILL,
+    in_training: bool = False,
+    devices: int = 1,
+) -> Done:
+    """Start the command and kill it at a random moment, in training after its first step."""
+    for _ in range(10):  # again if it has ended before
+        bench.clean(name)
+        running = bench.start(name, devices=devices)
+        if in_training:
+            await_step(running)
+            time.sleep(rng.random() * max(usual.seconds - usual.first_step, 0.1))
+        else:
+            time.sleep(rng.random() * usual.seconds)
+        if running.process.poll() is None:
+            break
+        running.wait()
+    running.process.send_signal(number)
+    return running.wait(60)
+
+
+def await_step(running: Running) -> None:
+    """Until the command has done a step of training, or has ended."""
+    while running.first_step is None and running.process.poll() is None:
+        time.sleep(0.01)
+
+
+def disturb(bench: Bench, name: str, kills: int, rng: random.Random, log: Any) -> dict[str, Any]:
+    """Kill a command other than train; what came of that."""
+    usual, expected = undisturbed(bench, name)
+    rows = []
+    for number in range(kills):
+        before = bench.contents()
+        killed = kill(bench, name, rng, usual)
+        changed = name not in bench.writes and bench.contents() != before
+        done = bench.finish(name)
+        row = {"command": name, "number": number, "killed": killed.status, "status": done.status}
+        row["differs"] = done.status == 0 and bench.result(name, done) != expected
+        row["child left"] = CHILD_LEFT in killed.log
+        row |= {"changed": changed, "left": sorted(bench.leftovers()), "seconds": done.seconds}
+        rows.append(row)
+        log(row)
+    return summary(name, rows, usual)
+
+
+def disturb_train(
+    bench: Bench, command: str, kills: int, rng: random.Random, log: Any
+) -> dict[str, Any]:
+    """Kill train, and continue it on as many devices or on others."""
+    whole = {devices: undisturbed(bench, command, devices=devices) for devices in DEVICES}
+    apart = [compare_runs(whole[1][1], whole[n][1], bits=False) for n in DEVICES]
+    log({"loss difference of undisturbed runs on 1 and on 2 and 4 devices": apart[1:]})
+    rows = []
+    terms = [signal.SIGKILL] * kills + [signal.SIGTERM] * (kills // 8)
+    for number, name in enumerate(terms):
+        first = rng.choice(DEVICES)
+        second = rng.choice([n for n in DEVICES if n != first]) if number % 3 == 2 else first
+        killed = kill(
+            bench,
+            command,
+            rng,
+            whole[first][0],
+            number=name,
+            in_training=number % 2 == 1,
+            devices=first,
+        )
+        logged = max((v["step"] for v in metrics_lines(bench.run)), default=0)
+        done = bench.finish(command, devices=second)
+        row = {"command": command, "number": number, "signal": name.name}
+        row["killed"] = killed.status
+        row |= {"devices": (first, second), "status": done.status, "seconds": done.seconds}
+        row |= {"step at kill": logged, "lost": lost(logged, done), "training": done.first_step}
+        if done.status == 0:
+            have = bench.result(command, done)
+            row["apart"] = compare_runs(have, whole[first][1], bits=first == second)
+            row["differs"] = row["apart"] > (0 if first == second else LOSS_BOUND)
+        row["left"] = sorted(bench.leftovers())
+        rows.append(row)
+        log(row)
+    return summary(command, rows, whole[1][0])
+
+
+def lost(logged: int, done: Done) -> int | None:
+    """Steps that were logged before the kill and done again."""
+    found = [x for x in done.log.splitlines() if "starting at step " in x]
+    return logged - int(found[0].rpartition(" ")[2]) if found else None
+
+
+def median(values: Any) -> str:
+    found = [v for v in values if v is not None]
+    return f"{statistics.median(found):.1f}" if found else "-"
+
+
+def summary(name: str, rows: list[dict[str, Any]], usual: Done) -> dict[str, Any]:
+    """A row of the table; details are in the log."""
+    steps = [r["lost"] for r in rows if r.get("lost") is not None and r["signal"] == "SIGKILL"]
+    kinds = collections.Counter(r.get("signal", "SIGKILL") for r in rows)
     return {
-        "num_domains": 4,
-        "num_experts": 4,
-        "num_mixtures": 2,
-        "vocab_size": 400,
-        "seq_len": 32,
-        "batch_size": 16,
-        "num_steps": 60,
-        "corpus.sources": (str(here / "generic.jsonl"),),
-        "corpus.dir": str(here / "corpus"),
-        "corpus.validation_fraction": 0.1,
-        "embed.dim": 8,
-        "model.dim": 32,
-        "model.hidden_dim": 48,
-        "model.num_heads": 2,
-        "model.num_kv_heads": 2,
-        "domain_weights.support_size": 2,
-        "domain_weights.min_support_size": 1,
-        "optimizer.warmup_steps": 5,
-        "checkpoint.every_steps": SAVE_EVERY,
-        "log.every_steps": 4,
-        "log.trackers": (),
-        "evaluate.max_windows": 8,
-        "evaluate.specialists": (str(here / "cooking.jsonl"),),
+        "command": name,
+        "kills": " + ".join(f"{n} {kind}" for kind, n in kinds.items()),
+        "ended before": sum(r["killed"] == 0 and r.get("signal") != "SIGTERM" for r in rows),
+        "status not 0": sum(r["status"] != 0 for r in rows),
+        "results differ": sum(bool(r.get("differs")) for r in rows),
+        "files changed": sum(bool(r.get("changed")) for r in rows),
+        "children left": sum(bool(r.get("child left")) for r in rows),
+        "left behind": ", ".join(sorted({x for r in rows for x in r["left"]})) or "nothing",
+        "steps lost, most": max(steps) if steps else "-",
+        "training again (s)": median(r.get("training") for r in rows),
+        "at the end (s)": median(r["seconds"] for r in rows),
+        "undisturbed (s)": f"{usual.seconds:.1f}",
     }
 
 
-def write_text(here: pathlib.Path) -> None:
-    """Documents of a few topics, and one specialist's."""
-    rng = random.Random(0)
-    for name, topics, count in (("generic", list(WORDS), 400), ("cooking", ["cooking"], 60)):
-        with open(here / f"{name}.jsonl", "w", encoding="utf-8") as f:
-            for i in range(count):
-                words = rng.choices(WORDS[topics[i % len(topics)]] + ["the", "of"], k=120)
-                f.write(json.dumps({"text": f"{' '.join(words)} {name} {i}"}) + "\n")
+def run_kills(bench: Bench, number: int, seed: int, only: str, log: Any) -> list[dict[str, Any]]:
+    """Kill the commands whose names contain `only`; the others are run where they are needed."""
+    table = []
+    for name, count in shares(number).items():
+        rng = random.Random(f"{seed} {name}")
+        if only in name:
+            part = disturb_train if name == "train" else disturb
+            table.append(part(bench, name, count, rng, log))
+            log(table[-1])
+        if name in ("prepare", "train", "instantiate"):  # the commands that follow need it
+            bench.clean(name)
+            assert bench.finish(name).status == 0
+    return table
 
 
-@dataclasses.dataclass
-class Command:
-    """A command, where it writes, and what is compared of that."""
-
-    name: str
-    arguments: list[str]
-    out: pathlib.Path
-    result: Callable[[], object]
-
-    def start(self) -> subprocess.Popen:
-        command = [sys.executable, "-m", "soup_jax.cli", self.name, *self.arguments]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    def finish(self) -> tuple[int, float, str]:
-        """(status, seconds, output) of a start that nobody disturbs."""
-        begin = time.monotonic()
-        process = self.start()
-        output, _ = process.communicate()
-        return process.returncode, time.monotonic() - begin, output
-
-
-def hashes(folder: pathlib.Path, *names: str) -> dict[str, str]:
-    return {name: sha256_file(folder / name) for name in names}
-
-
-def train_result(run: pathlib.Path) -> object:
-    steps = [int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
-    newest = run / "checkpoints" / str(max(steps))
-    data = json.loads((newest / "data" / "metadata").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-    return data["step"], data["checksums"], data["cursors"], lines
-
-
-def commands(here: pathlib.Path) -> list[Command]:
-    config, run, corpus = here / "config.py", here / "run", here / "corpus"
-    config.write_text(CONFIG.format(fields=fields(here)))
-    made, numbers = here / "made", here / "numbers" / "evaluation.json"
-    documents = here / "cooking.jsonl"
+def start_together(bench: Bench, processes: int, devices: int) -> list[Any]:
+    """Train as so many processes of so many devices each."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    if processes == 1:
+        return [bench.start("train", devices=devices)]
+    place = {"SOUP_JAX_COORDINATOR": f"127.0.0.1:{port}", "SOUP_JAX_NUM_PROCESSES": str(processes)}
     return [
-        Command(
-            "prepare",
-            [f"--config={config}"],
-            corpus,
-            lambda: json.loads((corpus / "manifest.json").read_text())["fingerprint"],
-        ),
-        Command(
-            "train",
-            [f"--config={config}", f"--workdir={run}"],
-            run,
-            lambda: train_result(run),
-        ),
-        Command(
-            "evaluate",
-            [f"--workdir={run}", f"--json={numbers}"],
-            numbers.parent,
-            lambda: hashes(numbers.parent, "evaluation.json"),
-        ),
-        Command(
-            "instantiate",
-            [f"--run={run}", f"--documents={documents}", f"--out={made}"],
-            made,
-            lambda: hashes(made, "params.safetensors", "tokenizer.json", "recipe.json"),
-        ),
+        bench.start("train", devices=devices, SOUP_JAX_PROCESS_ID=str(i), **place)
+        for i in range(processes)
     ]
 
 
-def newest_step(run: pathlib.Path) -> int:
-    lines = (run / "metrics.jsonl").read_text().splitlines() if run.exists() else []
-    return max((json.loads(x)["step"] for x in lines if x.endswith("}")), default=0)
+def run_processes(bench: Bench, number: int, rng: random.Random, log: Any) -> list[dict[str, Any]]:
+    assert bench.finish("prepare").status == 0
+    for _ in range(2):
+        bench.clean("train")
+        together = [r.wait() for r in start_together(bench, 4, 1)]
+        assert [d.status for d in together] == [0] * 4, "\n".join(d.log for d in together)
+    usual, expected = together[0], bench.result("train", together[0])
+    rows = []
+    for n in range(number):
+        bench.clean("train")
+        again = (4, 1) if n % 2 == 0 else rng.choice([(2, 2), (2, 1), (1, 4), (1, 1), (4, 2)])
+        rows.append(kill_one(bench, n, again, usual, expected, rng))
+        log(rows[-1])
+    return [together_row(rows, usual, same) for same in (True, False)]
 
 
-def leftovers(here: pathlib.Path) -> list[str]:
-    """Temporary files and folders of ours and of orbax."""
-    names = ("*.tmp", "*.old", "*orbax-checkpoint-tmp*", ".work", ".secret")
-    return sorted(str(p.relative_to(here)) for name in names for p in here.rglob(name))
+def kill_one(
+    bench: Bench, n: int, again: tuple[int, int], usual: Done, expected: Any, rng: random.Random
+) -> dict[str, Any]:
+    """Kill one of four processes (every fifth time process 0, every seventh all), and go on."""
+    victims = list(range(4)) if n % 7 == 6 else [0] if n % 5 == 0 else [rng.randrange(4)]
+    running = start_together(bench, 4, 1)
+    if n % 4:
+        await_step(running[0])
+        time.sleep(rng.random() * max(usual.seconds - usual.first_step, 0.1))
+    else:  # while they start, too
+        time.sleep(rng.random() * usual.seconds)
+    for i in victims:
+        running[i].process.kill()
+    killed = time.monotonic()
+    done = [r.wait(ENDS_WITHIN) for r in running]
+    rest = [d for i, d in enumerate(done) if i not in victims]
+    logged = max((v["step"] for v in metrics_lines(bench.run)), default=0)
+    row = {"number": n, "victims": victims, "step at kill": logged, "again": again}
+    row["others"] = [d.status for d in rest]
+    row["reasons"] = sorted({d.last_line for d in rest})
+    row["seconds to end"] = time.monotonic() - killed
+    row["no reason"] = sum(d.status != 0 and "soup-jax: error: " not in d.log for d in rest)
+    row["tracebacks"] = sum("Traceback" in d.log for d in rest)
+    finished = [r.wait() for r in start_together(bench, *again)]
+    row |= {"status": [d.status for d in finished], "seconds": finished[0].seconds}
+    row |= {"lost": lost(logged, finished[0]), "training": finished[0].first_step}
+    row["left"] = sorted(bench.leftovers())
+    if set(row["status"]) == {0}:
+        row["apart"] = compare_runs(
+            bench.result("train", finished[0]), expected, bits=again == (4, 1)
+        )
+    return row
 
 
-def disturb(command: Command, seconds: float, kills: int, rng: random.Random) -> dict:
-    """Kill it `kills` times, each from a fresh start and on to the end; what came of that."""
-    expected, differ, failed, again = command.result(), 0, 0, 0
-    left: set[str] = set()
-    took = []
-    for number in range(kills):
-        shutil.rmtree(command.out, ignore_errors=True)
-        name = signal.SIGTERM if number % 4 == 3 and command.name == "train" else signal.SIGKILL
-        process = command.start()
-        time.sleep(rng.random() * seconds)
-        process.send_signal(name)
-        process.communicate()
-        before = newest_step(command.out) if command.name == "train" else 0
-        status, needed, output = command.finish()
-        took.append(needed)
-        failed += status != 0
-        differ += status == 0 and command.result() != expected
-        left |= set(leftovers(command.out.parent))
-        if found := re.search(r"starting at step (\d+)", output):
-            again = max(again, before - int(found[1]))
+def together_row(rows: list[dict[str, Any]], usual: Done, same: bool) -> dict[str, Any]:
+    rows = [r for r in rows if (tuple(r["again"]) == (4, 1)) == same]
+    bound = 0.0 if same else LOSS_BOUND
     return {
-        "command": command.name,
-        "kills": kills,
-        "differ": differ,
-        "failed": failed,
-        "steps again": again,
-        "left": sorted(left),
-        "seconds": statistics.median(took),
-        "undisturbed": seconds,
+        "restarted on": "4 processes, 1 device each" if same else "others",
+        "kills": len(rows),
+        "others that hung": sum(r["others"].count(None) for r in rows),
+        "ended without a reason": sum(r["no reason"] for r in rows),
+        "with a traceback": sum(r["tracebacks"] for r in rows),
+        "others' end (s), most": f"{max((r['seconds to end'] for r in rows), default=0):.1f}",
+        "restarts not 0": sum(set(r["status"]) != {0} for r in rows),
+        "results differ": sum(r.get("apart", 0.0) > bound for r in rows),
+        "largest difference of a loss": max((r.get("apart", 0.0) for r in rows), default=0.0),
+        "left behind": ", ".join(sorted({x for r in rows for x in r["left"]})) or "nothing",
+        "steps lost, most": max((r["lost"] or 0 for r in rows), default=0),
+        "training again (s)": median(r["training"] for r in rows),
+        "at the end (s)": median(r["seconds"] for r in rows),
+        "undisturbed (s)": f"{usual.seconds:.1f}",
     }
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in ([*table[0]], ["---"] * len(table[0]))]
+    lines += ["| " + " | ".join(str(x) for x in row.values()) + " |" for row in table]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=25, help="of each command")
+    parser.add_argument("part", choices=["kills", "processes", "storage"])
+    parser.add_argument("--number", type=int, default=20, help="of kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--commands", default="prepare,train,evaluate,instantiate")
+    parser.add_argument("--only", default="", help="part of a command's or case's name")
+    parser.add_argument("--log", type=pathlib.Path, default=pathlib.Path("faults.jsonl"))
     given = parser.parse_args()
     rng = random.Random(given.seed)
+
+    def log(row: dict[str, Any]) -> None:
+        with given.log.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    log({"part": given.part, "number": given.number, "seed": given.seed})
     with tempfile.TemporaryDirectory() as folder:
-        here = pathlib.Path(folder)
-        write_text(here)
-        made = commands(here)
-        for command in made:
-            command.finish()  # compiles
-            shutil.rmtree(command.out, ignore_errors=True)
-            status, seconds, output = command.finish()
-            assert status == 0, f"{command.name} does not run undisturbed:\n{output}"
-            if command.name in given.commands.split(","):
-                print(json.dumps(disturb(command, seconds, given.kills, rng)), flush=True)
+        bench = Bench(pathlib.Path(folder), "disk" if given.part == "storage" else ".")
+        if given.part == "kills":
+            table = run_kills(bench, given.number, given.seed, given.only, log)
+        elif given.part == "processes":
+            table = run_processes(bench, given.number, rng, log)
+        else:
+            table = fault_storage.run(bench, rng, given.only, log)
+    print(f"seed {given.seed}, {NUM_STEPS} steps, a save every {SAVE_EVERY}\n")
+    print(markdown(table))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,268 @@
+"""What the fault injection works on: small text and config, the seven commands and their results.
+
+`Bench` holds a folder of its own with text, config, a corpus, a run and a specialist, and all that
+commands leave outside of their results: temporary files and compiled code. Nothing here injects a
+fault; `faults.py` kills, `fault_storage.py` damages what is stored.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from soup_jax.storage import sha256_file
+
+SAVE_EVERY = 5
+NUM_STEPS = 30
+HANGS = 300.0  # seconds after which a command counts as one that hangs
+CONFIG = """
+from soup_jax.experiments import base
+
+def get_config():
+    cfg = base.get_config()
+    cfg.update_from_flattened_dict({fields!r})
+    return cfg
+"""
+WORDS = {
+    "cooking": "butter flour oven bake sugar dough simmer garlic onion pepper roast whisk".split(),
+    "sailing": "wind harbour keel tack mast anchor tide rudder sail hull compass storm".split(),
+    "algebra": "ring ideal module kernel group lemma proof morphism field basis tensor".split(),
+}
+TIMES = ("step_ms", "data_wait_ms", "tokens_per_second")
+CHILD_LEFT = "(a child of the command is still running)"
+STEP = re.compile(r" step \d+/\d+ ")
+
+
+@dataclasses.dataclass
+class Done:
+    """What a command left to say: status (None: it hung), output, and seconds."""
+
+    status: int | None
+    out: str
+    log: str
+    seconds: float
+    first_step: float | None  # seconds to the first step of training
+
+    @property
+    def last_line(self) -> str:
+        lines = [x for x in (self.log + self.out).splitlines() if x.strip()]
+        told = [x for x in lines if x.startswith("soup-jax: error:")]
+        return (told or lines or [""])[-1]
+
+
+class Running:
+    """A started command; its log is read as it comes."""
+
+    def __init__(self, command: list[str], env: Mapping[str, str], out: pathlib.Path):
+        self.begin = time.monotonic()
+        self._out = out
+        with open(out, "wb") as stdout:
+            self.process = subprocess.Popen(
+                command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, errors="replace"
+            )
+        self.first_step: float | None = None
+        self._log: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            self._log.append(line)
+            if self.first_step is None and STEP.search(line):
+                self.first_step = time.monotonic() - self.begin
+
+    def wait(self, seconds: float = HANGS) -> Done:
+        """Until it has ended; after so many seconds it is killed, and its status is None."""
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            status = None
+        took = time.monotonic() - self.begin
+        self._reader.join(30)  # workers that outlive their parent hold the pipe
+        log = "".join(self._log)
+        if self._reader.is_alive():
+            log += CHILD_LEFT
+        return Done(status, self._out.read_text(errors="replace"), log, took, self.first_step)
+
+
+class Bench:
+    """A folder with text and a config whose commands take seconds."""
+
+    def __init__(self, here: pathlib.Path, disk: str = "."):
+        """`disk` is the folder below `here` where commands write their results."""
+        self.here, self.disk = here, here / disk
+        names = ("corpus", "run", "made", "numbers")
+        self.corpus, self.run, self.made, self.numbers = (self.disk / name for name in names)
+        self.config, self.documents = here / "config.py", here / "cooking.jsonl"
+        self._count = 0
+        for name in ("tmp", "cache", "logs", disk):
+            (here / name).mkdir(exist_ok=True)
+        self._write_text()
+        self.write_config()
+        config, prompt = f"--config={self.config}", "--prompt=butter flour"
+        numbers = self.numbers / "evaluation.json"
+        self.arguments = {
+            "prepare": [config],
+            "train": [config, f"--workdir={self.run}"],
+            "evaluate": [f"--workdir={self.run}", f"--json={numbers}"],
+            "instantiate": [
+                f"--run={self.run}",
+                f"--documents={self.documents}",
+                f"--out={self.made}",
+            ],
+            "generate": [f"--model={self.made}", prompt, "--max_tokens=20"],
+            "verify": [str(self.run)],
+            "plan": [config],
+        }
+        self.writes = {
+            "prepare": self.corpus,
+            "train": self.run,
+            "evaluate": self.numbers,
+            "instantiate": self.made,
+        }
+
+    def write_config(self, **more: Any) -> None:
+        """The config of all commands, with other values of some fields."""
+        self.config.write_text(CONFIG.format(fields=self._fields() | more))
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "num_domains": 4,
+            "num_experts": 4,
+            "num_mixtures": 2,
+            "vocab_size": 400,
+            "seq_len": 32,
+            "batch_size": 16,
+            "num_steps": NUM_STEPS,
+            "corpus.sources": (str(self.here / "generic.jsonl"),),
+            "corpus.dir": str(self.corpus),
+            "corpus.validation_fraction": 0.1,
+            "embed.dim": 8,
+            "model.dim": 32,
+            "model.hidden_dim": 48,
+            "model.num_layers": 1,
+            "model.num_heads": 2,
+            "model.num_kv_heads": 2,
+            "domain_weights.support_size": 2,
+            "domain_weights.min_support_size": 1,
+            "optimizer.warmup_steps": 5,
+            # Above the noise of sums in another order, see tests/topology_test.py.
+            "optimizer.eps": 1e-5,
+            "checkpoint.every_steps": SAVE_EVERY,
+            "log.every_steps": 1,
+            "log.trackers": (),
+            "evaluate.max_windows": 8,
+            "evaluate.specialists": (str(self.documents),),
+        }
+
+    def _write_text(self) -> None:
+        # Documents of a few topics, and one specialist's.
+        rng = random.Random(0)
+        for name, topics, count in (("generic", list(WORDS), 400), ("cooking", ["cooking"], 60)):
+            with open(self.here / f"{name}.jsonl", "w", encoding="utf-8") as f:
+                for i in range(count):
+                    words = rng.choices(WORDS[topics[i % len(topics)]] + ["the", "of"], k=120)
+                    f.write(json.dumps({"text": f"{' '.join(words)} {name} {i}"}) + "\n")
+
+    def start(
+        self, name: str, *more: str, devices: int = 1, prefix: tuple[str, ...] = (), **env: str
+    ) -> Running:
+        """Start a command on so many simulated devices; `prefix` is a command that runs it."""
+        self._count += 1
+        command = [*prefix, sys.executable, "-m", "soup_jax.cli", name, *self.arguments[name]]
+        return Running([*command, *more], self.env(devices, **env), self.out(self._count))
+
+    def finish(self, name: str, *more: str, **how: Any) -> Done:
+        """Run a command that nobody disturbs."""
+        return self.start(name, *more, **how).wait()
+
+    def out(self, number: int) -> pathlib.Path:
+        return self.here / "logs" / f"{number}.out"
+
+    def env(self, devices: int, **more: str) -> dict[str, str]:
+        """The environment of a command."""
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        mine = {"TMPDIR": str(self.here / "tmp"), "XDG_CACHE_HOME": str(self.here / "cache")}
+        return {**os.environ, **mine, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **more}
+
+    def clean(self, name: str) -> None:
+        """Remove what the command writes."""
+        if name in self.writes:
+            shutil.rmtree(self.writes[name], ignore_errors=True)
+
+    def result(self, name: str, done: Done) -> Any:
+        """What must be the same every time the command is run to its end."""
+        if name == "prepare":
+            return json.loads((self.corpus / "manifest.json").read_text())["fingerprint"]
+        if name == "train":
+            return train_result(self.run)
+        if name == "evaluate":
+            return done.out, sha256_file(self.numbers / "evaluation.json")
+        if name == "instantiate":
+            names = ("params.safetensors", "tokenizer.json", "recipe.json")
+            return {name: sha256_file(self.made / name) for name in names}
+        return done.out
+
+    def leftovers(self) -> set[str]:
+        """Temporary files and folders of ours and of orbax, and whatever is in the TMPDIR."""
+        names = ("*.tmp", "*.old", "*orbax-checkpoint-tmp*", ".work", ".secret")
+        found = {p for name in names for p in self.here.rglob(name)}
+        found |= set((self.here / "tmp").iterdir())
+        return {re.sub(r"\d+", "N", str(p.relative_to(self.here))) for p in found}
+
+    def contents(self) -> dict[str, str]:
+        """A hash of every file but those of logs, temporary folder and compiled code."""
+        besides = {self.here / name for name in ("tmp", "cache", "logs")}
+        files = [p for p in sorted(self.here.rglob("*")) if not besides & set(p.parents)]
+        return {str(p): sha256_file(p) if p.is_file() else "" for p in files if p not in besides}
+
+
+def newest_data(run: pathlib.Path) -> dict[str, Any]:
+    """The data item of the newest checkpoint."""
+    steps = [int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
+    return json.loads((run / "checkpoints" / str(max(steps)) / "data" / "metadata").read_text())
+
+
+def metrics_lines(run: pathlib.Path) -> list[dict[str, Any]]:
+    """The sound lines of metrics.jsonl without times."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(x) for x in text.splitlines(keepends=True) if x.endswith("}\n")]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def train_result(run: pathlib.Path) -> dict[str, Any]:
+    """Step, checksums and cursors of the newest checkpoint, and all lines of metrics."""
+    data = newest_data(run)
+    return {name: data[name] for name in ("step", "checksums", "cursors")} | {
+        "lines": metrics_lines(run)
+    }
+
+
+def compare_runs(have: dict[str, Any], want: dict[str, Any], *, bits: bool) -> float:
+    """The largest difference of a loss in nats; infinite if anything else differs.
+
+    With `bits` all must be equal. Without, on another mesh, what is promised is: the same steps
+    and the same batches.
+    """
+    if bits:
+        return 0.0 if have == want else float("inf")
+    same = [
+        (x["step"], [(v["step"], v["batch_hash"]) for v in x["lines"]], x["cursors"])
+        for x in (have, want)
+    ]
+    if same[0] != same[1]:
+        return float("inf")
+    pairs = zip(have["lines"], want["lines"])
+    return max((abs(a["loss"] - b["loss"]) for a, b in pairs), default=0.0)
