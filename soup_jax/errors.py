@@ -17,6 +17,8 @@ _MACHINE = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
+    errno.EISDIR: "a folder is where a file belongs",
+    errno.ENOTDIR: "a file is where a folder belongs",
     errno.EIO: "the disk or network file system fails (input/output error)",
     errno.ESTALE: "the network file system lost the file (stale handle)",
     errno.EMFILE: "too many open files (ulimit -n)",

@@ -10,6 +10,7 @@ from conftest import tiny_config
 from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.specialists import open as open_lib
+from soup_jax.training import changes
 from soup_jax.training import setup as run_lib
 from soup_jax.training.checkpoint import Checkpointer
 
@@ -61,6 +62,30 @@ def test_a_moved_corpus_and_names_may_change_between_starts(tiny_corpus, tmp_pat
     assert run.corpus.path == tmp_path / "moved"
     found = dict(config_lib.flat_items(config_lib.load(tmp_path / "run" / "config.json")))
     assert found == found | fields | {"corpus.dir": moved}
+def test_a_damaged_list_of_parameters_is_written_anew(tiny_corpus, tmp_path):
+    start(tmp_path, tiny_corpus)
+    listing = tmp_path / "parameters.txt"
+    sound = listing.read_bytes()
+    listing.write_bytes(b"\xff" + sound[1:])
+    start(tmp_path, tiny_corpus)
+    assert listing.read_bytes() == sound
+
+
+def test_a_damaged_record_of_changes_stops_no_run_and_is_kept(tmp_path, caplog):
+    path = tmp_path / "changes.jsonl"
+    sound = '{"step": 4, "field": "num_steps", "old": 12, "new": 14}'
+    for damaged in (b'{"step": 4, "fie', b'{"step": "4"}', b"\xff\xfe"):
+        path.write_bytes(damaged + b"\n" + sound.encode() + b"\n")
+        changes.record(tmp_path, {"optimizer.learning_rate": (0.1, 0.2)}, start=6)
+        lines = path.read_text().splitlines()
+        assert lines[0] == damaged.decode("utf-8", "backslashreplace")
+        assert lines[1] == sound
+        assert json.loads(lines[2])["field"] == "optimizer.learning_rate"
+        assert "a damaged line is kept as it is" in caplog.text
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        changes.record(tmp_path, {}, start=6)
 
 
 def test_a_checkpoint_of_other_data_is_refused(tiny_corpus, tmp_path):

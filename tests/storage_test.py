@@ -174,6 +174,7 @@ def test_failures_of_the_machine_are_explained_through_their_causes():
     assert "device is out of memory" in explain(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
     text = "INTERNAL: Error dispatching computation: Out of memory allocating 584141789600 bytes."
     assert "device is out of memory" in explain(RuntimeError(text))
+    assert explain(IsADirectoryError(21, "", "x")) == "x: a folder is where a file belongs"
     assert explain(KeyError("x")) == ""
     assert explain(FileNotFoundError(2, "No such file", "x")) == ""  # a bug, if nobody caught it
 

@@ -17,10 +17,12 @@ from ml_collections import ConfigDict
 from soup_jax.config import schema as config_lib
 from soup_jax.data.sampling import plan_index
 from soup_jax.errors import UserError
-from soup_jax.inputs import check_structure, read_text
+from soup_jax.inputs import check_structure, open_file
 from soup_jax.storage import write_text
 
 _log = logging.getLogger(__name__)
+
+_LINE = {"step": int, "field": str}
 
 Changes = Mapping[str, tuple[Any, Any]]  # field -> (old, new)
 
@@ -94,7 +96,7 @@ def record(workdir: pathlib.Path, changes: Changes, *, start: int) -> None:
     path = workdir / "changes.jsonl"
     if not changes and not path.exists():
         return
-    lines = _read(path) if path.exists() else []
+    lines, damaged = _read(path)
     lines = [line | {"step": min(line["step"], start)} for line in lines]
     # A start that was killed before its first save is repeated.
     lines = [line for line in lines if line["step"] < start or line["field"] not in changes]
@@ -102,17 +104,25 @@ def record(workdir: pathlib.Path, changes: Changes, *, start: int) -> None:
     for field, (old, new) in changes.items():
         _log.info("from step %d on: %s: %r -> %r", start, field, old, new)
         lines.append({"step": start, "time": now, "field": field, "old": old, "new": new})
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    text = [*damaged, *(json.dumps(line) for line in lines)]
+    write_text(path, "".join(line + "\n" for line in text))
 
 
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-    lines = []
-    for number, text in enumerate(read_text(path).splitlines(), start=1):
-        place = f"{path}, line {number}"
+def _read(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    # (sound lines, others): a record for people, which no number depends on. What cannot be read
+    # stops no run, and stays for them to look at.
+    lines: list[dict[str, Any]] = []
+    damaged: list[str] = []
+    if not path.exists():
+        return lines, damaged
+    with open_file(path) as f:
+        text = f.read().decode("utf-8", "backslashreplace")
+    for line in text.splitlines():
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{place} is damaged ({e}): restore the file, or delete it") from e
-        check_structure(value, {"step": int, "field": str}, place)
-        lines.append(value)
-    return lines
+            value = json.loads(line)
+            check_structure(value, _LINE, path)
+            lines.append(value)
+        except (ValueError, RecursionError):  # UserError is one
+            _log.warning("%s: a damaged line is kept as it is: %.80s", path, line)
+            damaged.append(line)
+    return lines, damaged

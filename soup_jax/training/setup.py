@@ -223,9 +223,9 @@ def claim_workdir(run: Run, *, accept_changes: bool = False) -> None:
             config_lib.save(run.cfg, path)
         leaves = tree.flatten(run.abstract.params)
         lines = [f"{p} {x.dtype}{list(x.shape)} {x.sharding.spec}\n" for p, x in leaves.items()]
-        listing = run.workdir / "parameters.txt"
-        if not listing.exists() or inputs.read_text(listing) != "".join(lines):
-            files.write_text(listing, "".join(lines))
+        listing, text = run.workdir / "parameters.txt", "".join(lines)
+        if not listing.exists() or listing.read_bytes() != text.encode():
+            files.write_text(listing, text)
     if run.group.num_processes > 1:
         run.group.meet("workdir written", timeout=timeout)
         seen = {"config.json": _seen(path), "workdir": str(run.workdir.resolve())}
