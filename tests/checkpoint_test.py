@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from step_test import make, make_batch
 from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.processes.group import Solo
+from soup_jax.training import checkpoint
 from soup_jax.training.checkpoint import Checkpointer
 
 
@@ -67,6 +70,22 @@ def test_restored_on_other_device_counts_and_back_exactly(bank, tmp_path):
         assert {d for x in jax.tree.leaves(state.params) for d in x.devices()} == set(
             m.devices.flat
         )
+
+
+def test_reads_that_outlive_a_failed_one_print_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    checkpoint._drop_echoes.__wrapped__()
+
+    def unraisable(text):
+        error = RuntimeError(text)
+        return SimpleNamespace(
+            exc_type=type(error), exc_value=error, exc_traceback=None, err_msg=None, object=None
+        )
+
+    sys.unraisablehook(unraisable("Event loop is closed"))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(TypeError):  # Python's own hook, which takes no stand-in, has got it
+        sys.unraisablehook(unraisable("another"))
 
 
 def test_parameters_are_read_without_the_optimizer(tmp_path):

@@ -138,6 +138,16 @@ def test_saved_config_comes_back_equal(tmp_path):
     assert config.diff(cfg, config.load(tmp_path / "config.json")) == {}
 
 
+def test_a_saved_config_that_was_changed_is_taken_with_a_warning(tmp_path, caplog):
+    path = tmp_path / "config.json"
+    config.save(changed(seed=7), path)
+    assert config.load(path).seed == 7
+    assert not caplog.text
+    path.write_text(path.read_text().replace('"seed": 7', '"seed": 6'))
+    assert config.load(path).seed == 6
+    assert f"{path} was changed since soup_jax wrote it" in caplog.text
+
+
 def test_diff_is_by_what_a_started_run_may_change():
     fields = {"seed": 3, "log.every_steps": 1, "optimizer.beta1": 0.8}
     old, new = changed(), changed(**fields)

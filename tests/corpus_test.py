@@ -213,6 +213,18 @@ def test_damage_is_noticed(corpus_dir, tmp_path):
         open_corpus(path).read_windows("train", [0])
 
 
+def test_a_damaged_record_is_told_when_it_is_read(corpus_dir, tmp_path):
+    shutil.copytree(corpus_dir, tmp_path / "corpus")
+    corpus = open_corpus(tmp_path / "corpus")
+    file = tmp_path / "corpus" / "windows" / corpus.manifest["window_files"]["train"][0]["name"]
+    data = bytearray(file.read_bytes())
+    record = corpus.read_windows("train", [0])[0].astype("<u2").tobytes()
+    data[data.index(record)] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{file} is damaged at record 0 \(Corrupted"):
+        open_corpus(tmp_path / "corpus").read_windows("train", [1, 0])
+
+
 def test_what_is_not_a_finished_corpus_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"not a prepared corpus .*soup-jax prepare"):
         open_corpus(tmp_path / "nowhere")

@@ -5,6 +5,7 @@ Everything that takes a config calls `check` first.
 """
 
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,7 +17,9 @@ from soup_jax.config.fields import Change, nearest
 from soup_jax.errors import UserError
 from soup_jax.experiments import base
 from soup_jax.inputs import read_format, read_json
-from soup_jax.storage import write_json
+from soup_jax.storage import sealed, write_json
+
+_log = logging.getLogger(__name__)
 
 # Today's fields that an old value stands for; None if it means nothing today.
 Meaning = Callable[[Any], dict[str, Any] | None]
@@ -53,8 +56,8 @@ def to_text(cfg: ConfigDict) -> str:
 
 
 def save(cfg: ConfigDict, path: pathlib.Path) -> None:
-    """Write the resolved config as JSON, with its format number beside the fields."""
-    write_json(path, {"format": FORMAT, **json.loads(cfg.to_json())})
+    """Write the resolved config as JSON, with its format number and a seal beside the fields."""
+    write_json(path, sealed({"format": FORMAT, **json.loads(cfg.to_json())}))
 
 
 def load(path: pathlib.Path) -> ConfigDict:
@@ -65,7 +68,10 @@ def load(path: pathlib.Path) -> ConfigDict:
     """
     found = read_json(path)
     read_format(found, path, newest=FORMAT)
-    fields = {name: value for name, value in found.items() if name != "format"}
+    if "seal" in found and found != sealed(found):
+        # By hand, perhaps, and on purpose.
+        _log.warning("%s was changed since soup_jax wrote it, and is taken as it is now", path)
+    fields = {name: value for name, value in found.items() if name not in ("format", "seal")}
     values = restore(dict(flat_items(fields)), FIELDS, where=path)
     cfg = base.get_config()
     with cfg.unlocked():

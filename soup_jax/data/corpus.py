@@ -180,6 +180,7 @@ class Corpus:
 
         Raises:
           ValueError: a record number outside [0, offsets[split][K]).
+          UserError: a record is damaged.
         """
         ids = np.asarray(record_ids, dtype=np.int64)
         dtype = token_dtype(self.vocab_size)

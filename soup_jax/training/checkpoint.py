@@ -13,10 +13,12 @@ be taken for a later save of its own. A later start deletes it, once the run is 
 """
 
 import contextlib
+import functools
 import json
 import logging
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -72,6 +74,7 @@ class Checkpointer:
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 async_options=ocp.AsyncOptions(timeout_secs=cfg.checkpoint.async_timeout_secs),
             )
+        _drop_echoes()
         self.directory = directory.absolute()
         self._group = distributed.current()
         self._timeout = 300.0 if cfg is None else cfg.checkpoint.async_timeout_secs
@@ -313,6 +316,19 @@ def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -
         except Exception as e:
             failure = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     return None, failure
+
+
+@functools.cache
+def _drop_echoes() -> None:
+    # When a read fails, orbax closes its event loop, and tensorstore calls this hook once for each
+    # read that was still under way: tracebacks by the dozen beside the message that counts.
+    hook = sys.unraisablehook
+
+    def others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = others
 
 
 class _Damaged(Exception):
