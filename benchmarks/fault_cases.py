@@ -11,19 +11,23 @@ import os
 import pathlib
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
+from soup_jax.cli import main as cli
 from soup_jax.storage import sha256_file
 
 SAVE_EVERY = 5
 NUM_STEPS = 30
-HANGS = 300.0  # seconds after which a command counts as one that hangs
+HANGS = 600.0  # seconds after which a command counts as one that hangs
 CONFIG = """
 from soup_jax.experiments import base
 
@@ -38,7 +42,6 @@ WORDS = {
     "algebra": "ring ideal module kernel group lemma proof morphism field basis tensor".split(),
 }
 TIMES = ("step_ms", "data_wait_ms", "tokens_per_second")
-CHILD_LEFT = "(a child of the command is still running)"
 STEP = re.compile(r" step \d+/\d+ ")
 
 
@@ -62,23 +65,18 @@ class Done:
 class Running:
     """A started command; its log is read as it comes."""
 
-    def __init__(self, command: list[str], env: Mapping[str, str], out: pathlib.Path):
+    def __init__(self, process: Any, out: pathlib.Path, log: pathlib.Path):
+        """`process` is a Popen, or what has its methods; it writes to these files."""
         self.begin = time.monotonic()
-        self._out = out
-        with open(out, "wb") as stdout:
-            self.process = subprocess.Popen(
-                command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, errors="replace"
-            )
+        self.process, self._out, self._log = process, out, log
         self.first_step: float | None = None
-        self._log: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
-    def _read(self) -> None:
-        for line in self.process.stderr:
-            self._log.append(line)
-            if self.first_step is None and STEP.search(line):
+    def _watch(self) -> None:
+        while self.first_step is None and self.process.returncode is None:
+            if STEP.search(self._log.read_text(errors="replace")):
                 self.first_step = time.monotonic() - self.begin
+            time.sleep(0.02)
 
     def wait(self, seconds: float = HANGS) -> Done:
         """Until it has ended; after so many seconds it is killed, and its status is None."""
@@ -89,15 +87,72 @@ class Running:
             self.process.wait()
             status = None
         took = time.monotonic() - self.begin
-        self._reader.join(30)  # workers that outlive their parent hold the pipe
-        log = "".join(self._log)
-        if self._reader.is_alive():
-            log += CHILD_LEFT
-        return Done(status, self._out.read_text(errors="replace"), log, took, self.first_step)
+        out, log = (path.read_text(errors="replace") for path in (self._out, self._log))
+        return Done(status, out, log, took, self.first_step)
+
+
+class Forked:
+    """A command in a fork of this process, which has imported the package already."""
+
+    def __init__(
+        self,
+        arguments: list[str],
+        env: Mapping[str, str],
+        out: pathlib.Path,
+        log: pathlib.Path,
+        file_kib: int,
+    ):
+        sys.stdout.flush()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(arguments, env, out, log, file_kib)
+
+    def _run(self, arguments: list[str], env: Mapping[str, str], *files: Any) -> None:
+        out, log, file_kib = files
+        status = 1
+        try:
+            os.environ.update(env)
+            for number, path in ((1, out), (2, log)):
+                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+            if file_kib:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_kib << 10, file_kib << 10))
+            status = cli.run(arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, seconds: float = HANGS) -> int:
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("fork", seconds)
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 class Bench:
     """A folder with text and a config whose commands take seconds."""
+
+    forks = False  # whether commands run in forks of this process
+    file_kib = 0  # the largest file that such a command may write
 
     def __init__(self, here: pathlib.Path, disk: str = "."):
         """`disk` is the folder below `here` where commands write their results."""
@@ -161,7 +216,6 @@ class Bench:
             "optimizer.eps": 1e-5,
             "checkpoint.every_steps": SAVE_EVERY,
             "log.every_steps": 1,
-            "log.trackers": (),
             "evaluate.max_windows": 8,
             "evaluate.specialists": (str(self.documents),),
         }
@@ -175,24 +229,29 @@ class Bench:
                     words = rng.choices(WORDS[topics[i % len(topics)]] + ["the", "of"], k=120)
                     f.write(json.dumps({"text": f"{' '.join(words)} {name} {i}"}) + "\n")
 
-    def start(
-        self, name: str, *more: str, devices: int = 1, prefix: tuple[str, ...] = (), **env: str
-    ) -> Running:
-        """Start a command on so many simulated devices; `prefix` is a command that runs it."""
+    def start(self, name: str, *more: str, devices: int = 1, **env: str) -> Running:
+        """Start a command on so many simulated devices."""
         self._count += 1
-        command = [*prefix, sys.executable, "-m", "soup_jax.cli", name, *self.arguments[name]]
-        return Running([*command, *more], self.env(devices, **env), self.out(self._count))
+        out, log = (self.here / "logs" / f"{self._count}.{kind}" for kind in ("out", "log"))
+        out.touch()
+        log.touch()
+        arguments = [name, *self.arguments[name], *more]
+        env = self.env(devices, **env)
+        if self.forks:
+            return Running(Forked(arguments, env, out, log, self.file_kib), out, log)
+        command = [sys.executable, "-m", "soup_jax.cli", *arguments]
+        with out.open("ab") as stdout, log.open("ab") as stderr:
+            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env)
+        return Running(process, out, log)
 
     def finish(self, name: str, *more: str, **how: Any) -> Done:
         """Run a command that nobody disturbs."""
         return self.start(name, *more, **how).wait()
 
-    def out(self, number: int) -> pathlib.Path:
-        return self.here / "logs" / f"{number}.out"
-
     def env(self, devices: int, **more: str) -> dict[str, str]:
         """The environment of a command."""
         flags = f"--xla_force_host_platform_device_count={devices}"
+        flags += " --xla_backend_optimization_level=0"  # much is compiled, little computed
         mine = {"TMPDIR": str(self.here / "tmp"), "XDG_CACHE_HOME": str(self.here / "cache")}
         return {**os.environ, **mine, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **more}
 

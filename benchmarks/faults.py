@@ -32,7 +32,6 @@ from typing import Any
 
 import fault_storage
 from fault_cases import (
-    CHILD_LEFT,
     NUM_STEPS,
     SAVE_EVERY,
     Bench,
@@ -117,7 +116,6 @@ def disturb(bench: Bench, name: str, kills: int, rng: random.Random, log: Any) -
         done = bench.finish(name)
         row = {"command": name, "number": number, "killed": killed.status, "status": done.status}
         row["differs"] = done.status == 0 and bench.result(name, done) != expected
-        row["child left"] = CHILD_LEFT in killed.log
         row |= {"changed": changed, "left": sorted(bench.leftovers()), "seconds": done.seconds}
         rows.append(row)
         log(row)
@@ -184,7 +182,6 @@ def summary(name: str, rows: list[dict[str, Any]], usual: Done) -> dict[str, Any
         "status not 0": sum(r["status"] != 0 for r in rows),
         "results differ": sum(bool(r.get("differs")) for r in rows),
         "files changed": sum(bool(r.get("changed")) for r in rows),
-        "children left": sum(bool(r.get("child left")) for r in rows),
         "left behind": ", ".join(sorted({x for r in rows for x in r["left"]})) or "nothing",
         "steps lost, most": max(steps) if steps else "-",
         "training again (s)": median(r.get("training") for r in rows),
