@@ -76,13 +76,15 @@ def test_reads_that_outlive_a_failed_one_print_nothing(tmp_path, capsys, monkeyp
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     checkpoint._drop_echoes.__wrapped__()
 
-    def unraisable(text):
+    def unraisable(text, object=None):
         error = RuntimeError(text)
         return SimpleNamespace(
-            exc_type=type(error), exc_value=error, exc_traceback=None, err_msg=None, object=None
+            exc_type=type(error), exc_value=error, exc_traceback=None, err_msg=None, object=object
         )
 
     sys.unraisablehook(unraisable("Event loop is closed"))
+    code = SimpleNamespace(co_filename="lib/orbax/checkpoint/serialization.py")
+    sys.unraisablehook(unraisable("a part of an array", SimpleNamespace(cr_code=code)))
     assert capsys.readouterr().err == ""
     with pytest.raises(TypeError):  # Python's own hook, which takes no stand-in, has got it
         sys.unraisablehook(unraisable("another"))

@@ -320,12 +320,15 @@ def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -
 
 @functools.cache
 def _drop_echoes() -> None:
-    # When a read fails, orbax closes its event loop, and tensorstore calls this hook once for each
-    # read that was still under way: tracebacks by the dozen beside the message that counts.
+    # When a read fails, orbax leaves the others that are under way: Python then tells of their
+    # coroutines, and tensorstore of a closed event loop, in tracebacks by the dozen beside the
+    # message that counts.
     hook = sys.unraisablehook
 
     def others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)
+        left = "orbax" in getattr(code, "co_filename", "")
+        if not left and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
     sys.unraisablehook = others
