@@ -302,3 +302,15 @@ def test_a_picture_that_fails_fails_no_command(error, reason, monkeypatch, capsy
     out, err = capsys.readouterr()
     assert [reason in text for text in out.split("not drawn: ")] == [False, True, True]
     assert err == ""
+
+
+def test_what_a_library_logs_of_a_full_disk_is_told_once(caplog):
+    main._set_up_logging()
+    logger = logging.getLogger("absl")
+    for error in (OSError(28, "No space left on device"), ValueError("a bug")):
+        try:
+            raise error
+        except Exception:
+            logger.exception("a thread failed")
+    assert "a bug" in caplog.text
+    assert "No space" not in caplog.text

@@ -1,5 +1,6 @@
 """Log lines: their arithmetic, and the files they go to."""
 
+import errno
 import json
 import sys
 import types
@@ -154,12 +155,29 @@ def test_an_inactive_writer_writes_nothing(tmp_path):
 
 def test_tensorboard_gets_the_scalars(tmp_path):
     write_steps(tmp_path, 0, (1, 2), trackers=("tensorboard",))
-    assert any(p.stat().st_size for p in (tmp_path / "tensorboard").iterdir())
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in file.read_bytes()
 
 
-@pytest.mark.parametrize("broken", ["__init__", "add_scalar", "close"])
+def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path, monkeypatch, caplog):
+    from tensorboardX.record_writer import RecordWriter
+
+    original, left = RecordWriter.write, [3]
+
+    def write(self, data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    write_steps(tmp_path, 0, range(1, 30), trackers=("tensorboard",))
+    assert "the tracker tensorboard failed and is left out" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["__init__", "write_event", "close"])
 def test_a_failure_of_tensorboard_stops_nothing(broken, tmp_path, monkeypatch, caplog):
-    import tensorboardX
+    from tensorboardX import event_file_writer
 
     calls = []
 
@@ -167,7 +185,7 @@ def test_a_failure_of_tensorboard_stops_nothing(broken, tmp_path, monkeypatch, c
         calls.append(broken)
         raise OSError("disk full")
 
-    monkeypatch.setattr(tensorboardX.SummaryWriter, broken, fail)
+    monkeypatch.setattr(event_file_writer.EventsWriter, broken, fail)
     write_steps(tmp_path, 0, (1, 2), trackers=("tensorboard",))
     assert steps_of(tmp_path) == [1, 2]
     assert calls == [broken]

@@ -46,6 +46,13 @@ def _set_up_logging() -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO)
+    # orbax logs each thread's traceback of a full disk, through absl, before it raises the error.
+    logging.getLogger("absl").addFilter(_is_not_told_later)
+
+
+def _is_not_told_later(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not explain(error)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from soup_jax.errors import UserError
 from soup_jax.registry import Registry
 
 _log = logging.getLogger(__name__)
+
+_FLUSH_SECS = 30.0  # after which TensorBoard sees what was logged
 
 
 class Tracker(Protocol):
@@ -43,14 +46,27 @@ class TensorBoard:
 
     def __init__(self, cfg: ConfigDict, *, workdir: pathlib.Path, start_step: int):
         """Events after `start_step` are no longer shown."""
-        from tensorboardX import SummaryWriter
+        # Not its SummaryWriter: the thread of that dies of a full disk, and `close` waits for it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._event, self._scalar = Event, scalar
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        restart = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(step=start_step + 1, session_log=restart))
+        self._flushed = time.monotonic()
 
     def log(self, step: int, values: Mapping[str, float], kind: str) -> None:
         """One scalar `kind/name` for each value."""
         for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
+            summary = self._scalar(f"{kind}/{name}", value)
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > _FLUSH_SECS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Write what is left."""
