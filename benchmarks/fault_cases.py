@@ -178,7 +178,7 @@ class Bench:
             ],
             "generate": [f"--model={self.made}", prompt, "--max_tokens=20"],
             "verify": [str(self.run)],
-            "plan": [config, "--chip=H200", "--num_devices=2"],
+            "plan": [config, "--chip=H200", "--num_devices=1"],
         }
         self.writes = {
             "prepare": self.corpus,
