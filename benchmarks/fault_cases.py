@@ -78,6 +78,11 @@ class Running:
                 self.first_step = time.monotonic() - self.begin
             time.sleep(0.02)
 
+    def await_step(self, step: int) -> None:
+        """Until the command has logged this step of training, or has ended."""
+        while self.process.poll() is None and f" step {step}/" not in self._log.read_text():
+            time.sleep(0.01)
+
     def wait(self, seconds: float = HANGS) -> Done:
         """Until it has ended; after so many seconds it is killed, and its status is None."""
         try:

@@ -8,7 +8,7 @@
 moment and started again until it ends, and its result is compared with that of an undisturbed run:
 artefacts by hash, printed text, checkpoints by their checksums, metrics line by line but for times.
 Every eighth kill of train is followed by one by SIGTERM, which is not counted in the number. Train
-is killed half of the times at any moment of its life and half of the times after its first step;
+is killed half of the times at any moment of its life and half of the times at a random step;
 every third time it goes on on another number of devices, where batches must be the same and losses
 nearly so. generate, verify and plan must change no file.
 
@@ -36,7 +36,6 @@ from fault_cases import (
     SAVE_EVERY,
     Bench,
     Done,
-    Running,
     compare_runs,
     metrics_lines,
 )
@@ -82,13 +81,13 @@ def kill(
     in_training: bool = False,
     devices: int = 1,
 ) -> Done:
-    """Start the command and kill it at a random moment, in training after its first step."""
+    """Start the command and kill it at a random moment, or at a random step of its training."""
     for _ in range(10):  # again if it has ended before
         bench.clean(name)
         running = bench.start(name, devices=devices)
         if in_training:
-            await_step(running)
-            time.sleep(rng.random() * max(usual.seconds - usual.first_step, 0.1))
+            running.await_step(rng.randrange(1, NUM_STEPS))
+            time.sleep(rng.random() * 0.1)  # about a step and its share of a save
         else:
             time.sleep(rng.random() * usual.seconds)
         if running.process.poll() is None:
@@ -96,12 +95,6 @@ def kill(
         running.wait()
     running.process.send_signal(number)
     return running.wait(60)
-
-
-def await_step(running: Running) -> None:
-    """Until the command has done a step of training, or has ended."""
-    while running.first_step is None and running.process.poll() is None:
-        time.sleep(0.01)
 
 
 def disturb(bench: Bench, name: str, kills: int, rng: random.Random, log: Any) -> dict[str, Any]:
@@ -241,8 +234,8 @@ def kill_one(
     victims = list(range(4)) if n % 7 == 6 else [0] if n % 5 == 0 else [rng.randrange(4)]
     running = start_together(bench, 4, 1)
     if n % 4:
-        await_step(running[0])
-        time.sleep(rng.random() * max(usual.seconds - usual.first_step, 0.1))
+        running[0].await_step(rng.randrange(1, NUM_STEPS))
+        time.sleep(rng.random() * 0.1)
     else:  # while they start, too
         time.sleep(rng.random() * usual.seconds)
     for i in victims:
