@@ -272,7 +272,9 @@ class Bench:
         if name == "train":
             return train_result(self.run)
         if name == "evaluate":
-            return done.out, sha256_file(self.numbers / "evaluation.json")
+            # Not the last line: the picture is no result, and a full disk may prevent it.
+            table = done.out.partition("learning curve: ")[0]
+            return table, sha256_file(self.numbers / "evaluation.json")
         if name == "instantiate":
             names = ("params.safetensors", "tokenizer.json", "recipe.json")
             return {name: sha256_file(self.made / name) for name in names}
