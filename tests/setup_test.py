@@ -62,6 +62,8 @@ def test_a_moved_corpus_and_names_may_change_between_starts(tiny_corpus, tmp_pat
     assert run.corpus.path == tmp_path / "moved"
     found = dict(config_lib.flat_items(config_lib.load(tmp_path / "run" / "config.json")))
     assert found == found | fields | {"corpus.dir": moved}
+
+
 def test_a_damaged_list_of_parameters_is_written_anew(tiny_corpus, tmp_path):
     start(tmp_path, tiny_corpus)
     listing = tmp_path / "parameters.txt"
