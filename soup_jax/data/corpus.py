@@ -27,10 +27,9 @@ import numpy as np
 
 from soup_jax import inputs
 from soup_jax import storage as files
-from soup_jax.data import domains
-from soup_jax.data import tokenizer as tokenizer_lib
+from soup_jax.data import domain_map
 from soup_jax.data.damage import REPORT, Report
-from soup_jax.data.embed.base import Embedder, load_embedder
+from soup_jax.data.domain_map import DomainMap
 from soup_jax.data.readers import short_hashes
 from soup_jax.data.windows import token_dtype
 from soup_jax.errors import UserError
@@ -40,14 +39,7 @@ SPLITS = ("train", "validation", "held_out")
 # Not among what the fingerprint hashes; corpora of earlier versions have none.
 TRAIN_HASHES = "train_hashes.safetensors"
 # What every reader stands on; small, so that their hashes are compared whenever a corpus is opened.
-_SMALL = (
-    "centroids.safetensors",
-    "domains.json",
-    "embedder.json",
-    "embedder.safetensors",
-    "offsets.safetensors",
-    "tokenizer.json",
-)
+_SMALL = ("offsets.safetensors", *domain_map.FILES)
 _MANIFEST = {
     "format": int,
     "fingerprint": str,
@@ -103,48 +95,15 @@ class _Records:
         return self._readers[file]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Corpus:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Corpus(DomainMap):
     """A prepared corpus; cheap to open, windows are read on demand by any number of threads."""
 
-    path: pathlib.Path
     manifest: dict[str, Any]
-    domains: list[dict[str, Any]]
-    num_domains: int  # K
     seq_len: int  # L
-    vocab_size: int  # of the tokenizer; the model's may be larger
-    eos_id: int
     offsets: dict[str, np.ndarray]  # split -> int64 [K + 1], first record of each domain
     pad: dict[str, np.ndarray]  # split -> int64 [K], filling targets in a domain's last window
-    domain_frequencies: np.ndarray  # float64 [K], shares of train *windows*
-    fingerprint: str  # of the content: the same wherever and whenever it was prepared
     _records: dict[str, _Records] = dataclasses.field(default_factory=dict, repr=False)
-
-    @property
-    def max_chars(self) -> int:
-        """Longer documents were cut into pieces of this size, each with a domain of its own."""
-        return self.manifest["request"]["parameters"]["corpus.max_chars"]
-
-    def label(self, domain: int) -> str:
-        """A few words that tell what the documents of a domain are about."""
-        return self.domains[domain]["label"]
-
-    def tokenizer(self) -> tokenizer_lib.Tokenizer:
-        """The tokenizer of the windows."""
-        return tokenizer_lib.load_tokenizer(self.path / "tokenizer.json")
-
-    def embedder(self) -> Embedder:
-        """The embedder that the centroids were made with."""
-        return load_embedder(self.path)
-
-    def centroids(self) -> np.ndarray:
-        """float32 [K, dim], unit rows."""
-        return inputs.read_tensors(self.path / "centroids.safetensors")["centroids"]
-
-    def similarity_quantiles(self) -> dict[float, float]:
-        """Quantiles of the similarity of train documents to their own centroid."""
-        tensors = inputs.read_tensors(self.path / "centroids.safetensors")
-        return dict(zip(domains.QUANTILES, tensors["similarity_quantiles"].tolist()))
 
     @functools.cached_property
     def _train_hashes(self) -> np.ndarray | None:
@@ -265,18 +224,18 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
     tensors = inputs.read_tensors(path / "offsets.safetensors")
     splits = [split for split in SPLITS if f"offsets/{split}" in tensors]
     offsets = {split: tensors[f"offsets/{split}"] for split in splits}
-    windows = np.diff(offsets["train"])
+    entries, frequencies_K = domain_map.read_domains(path)
     return Corpus(
         path=path,
         manifest=manifest,
-        domains=inputs.read_json(path / "domains.json", [{"label": str}]),
-        num_domains=len(windows),
+        domains=entries,
         seq_len=manifest["seq_len"],
         vocab_size=manifest["vocab_size"],
         eos_id=manifest["eos_id"],
+        max_chars=manifest["request"]["parameters"]["corpus.max_chars"],
         offsets=offsets,
         pad={split: tensors[f"pad/{split}"] for split in splits},
-        domain_frequencies=windows / windows.sum(),
+        domain_frequencies=frequencies_K,
         fingerprint=manifest["fingerprint"],
     )
 

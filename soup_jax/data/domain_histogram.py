@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from soup_jax.data import domains
-from soup_jax.data.corpus import Corpus
+from soup_jax.data.domain_map import DomainMap
 from soup_jax.data.sources import cut
 from soup_jax.errors import UserError
 
@@ -47,7 +47,7 @@ class DocumentHistogram:
     unknown: float = 0.0
     largest: float = 0.0
 
-    def nearest(self, corpus: Corpus, *, num: int = 5) -> list[tuple[str, float]]:
+    def nearest(self, corpus: DomainMap, *, num: int = 5) -> list[tuple[str, float]]:
         """(label, weight) of the heaviest domains, heaviest first."""
         order = np.argsort(-self.h_K, kind="stable")[:num]
         return [(corpus.label(int(k)), float(self.h_K[k])) for k in order if self.h_K[k] > 0]
@@ -80,7 +80,7 @@ class DocumentHistogram:
         return found
 
 
-def document_histogram(corpus: Corpus, texts: Sequence[str]) -> DocumentHistogram:
+def document_histogram(corpus: DomainMap, texts: Sequence[str]) -> DocumentHistogram:
     """h of `texts` among the domains of `corpus`, with its tokenizer, embedder and centroids.
 
     Raises:
@@ -94,7 +94,7 @@ def document_histogram(corpus: Corpus, texts: Sequence[str]) -> DocumentHistogra
     pieces = [piece for of_document in cuts for piece in of_document]
     embeddings = corpus.embedder().embed(pieces)
     centroids = corpus.centroids()
-    available = np.flatnonzero(np.diff(corpus.offsets["train"]))
+    available = np.flatnonzero(corpus.domain_frequencies)
     nearest, similarity = domains.assign(embeddings, centroids[available])
     known = embeddings.any(axis=1)
     tokens_p = corpus.tokenizer().lengths(pieces) + 1  # with the end-of-text token

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from soup_jax import storage as files
+from soup_jax.errors import UserError
 from soup_jax.evaluation.sample import read_sample
 from soup_jax.specialists import export
 from soup_jax.specialists.open import load
@@ -44,7 +45,10 @@ def instantiate_to(
     say(f"from step {soup.step} of {soup.workdir}{older}")
     for line in sample.summary():
         say(line)
-    trained_on = soup.corpus.trained_on([d.hash for d in sample.documents])
+    try:
+        trained_on = soup.corpus.trained_on([d.hash for d in sample.documents])
+    except UserError:  # it is needed for nothing else here
+        trained_on = None
     if trained_on is not None and trained_on.any():
         say(f"{trained_on.sum()} of {len(trained_on)} documents are in the run's training text")
     for line in [*sample.damage, *sample.warnings()]:
@@ -52,4 +56,4 @@ def instantiate_to(
     specialist = soup.instantiate([d.text for d in sample.documents])
     specialist.save(out)
     histogram = specialist.histogram
-    return specialist, histogram.nearest(soup.corpus) if histogram else []
+    return specialist, histogram.nearest(soup.map) if histogram else []

@@ -36,6 +36,7 @@ from soup_jax.processes import start as distributed
 from soup_jax.training import formats, integrity
 from soup_jax.training.state import TrainState
 
+TRYING = "unreadable checkpoint, trying the one before: %s"
 _log = logging.getLogger(__name__)
 
 # Orbax warns of every folder that is opened for reading alone, as all commands but `train` do.
@@ -201,7 +202,7 @@ class Checkpointer:
         """
         result = self._newest({"params": abstract}, step=step)
         if result is None:
-            raise UserError(f"{self.directory} holds no checkpoint; train first")
+            raise self.none(None)
         return result[1]["params"], result[0]
 
     def data(self, step: int) -> dict[str, Any]:
@@ -218,7 +219,7 @@ class Checkpointer:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         try:
             data = self.data(step)
-            _check_data(data, step, f"{self.directory}/{step}")
+            check_data(data, step, f"{self.directory}/{step}")
             saved, found = data.get("checksums"), []
             for name in _ARRAYS:
                 target = jax.tree.map(
@@ -257,7 +258,7 @@ class Checkpointer:
     def _newest(self, target: Mapping[str, Any], *, step: int | None) -> Any:
         steps = self.steps()
         if step is not None and step not in steps:
-            raise UserError(f"{self.directory} holds no checkpoint of step {step}, only {steps}")
+            raise self.none(step)
         candidates = [step] if step is not None else steps[::-1]
         with self._reader() as reader:
             return self._newest_of(self._agreed(candidates), target, reader)
@@ -278,10 +279,7 @@ class Checkpointer:
             )
             problems = items if isinstance(items, list) else []
             if problems:
-                raise UserError(
-                    f"checkpoint {self.directory}/{candidate} does not fit this config "
-                    "(checkpoint -> config):\n  " + "\n  ".join(problems)
-                )
+                raise self.misfit(candidate, problems)
             if not failure and not differences:
                 # By all processes, for each has a part of the arrays.
                 changed = integrity.differences(
@@ -291,13 +289,30 @@ class Checkpointer:
                     return candidate, items
                 failure = f"changed since it was saved: {', '.join(changed[:5])}"
             failures.append(f"step {candidate}: {failure or '; '.join(differences)}")
-            _log.warning("unreadable checkpoint, trying the one before: %s", failures[-1])
+            _log.warning(TRYING, failures[-1])
         if failures:
-            raise UserError(
-                f"none of the checkpoints in {self.directory} can be read:\n  "
-                + "\n  ".join(failures)
-            )
+            raise self.unreadable(failures)
         return None
+
+    def none(self, step: int | None) -> UserError:
+        """That there is no checkpoint, or none of this step."""
+        if step is None or not self.steps():
+            return UserError(f"{self.directory} holds no checkpoint; train first")
+        steps = self.steps()
+        return UserError(f"{self.directory} holds no checkpoint of step {step}, only {steps}")
+
+    def misfit(self, step: int, problems: list[str]) -> UserError:
+        """That a checkpoint has another structure."""
+        return UserError(
+            f"checkpoint {self.directory}/{step} does not fit this config (checkpoint -> config):"
+            "\n  " + "\n  ".join(problems)
+        )
+
+    def unreadable(self, failures: list[str]) -> UserError:
+        """That none can be read, and why."""
+        return UserError(
+            f"none of the checkpoints in {self.directory} can be read:\n  " + "\n  ".join(failures)
+        )
 
 
 def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> tuple[Any, str]:
@@ -340,7 +355,7 @@ class _Damaged(Exception):
 
 def _read_once(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> Any:
     data = reader.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-    version = _check_data(data, step, f"checkpoint {reader.directory}/{step}")
+    version = check_data(data, step, f"checkpoint {reader.directory}/{step}")
     stored = formats.to_v1(target) if version == 1 else target
     problems = _structure_diff(reader.item_metadata(step), stored)
     if problems:
@@ -352,8 +367,8 @@ def _read_once(reader: ocp.CheckpointManager, step: int, target: Mapping[str, An
     return {**items, "data": data}
 
 
-def _check_data(data: Any, step: int, place: str) -> int:
-    # The format. A later one is no damage: its data item may be of any structure.
+def check_data(data: Any, step: int, place: str) -> int:
+    """The format of a data item. A later one is no damage: it may be of any structure."""
     if isinstance(data, dict):
         version = read_format(data, place, newest=formats.CHECKPOINT)
     try:
@@ -380,11 +395,17 @@ def _structure_diff(metadata: Any, target: Mapping[str, Any]) -> list[str]:
         have = {p: (tuple(x.shape), str(x.dtype)) for p, x in tree.flatten(dict(saved)).items()}
         # Optax states are tuples; saved, their positions are keys. Both flatten to one path.
         want = {p: (tuple(x.shape), str(x.dtype)) for p, x in tree.flatten(wanted).items()}
-        for path in sorted(set(have) | set(want)):
-            if have.get(path) != want.get(path):
-                before, after = (_describe(t.get(path)) for t in (have, want))
-                lines.append(f"{item}/{path}: {before} -> {after}")
+        lines += differences(item, have, want)
     return lines
+
+
+def differences(item: str, have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
+    """Lines on leaves, (shape, dtype) by path, that are not the same on both sides."""
+    return [
+        f"{item}/{path}: {_describe(have.get(path))} -> {_describe(want.get(path))}"
+        for path in sorted(set(have) | set(want))
+        if have.get(path) != want.get(path)
+    ]
 
 
 def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:

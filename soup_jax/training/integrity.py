@@ -20,14 +20,16 @@ from soup_jax import tree
 from soup_jax.shapes import Array
 
 
-def _checksum(leaf: Array) -> Array:
+def _checksum(leaf: Array, first: Array | int = 0) -> Array:
+    # Of rows of a larger leaf, that from `first` on.
     width = leaf.dtype.itemsize
     bits = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
     bits = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
     position = jnp.zeros(leaf.shape, jnp.uint32)
     for axis in range(leaf.ndim):
         stride = jnp.uint32(math.prod(leaf.shape[axis + 1 :]) % (1 << 32))
-        position += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * stride
+        index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        position += (index if axis else index + jnp.uint32(first)) * stride
     mixed = position ^ (position >> 15)
     odd = [position * jnp.uint32(0x9E3779B2) | 1, mixed * jnp.uint32(0x85EBCA6A) | 1]
     return jnp.stack([jnp.sum(bits * factor, dtype=jnp.uint32) for factor in odd])
@@ -53,6 +55,24 @@ def checksums(items: Mapping[str, Any]) -> dict[str, str]:
     )
     sums = np.asarray(_checksums(list(leaves.values()), sharding=everywhere))
     return {path: f"{a:08x}{b:08x}" for path, (a, b) in zip(leaves, sums.tolist())}
+
+
+_rows_checksum = jax.jit(_checksum)
+
+
+class Running:
+    """The checksum of a leaf that is read in blocks of rows."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(2, np.uint32)
+
+    def add(self, rows: Any, first: int) -> None:
+        """Rows from number `first` on; every row once, in any order."""
+        self._sums = self._sums + np.asarray(_rows_checksum(rows, np.uint32(first)))
+
+    def hex(self) -> str:
+        """As `checksums` gives it of the whole leaf."""
+        return "".join(f"{x:08x}" for x in self._sums.tolist())
 
 
 def differences(saved: Mapping[str, str], items: Mapping[str, Any]) -> list[str]:

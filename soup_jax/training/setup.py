@@ -221,6 +221,8 @@ def claim_workdir(run: Run, *, accept_changes: bool = False) -> None:
     if run.group.process_id == 0:
         if not changes and not _says(path, run.cfg):
             config_lib.save(run.cfg, path)
+        if not (run.workdir / "domains").exists():  # specialists need no more of the corpus
+            run.corpus.copy_to(run.workdir / "domains")
         leaves = tree.flatten(run.abstract.params)
         lines = [f"{p} {x.dtype}{list(x.shape)} {x.sharding.spec}\n" for p, x in leaves.items()]
         listing, text = run.workdir / "parameters.txt", "".join(lines)

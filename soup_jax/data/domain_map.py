@@ -1,0 +1,146 @@
+"""What takes documents to the domains of a corpus: its tokenizer, embedder and centroids.
+
+A corpus has it, and whatever makes specialists needs no more of a corpus: a run and a soup folder
+keep a copy, in a folder of its own:
+
+    domains.json             an entry per domain, with its label and train windows
+    centroids.safetensors, tokenizer.json, embedder.json, embedder.safetensors
+    map.json                 what else is known of the corpus, and the SHA-256 of these files
+"""
+
+import dataclasses
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from soup_jax import inputs
+from soup_jax import storage as files
+from soup_jax.data import domains
+from soup_jax.data.embed.base import Embedder, load_embedder
+from soup_jax.data.tokenizer import Tokenizer, load_tokenizer
+from soup_jax.errors import UserError
+
+FORMAT = 1
+FILES = (
+    "centroids.safetensors",
+    "domains.json",
+    "embedder.json",
+    "embedder.safetensors",
+    "tokenizer.json",
+)
+_DOMAINS = [{"label": str, "windows": {"train": int}}]
+_MAP = {
+    "format": int,
+    "fingerprint": str,
+    "eos_id": int,
+    "max_chars": int,
+    "vocab_size": int,
+    "files": {...: str},
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class DomainMap:
+    """The domains of a corpus, and the way to them.
+
+    Attributes:
+      path: the folder of the files.
+      domains: K entries, as in domains.json.
+      vocab_size: of the tokenizer; the model's may be larger.
+      eos_id: ends every document.
+      max_chars: longer documents were cut into pieces of this size, each with a domain of its own.
+      domain_frequencies: float64 [K], shares of the train *windows*.
+      fingerprint: of the corpus's content: the same wherever and whenever it was prepared.
+    """
+
+    path: pathlib.Path
+    domains: list[dict[str, Any]]
+    vocab_size: int
+    eos_id: int
+    max_chars: int
+    domain_frequencies: np.ndarray
+    fingerprint: str
+
+    @property
+    def num_domains(self) -> int:
+        """K."""
+        return len(self.domains)
+
+    def label(self, domain: int) -> str:
+        """A few words that tell what the documents of a domain are about."""
+        return self.domains[domain]["label"]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the windows."""
+        return load_tokenizer(self.path / "tokenizer.json")
+
+    def embedder(self) -> Embedder:
+        """The embedder that the centroids were made with."""
+        return load_embedder(self.path)
+
+    def centroids(self) -> np.ndarray:
+        """float32 [K, dim], unit rows."""
+        return inputs.read_tensors(self.path / "centroids.safetensors")["centroids"]
+
+    def similarity_quantiles(self) -> dict[float, float]:
+        """Quantiles of the similarity of train documents to their own centroid."""
+        tensors = inputs.read_tensors(self.path / "centroids.safetensors")
+        return dict(zip(domains.QUANTILES, tensors["similarity_quantiles"].tolist()))
+
+    def copy_to(self, folder: pathlib.Path) -> None:
+        """Write the folder that `open_map` reads, whole or not at all."""
+        with files.atomic_folder(folder) as new:
+            for name in FILES:
+                shutil.copyfile(self.path / name, new / name)
+            described = {
+                "format": FORMAT,
+                "fingerprint": self.fingerprint,
+                "eos_id": self.eos_id,
+                "max_chars": self.max_chars,
+                "vocab_size": self.vocab_size,
+                "files": {name: files.sha256_file(new / name) for name in FILES},
+            }
+            files.write_json(new / "map.json", files.sealed(described))
+
+
+def read_domains(folder: pathlib.Path) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """(entries, shares of the train windows, float64 [K]) of a domains.json.
+
+    Raises:
+      UserError: it cannot be read, or no domain has windows.
+    """
+    where = folder / "domains.json"
+    entries = inputs.read_json(where, _DOMAINS)
+    windows_K = np.asarray([entry["windows"]["train"] for entry in entries], np.float64)
+    if not windows_K.sum() > 0:
+        raise UserError(f"{where} is damaged: no domain has train windows")
+    return entries, windows_K / windows_K.sum()
+
+
+def open_map(folder: pathlib.Path) -> DomainMap:
+    """Read what `DomainMap.copy_to` wrote; its files are compared by hash.
+
+    Raises:
+      UserError: missing, of a newer format, or changed since it was written.
+    """
+    where = folder / "map.json"
+    described = inputs.read_json(where)
+    inputs.read_format(described, where, newest=FORMAT)
+    inputs.check_structure(described, _MAP, where)
+    inputs.check_seal(described, where)
+    for name in FILES:
+        path = folder / name
+        if not path.is_file() or files.sha256_file(path) != described["files"].get(name):
+            raise UserError(f"{path} is missing or not what {where} describes: restore it")
+    entries, frequencies_K = read_domains(folder)
+    return DomainMap(
+        path=folder,
+        domains=entries,
+        vocab_size=described["vocab_size"],
+        eos_id=described["eos_id"],
+        max_chars=described["max_chars"],
+        domain_frequencies=frequencies_K,
+        fingerprint=described["fingerprint"],
+    )

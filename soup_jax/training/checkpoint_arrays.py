@@ -1,0 +1,98 @@
+"""The parameters in a checkpoint, read by rows, without the rest of it in memory."""
+
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from soup_jax import tree
+from soup_jax.errors import UserError
+from soup_jax.training import formats
+from soup_jax.training.checkpoint import TRYING, Checkpointer, check_data, differences
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointArrays:
+    """The item "params" of a checkpoint that orbax wrote: an OCDBT store of Zarr arrays."""
+
+    def __init__(self, folder: pathlib.Path, data: Mapping[str, Any], params: Any):
+        """Opens the arrays; reads none.
+
+        Args:
+          folder: of the step.
+          data: the checkpoint's data item.
+          params: abstract, as the run's config wants them.
+        """
+        import tensorstore
+
+        named = {"params": tree.map_named(lambda path, _: path, params)}
+        stored = formats.to_v1(named) if data.get("format", 1) == 1 else named
+        opening = {
+            name: tensorstore.open(
+                {
+                    "driver": "zarr",
+                    "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/params"},
+                    "path": path.replace("/", ".") + "/",
+                },
+                read=True,
+                open=True,
+            )
+            for path, name in tree.flatten(stored["params"]).items()
+        }
+        self._arrays: dict[str, Any] = {name: future.result() for name, future in opening.items()}
+        self.shapes: Mapping[str, jax.ShapeDtypeStruct] = {
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype.numpy_dtype)
+            for name, a in self._arrays.items()
+        }
+        self.checksums: Mapping[str, str] = {
+            path.removeprefix("params/"): value
+            for path, value in data.get("checksums", {}).items()
+            if path.startswith("params/")
+        }
+
+    def rows(self, name: str) -> int:
+        """See `specialists.stored.Arrays`."""
+        array = self._arrays[name]
+        return array.chunk_layout.read_chunk.shape[0] if array.ndim else 1
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """See `specialists.stored.Arrays`."""
+        array = self._arrays[name]
+        chosen = array[start:stop] if array.ndim else array
+        return np.asarray(chosen.read().result())
+
+
+def open_params(
+    checkpointer: Checkpointer, abstract: Any, *, step: int | None = None
+) -> tuple[CheckpointArrays, int]:
+    """(arrays, step) as of `Checkpointer.restore_params`, opened and not yet read.
+
+    Raises:
+      UserError: as there.
+    """
+    steps = checkpointer.steps()
+    if not steps or (step is not None and step not in steps):
+        raise checkpointer.none(step)
+    failures = []
+    for candidate in [step] if step is not None else steps[::-1]:
+        folder = checkpointer.directory / str(candidate)
+        try:
+            data = checkpointer.data(candidate)
+            check_data(data, candidate, f"checkpoint {folder}")
+            arrays = CheckpointArrays(folder, data, abstract)
+        except UserError:
+            raise
+        except Exception as e:
+            failures.append(f"step {candidate}: {' '.join(str(e).split())[:200]}")
+            _log.warning(TRYING, failures[-1])
+            continue
+        wanted = {n: (tuple(x.shape), str(x.dtype)) for n, x in tree.flatten(abstract).items()}
+        found = {n: (tuple(x.shape), str(x.dtype)) for n, x in arrays.shapes.items()}
+        if problems := differences("params", found, wanted):
+            raise checkpointer.misfit(candidate, problems)
+        return arrays, candidate
+    raise checkpointer.unreadable(failures)
