@@ -18,7 +18,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define the flags."""
     del argv
     string, multi = flags.DEFINE_string, flags.DEFINE_multi_string
-    string("run", "", "the run whose soup is used", flag_values=values)
+    string("run", "", "the run, or the soup folder, whose soup is used", flag_values=values)
     multi(
         "documents",
         [],

@@ -6,6 +6,7 @@
     soup-jax evaluate    --workdir=RUN --specialists='DIR/*'    losses of specialists and baselines
     soup-jax instantiate --run=RUN --documents=F --out=DIR      documents -> one small model
     soup-jax generate    --model=DIR --prompt=TEXT              continue a prompt with it
+    soup-jax pack        --run=RUN --out=DIR                    a soup without its run and corpus
     soup-jax verify      DIR                                    is what lies there undamaged?
 
 A config is a Python file with `get_config()`; `--config=FILE.py:ARG` passes it an argument, and
@@ -22,7 +23,17 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from soup_jax.cli import config_flag, evaluate, generate, instantiate, plan, prepare, train, verify
+from soup_jax.cli import (
+    config_flag,
+    evaluate,
+    generate,
+    instantiate,
+    pack,
+    plan,
+    prepare,
+    train,
+    verify,
+)
 from soup_jax.errors import UserError, explain
 
 # Each defines its flags, `define(values, argv)`, and acts, `run(values)`; it imports what is slow
@@ -32,6 +43,7 @@ SUBCOMMANDS = {
     "plan": plan,
     "train": train,
     "evaluate": evaluate,
+    "pack": pack,
     "instantiate": instantiate,
     "generate": generate,
     "verify": verify,

@@ -100,7 +100,7 @@ class DomainMap:
                 "eos_id": self.eos_id,
                 "max_chars": self.max_chars,
                 "vocab_size": self.vocab_size,
-                "files": {name: files.sha256_file(new / name) for name in FILES},
+                "files": {name: inputs.sha256_file(new / name) for name in FILES},
             }
             files.write_json(new / "map.json", files.sealed(described))
 
@@ -132,7 +132,7 @@ def open_map(folder: pathlib.Path) -> DomainMap:
     inputs.check_seal(described, where)
     for name in FILES:
         path = folder / name
-        if not path.is_file() or files.sha256_file(path) != described["files"].get(name):
+        if not path.is_file() or inputs.sha256_file(path) != described["files"].get(name):
             raise UserError(f"{path} is missing or not what {where} describes: restore it")
     entries, frequencies_K = read_domains(folder)
     return DomainMap(

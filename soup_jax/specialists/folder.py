@@ -168,7 +168,7 @@ def write(
         soup = {
             "format": FORMAT,
             **described,
-            "config": files.sha256_file(folder / "config.json"),
+            "config": inputs.sha256_file(folder / "config.json"),
             "files": groups,
             "checksums": checksums,
         }
@@ -192,6 +192,6 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Any], FolderArrays]:
     inputs.check_structure(described, _SOUP, where)
     inputs.check_seal(described, where)
     config = folder / "config.json"
-    if not config.is_file() or files.sha256_file(config) != described["config"]:
+    if not config.is_file() or inputs.sha256_file(config) != described["config"]:
         raise UserError(f"{config} is missing or not what {where} describes: restore it")
     return described, FolderArrays(folder, described)

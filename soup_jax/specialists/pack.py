@@ -5,6 +5,7 @@ from typing import Any
 
 from soup_jax import storage as files
 from soup_jax import tree
+from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.specialists import folder as folder_lib
 from soup_jax.specialists.open import Soup, load
@@ -89,6 +90,7 @@ def _card(soup: Soup, dtype: str) -> str:
         for part in ("shared", "bank")
     }
     order = soup.map.domain_frequencies.argsort()[::-1][:10]
+    trained = config_lib.load(soup.workdir / "config.json")  # `soup.cfg` is for the devices here
     return _CARD.format(
         name=cfg.name,
         num_experts=soup.num_experts,
@@ -97,7 +99,7 @@ def _card(soup: Soup, dtype: str) -> str:
         bank=sizes["bank"],
         dtype=dtype,
         network=cfg.model.kind or "of its own",
-        tokens=soup.step * cfg.batch_size_trained * cfg.seq_len,
+        tokens=soup.step * trained.batch_size * trained.seq_len,
         steps=soup.step,
         num_steps=cfg.num_steps,
         vocab_size=cfg.vocab_size,
@@ -114,6 +116,5 @@ def _losses(soup: Soup) -> str:
     done = [line for line in lines if line["step"] <= soup.step and "loss" in line]
     if not done:
         return ""
-    return (
-        f"| loss in training | {done[-1]['loss']:.4f} nats a token, at step {done[-1]['step']} |\n"
-    )
+    last = done[-1]
+    return f"| loss in training | {last['loss']:.4f} nats a token, at step {last['step']} |\n"

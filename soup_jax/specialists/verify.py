@@ -7,12 +7,14 @@ from soup_jax.config import schema as config_lib
 from soup_jax.data.corpus import artefacts_of, open_corpus
 from soup_jax.errors import UserError
 from soup_jax.specialists import recipe as recipe_lib
+from soup_jax.specialists.open import load
+from soup_jax.specialists.stored import blocks
 from soup_jax.training import metrics
 from soup_jax.training.checkpoint import Checkpointer
 
 
 def verify(path: str | pathlib.Path) -> list[str]:
-    """Lines on what was compared, by kind of folder: corpus, run or specialist.
+    """Lines on what was compared, by kind of folder: corpus, run, soup folder or specialist.
 
     Of a run it holds one item of a checkpoint (parameters or optimizer state) in memory at a time.
 
@@ -29,11 +31,17 @@ def verify(path: str | pathlib.Path) -> list[str]:
     if (path / "recipe.json").exists():
         made = recipe_lib.read(path)
         return [f"{path}: specialist of step {made.get('step')}, files as they were written"]
+    if (path / "soup.json").exists():
+        soup = load(path)
+        for name in soup.arrays.shapes:
+            for _ in blocks(soup.arrays, name):
+                pass
+        return [f"{path}: soup folder of step {soup.step}, all of it as it was written"]
     if (path / "config.json").exists():
         return _verify_run(path)
     raise UserError(
-        f"{path} is no corpus, run or specialist: it has no manifest.json, config.json or "
-        "recipe.json"
+        f"{path} is no corpus, run, soup folder or specialist: it has no manifest.json, "
+        "config.json, soup.json or recipe.json"
     )
 
 

@@ -36,7 +36,12 @@ from soup_jax.shapes import Params
 from soup_jax.training import build, trackers
 from soup_jax.training import changes as changes_lib
 from soup_jax.training import checkpoint as checkpoint_lib
-from soup_jax.training.state import TrainState, make_init, state_shardings
+from soup_jax.training.state import (
+    TrainState,
+    abstract_with_shardings,
+    make_init,
+    state_shardings,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +153,7 @@ def setup(
         model=model,
         mesh=mesh,
         plan=plan,
-        abstract=checkpoint_lib.abstract_with_shardings(abstract, shardings),
+        abstract=abstract_with_shardings(abstract, shardings),
         init=jax.jit(make, out_shardings=shardings),
         group=distributed.current(),
     )

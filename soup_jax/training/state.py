@@ -103,3 +103,10 @@ def state_shardings(mesh: Mesh, abstract: TrainState, optimizer: OptimizerConfig
         step=replicated,
         bad_step=replicated,
     )
+
+
+def abstract_with_shardings(abstract: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs that carry their shardings: the target of a restore."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
