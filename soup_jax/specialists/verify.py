@@ -8,7 +8,7 @@ from soup_jax.data.corpus import artefacts_of, open_corpus
 from soup_jax.errors import UserError
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists.open import load
-from soup_jax.specialists.stored import blocks
+from soup_jax.specialists.stored import DamagedError, blocks
 from soup_jax.training import metrics
 from soup_jax.training.checkpoint import Checkpointer
 
@@ -32,10 +32,15 @@ def verify(path: str | pathlib.Path) -> list[str]:
         made = recipe_lib.read(path)
         return [f"{path}: specialist of step {made.get('step')}, files as they were written"]
     if (path / "soup.json").exists():
-        soup = load(path)
+        soup, damage = load(path), []
         for name in soup.arrays.shapes:
-            for _ in blocks(soup.arrays, name):
-                pass
+            try:
+                for _ in blocks(soup.arrays, name):
+                    pass
+            except DamagedError as e:
+                damage.append(str(e))
+        if damage:
+            raise UserError(f"{path} is damaged: {'; '.join(damage)}")
         return [f"{path}: soup folder of step {soup.step}, all of it as it was written"]
     if (path / "config.json").exists():
         return _verify_run(path)
