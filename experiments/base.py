@@ -187,7 +187,8 @@ FIELDS = (
          at_least=1),
     # State comes from the newest checkpoint of the workdir; if it has none, from init_from; if that
     # is empty, from the seed.
-    fixed("checkpoint.init_from", "", "a run whose parameters a new run starts from, at step 0"),
+    fixed("checkpoint.init_from", "",
+          "a run whose parameters a new run starts from, or a Llama of transformers as its S"),
     fixed("checkpoint.init_step", 0, "of its checkpoints; 0: the newest", at_least=0),
 
     free("log.every_steps", 20, "metrics.jsonl, trackers and the progress bar", at_least=1),

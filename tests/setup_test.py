@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import llamas
 import numpy as np
 import pytest
 from conftest import tiny_config
@@ -11,6 +13,9 @@ from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.specialists import open as open_lib
 from soup_jax.training import changes
+from soup_jax import soup
+from soup_jax.errors import UserError
+from soup_jax.training import build
 from soup_jax.training import setup as run_lib
 from soup_jax.training.checkpoint import Checkpointer
 
@@ -162,3 +167,26 @@ def test_damaged_records_of_a_run_are_told(name, text, message, tiny_corpus, tmp
 def test_an_empty_folder_starts_from_the_seed(tiny_corpus, tmp_path):
     state = restore(start(tmp_path, tiny_corpus))
     assert (int(state.step), int(state.bad_step)) == (0, -1)
+
+
+def test_a_llama_of_transformers_is_every_specialist_at_step_0(tiny_corpus, tmp_path):
+    fields = {"vocab_size": 400, "seq_len": 32}
+    source = llamas.specialist(tmp_path / "source", sizes=fields)
+    source.save(tmp_path / "hf", format="hf")
+    model = {f"model.{name}": value for name, value in llamas.MODEL.items()}
+    model |= {"checkpoint.init_from": str(tmp_path / "hf"), "experts.init_scale": 0.0}
+    run = run_lib.setup(tiny_config(**{"corpus.dir": tiny_corpus} | model), tmp_path / "run")
+    run_lib.read_initial(run)
+    state = restore(run)
+    assert state.params.keys() == {"shared", "bank", "router"}
+    soup_config = build.soup_config(run.cfg)
+    for h_K in np.eye(6, dtype=np.float32)[:2]:
+        params, alpha_E = soup.specialist(state.params, h_K, soup_config)
+        assert np.abs(alpha_E).max() > 0
+        jax.tree.map(np.testing.assert_array_equal, params, source.params)
+    (name, (old, new)) = next(iter(run.changes.items()))
+    assert (name, old, new["model"]) == ("checkpoint.init_from", "", str(tmp_path / "hf"))
+    with run.cfg.unlocked():
+        run.cfg.checkpoint.init_step = 3
+    with pytest.raises(UserError, match="init_step = 3 is a step of a run"):
+        run_lib.read_initial(run)

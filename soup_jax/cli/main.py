@@ -7,6 +7,7 @@
     soup-jax instantiate --run=RUN --documents=F --out=DIR      documents -> one small model
     soup-jax generate    --model=DIR --prompt=TEXT              continue a prompt with it
     soup-jax pack        --run=RUN --out=DIR                    a soup without its run and corpus
+    soup-jax export      --model=DIR --format=hf --out=DIR2     for transformers, vLLM, llama.cpp
     soup-jax verify      DIR                                    is what lies there undamaged?
 
 A config is a Python file with `get_config()`; `--config=FILE.py:ARG` passes it an argument, and
@@ -26,6 +27,7 @@ from absl import flags
 from soup_jax.cli import (
     config_flag,
     evaluate,
+    export,
     generate,
     instantiate,
     pack,
@@ -46,6 +48,7 @@ SUBCOMMANDS = {
     "pack": pack,
     "instantiate": instantiate,
     "generate": generate,
+    "export": export,
     "verify": verify,
 }
 

@@ -10,6 +10,7 @@ nothing else. A foreign file may normalise text; the round trip is then as good 
 """
 
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,6 +91,13 @@ class Tokenizer:
         if self._bytes_V is not None:
             return int(self._bytes_V[ids].sum())
         return len(self.decode(ids).encode())
+
+    def encodes_like(self, other: "Tokenizer") -> bool:
+        """Whether both are the same, but for what is added around a text."""
+        mine, theirs = (json.loads(t._json) for t in (self, other))
+        for settings in (mine, theirs):
+            settings.pop("post_processor", None)
+        return bool(mine == theirs)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a `tokenizer.json` that any user of `tokenizers` can load."""

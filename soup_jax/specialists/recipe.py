@@ -13,6 +13,7 @@ FORMAT = 1  # the format that is written, and the newest that is read
 _RECIPE = {
     "alpha": [float],
     "eos_id": int,
+    "exported?": {"format": str, "dtype": str, "files": {...: str}},
     "h": [float],
     "hashes": {...: str},
     "model": dict,
@@ -27,8 +28,20 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     Its `model` has today's fields, whichever version wrote it.
 
     Raises:
-      UserError: not such a folder, of a newer format, incomplete, or changed since it was written.
+      UserError: not such a folder, an export to another library, of a newer format, incomplete, or
+        changed since it was written.
     """
+    recipe = read_any(folder)
+    if "exported" in recipe:
+        raise UserError(
+            f"{folder} is an export in the format {recipe['exported']['format']!r}, for other "
+            "libraries: give the folder that `soup-jax instantiate` wrote"
+        )
+    return recipe
+
+
+def read_any(folder: pathlib.Path) -> dict[str, Any]:
+    """`read`, of exports too."""
     path = folder / "recipe.json"
     if not path.exists():
         raise UserError(
@@ -46,9 +59,12 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     ):
         if not good:
             raise UserError(f"{path} is damaged: it cannot be that {what}. Make it again")
-    for file in ("params.safetensors", "tokenizer.json"):
+    described = {
+        name: recipe["hashes"].get(name.split(".")[0])
+        for name in ("params.safetensors", "tokenizer.json")
+    }
+    for file, expected in recipe.get("exported", {"files": described})["files"].items():
         written = folder / file
-        expected = recipe["hashes"].get(file.split(".")[0])
         if not written.exists() or inputs.sha256_file(written) != expected:
             raise UserError(
                 f"{written} is missing or not what its recipe.json describes; make it again"

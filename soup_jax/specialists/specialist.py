@@ -82,16 +82,18 @@ class Specialist:
         """Text to ids and back."""
         return load_tokenizer(self.tokenizer_path)
 
-    def save(self, folder: str | pathlib.Path, *, format: str = "soup_jax") -> None:
+    def save(self, folder: str | pathlib.Path, *, format: str = "soup_jax", **options: Any) -> None:
         """Write it to a folder; one that holds a specialist is replaced.
 
         Args:
           format: one of `export.FORMATS`, or the dotted path of an exporter.
+          options: of the format; "hf" and "gguf" take `dtype`: float32, bfloat16 or float16.
 
         Raises:
-          UserError: the folder holds something else, or there is no such format.
+          UserError: the folder holds something else, there is no such format or option, or the
+            format does not fit the network.
         """
-        export(self, pathlib.Path(folder), format=format)
+        export(self, pathlib.Path(folder), format=format, **options)
 
     def generate(
         self, prompt: str, *, max_tokens: int = 100, temperature: float = 0.8, seed: int = 0

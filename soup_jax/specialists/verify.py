@@ -29,8 +29,11 @@ def verify(path: str | pathlib.Path) -> list[str]:
         num_files = len(artefacts_of(corpus.manifest))
         return [f"{path}: corpus, {num_files} files as they were written"]
     if (path / "recipe.json").exists():
-        made = recipe_lib.read(path)
-        return [f"{path}: specialist of step {made.get('step')}, files as they were written"]
+        made = recipe_lib.read_any(path)
+        kind = f"specialist of step {made.get('step')}"
+        if "exported" in made:
+            kind += f", exported as {made['exported']['format']}"
+        return [f"{path}: {kind}, files as they were written"]
     if (path / "soup.json").exists():
         soup, damage = load(path), []
         for name in soup.arrays.shapes:

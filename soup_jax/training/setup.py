@@ -1,8 +1,9 @@
 """A training run, set up and checked before its first step.
 
 The state comes from the newest checkpoint of the workdir; without one, parameters come from the run
-`checkpoint.init_from`; without that, from the config's seed. Set-up compares config, corpus, mesh,
-workdir and checkpoint with each other, and refuses any mismatch with both sides shown.
+or model `checkpoint.init_from`; without that, from the config's seed. Set-up compares config,
+corpus, mesh, workdir and checkpoint with each other, and refuses any mismatch with both sides
+shown.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
 from soup_jax.shapes import Params
-from soup_jax.training import build, trackers
+from soup_jax.training import build, pretrained, trackers
 from soup_jax.training import changes as changes_lib
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import (
@@ -66,7 +67,7 @@ class Run:
     lock: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     unfinished: Any = None  # the metrics since the last line, of the restored step
     changes: changes_lib.Changes = dataclasses.field(default_factory=dict)  # since the last start
-    initial: Params | None = None  # read from checkpoint.init_from
+    initial: Params = dataclasses.field(default_factory=dict)  # parts from checkpoint.init_from
 
     def fingerprint(self) -> dict[str, Any]:
         """What must agree for the data of a resumed run to continue the old data."""
@@ -172,8 +173,10 @@ def _check_new(new: bool, check: Callable[..., None], *arguments: Any) -> None:
 def read_initial(run: Run) -> None:
     """Read the parameters of `checkpoint.init_from`, unless the workdir has a checkpoint.
 
+    Of a run they are all; of a model of transformers, the shared ones.
+
     Raises:
-      UserError: no run or checkpoint there, or its parameters have another structure.
+      UserError: no run, checkpoint or model there, or its parameters have another structure.
     """
     cfg = run.cfg.checkpoint
     if not cfg.init_from:
@@ -186,14 +189,28 @@ def read_initial(run: Run) -> None:
     source = pathlib.Path(cfg.init_from)
     config = source / "config.json"
     if not config.exists():
-        raise UserError(f"checkpoint.init_from = {source} is not a run: it has no config.json")
-    with checkpoint_lib.Checkpointer(source / "checkpoints") as reader:
-        wanted = cfg.init_step or None
-        run.initial, step = reader.restore_params(run.abstract.params, step=wanted)
-        corpus = reader.data(step)["fingerprint"]["corpus"]
-    if corpus != run.corpus.fingerprint:
-        _log.warning("%s was trained on another corpus: its domains meant other text", source)
-    origin = {"run": str(source.absolute()), "step": step, "config": inputs.sha256_file(config)}
+        raise UserError(
+            f"checkpoint.init_from = {source} is not a run, and no model of transformers: it has "
+            "no config.json"
+        )
+    origin: dict[str, Any] = {"config": files.sha256_file(config)}
+    if pretrained.is_pretrained(source):
+        if cfg.init_step:
+            raise UserError(
+                f"checkpoint.init_step = {cfg.init_step} is a step of a run, and {source} is a "
+                "model of transformers: leave it out"
+            )
+        shared = run.abstract.params["shared"]
+        run.initial = {"shared": pretrained.read(source, run.cfg, shared, run.corpus)}
+        origin |= {"model": str(source.absolute())}
+    else:
+        with checkpoint_lib.Checkpointer(source / "checkpoints") as reader:
+            wanted = cfg.init_step or None
+            run.initial, step = reader.restore_params(run.abstract.params, step=wanted)
+            corpus = reader.data(step)["fingerprint"]["corpus"]
+        if corpus != run.corpus.fingerprint:
+            _log.warning("%s was trained on another corpus: its domains meant other text", source)
+        origin |= {"run": str(source.absolute()), "step": step}
     run.changes = {"checkpoint.init_from": ("", origin)}
 
 
@@ -316,9 +333,16 @@ def restore_or_init(run: Run, checkpointer: checkpoint_lib.Checkpointer) -> Trai
 
 
 def _init(run: Run) -> TrainState:
-    if run.initial is None:
+    if not run.initial:
         return compile_together(run.group, "init", run.init)()
+
     # Only the rest: parameters that are replaced at once would need their memory all the same.
-    shardings = jax.tree.map(lambda a: a.sharding, run.abstract._replace(params={}))
-    init = jax.jit(lambda: run.init()._replace(params={}), out_shardings=shardings)
-    return compile_together(run.group, "init", init)()._replace(params=run.initial)
+    def rest(state: TrainState) -> TrainState:
+        return state._replace(
+            params={name: part for name, part in state.params.items() if name not in run.initial}
+        )
+
+    shardings = jax.tree.map(lambda a: a.sharding, rest(run.abstract))
+    init = jax.jit(lambda: rest(run.init()), out_shardings=shardings)
+    state = compile_together(run.group, "init", init)()
+    return state._replace(params={**state.params, **run.initial})

@@ -1,5 +1,6 @@
 """What a specialist can be saved as: formats by name, or a dotted path to an exporter of yours."""
 
+import inspect
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -42,13 +43,21 @@ class Exporter(Protocol):
     a `recipe.json`: it tells that the folder is a specialist, which another may replace.
     """
 
-    def __call__(self, specialist: Exportable, folder: pathlib.Path) -> None:
-        """Write the files; UserError if this network does not fit the format."""
+    def __call__(self, specialist: Exportable, folder: pathlib.Path, **options: Any) -> None:
+        """Write the files; UserError if this network does not fit the format.
+
+        An exporter names the options that it takes, such as `dtype`; most take none.
+        """
         ...
 
 
 FORMATS: Registry[Exporter] = Registry(
-    "format", {"soup_jax": "soup_jax.specialists.export.folder:write"}
+    "format",
+    {
+        "gguf": "soup_jax.specialists.export.gguf:write",
+        "hf": "soup_jax.specialists.export.hf:write",
+        "soup_jax": "soup_jax.specialists.export.folder:write",
+    },
 )
 
 
@@ -64,13 +73,22 @@ def check_target(out: pathlib.Path) -> None:
         raise UserError(f"{out} exists and is not a specialist; choose another folder")
 
 
-def export(specialist: Exportable, out: pathlib.Path, *, format: str) -> None:
+def export(specialist: Exportable, out: pathlib.Path, *, format: str, **options: Any) -> None:
     """Write a specialist's folder as a whole: it is complete, or what was there before.
 
+    Args:
+      options: what the format takes, such as dtype="bfloat16" of "hf".
+
     Raises:
-      UserError: no such format, one that the network does not fit, or as `check_target`.
+      UserError: no such format or option, one that the network does not fit, or as `check_target`.
     """
     write = FORMATS.get(format)
+    try:
+        inspect.signature(write).bind(specialist, out, **options)
+    except TypeError as e:
+        raise UserError(f"the format {format!r} does not take {', '.join(options)}: {e}") from e
     check_target(out)
+    if format != "soup_jax" and out.resolve() == specialist.tokenizer_path.resolve().parent:
+        raise UserError(f"{out} holds the specialist itself; choose another folder for the export")
     with files.atomic_folder(out) as folder:
-        write(specialist, folder)
+        write(specialist, folder, **options)
