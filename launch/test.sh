@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Lint, format check, types and the tests on 8 simulated CPU devices, in environments of their own.
 #
-#   bash launch/test.sh [--fast | --all | --lowest] [pytest arguments, paths from the root]
+#   bash launch/test.sh [--fast | --all | --lowest | --hf] [pytest arguments, paths from the root]
 #
 # (nothing)  all but the tests marked slow; then, on Python 3.12 with the newest jax, the fast ones
 # --fast     the test files that find most mistakes in about two minutes (FAST in conftest.py)
 # --all      also the tests marked slow
 # --lowest   the fast ones, with the lowest releases that pyproject.toml allows; no lint
+# --hf       exports against transformers, torch and gguf, which are installed for it; no lint
 # PYTHON     the interpreter to use (default python3), 3.11 or newer
 # PYTHON312  the second one (default: python3.12, or pyenv's); nothing else is given to pytest there,
 #            so it is left out where there are pytest arguments, and `none` leaves it out always
@@ -14,8 +15,8 @@
 # DRY_RUN=1  print the commands, run nothing
 #
 # The first run installs the dependencies into .venv-test (about 1.5 GB, minutes, needs the
-# network), and .venv-test-3.12 or .venv-test-lowest; later ones reuse them until pyproject.toml,
-# setup.cfg or the interpreter changes.
+# network), and .venv-test-3.12, -lowest or -hf; later ones reuse them until pyproject.toml, setup.cfg
+# or the interpreter changes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,10 +28,10 @@ run() {
 # is_python INTERPRETER CONDITION, as Python reads it with v = sys.version_info
 is_python() { "$1" -c "import sys; v = sys.version_info; sys.exit(not ($2))" 2>/dev/null; }
 
-# environment FOLDER INTERPRETER [pip arguments]: made anew where anything changed.
+# environment FOLDER INTERPRETER EXTRAS [pip arguments]: made anew where anything changed.
 environment() {
-  local venv=$1 python=$2 stamp
-  shift 2
+  local venv=$1 python=$2 extras=$3 stamp
+  shift 3
   stamp=$("$python" -c '
 import hashlib, pathlib, sys
 parts = [pathlib.Path(p).read_bytes() for p in ("pyproject.toml", "setup.cfg")]
@@ -38,7 +39,7 @@ print(hashlib.sha256(b"".join(parts) + (sys.version + sys.base_prefix).encode())
 ')
   [[ "$(cat "$venv/stamp" 2>/dev/null)" == "$stamp" ]] && return
   run "$python" -m venv --clear "$venv"
-  run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[test]' "$@"
+  run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]" "$@"
   [[ -n "${DRY_RUN:-}" ]] || echo "$stamp" > "$venv/stamp"
 }
 
@@ -56,12 +57,13 @@ tests() {
   run "$venv/bin/python" -m pytest -n "$workers" --dist=loadfile --no-loadscope-reorder "$@"
 }
 
-arguments=() options=() lowest=''
+arguments=() options=() lowest='' hf=''
 for argument in "$@"; do
   case "$argument" in
     --fast) options+=(--fast) ;;
     --all) options+=(--run-slow) ;;
     --lowest) lowest=1 ;;
+    --hf) hf=1 ;;
     *) arguments+=("$argument") ;;
   esac
 done
@@ -74,12 +76,18 @@ import tomllib
 for requirement in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]:
     print(requirement.replace(">=", "=="))
 ' > "$constraints"
-  environment .venv-test-lowest "$python" -c "$constraints"
+  environment .venv-test-lowest "$python" test -c "$constraints"
   tests .venv-test-lowest --fast ${arguments[@]+"${arguments[@]}"}
   exit
 fi
 
-environment .venv-test "$python"
+if [[ -n "$hf" ]]; then
+  environment .venv-test-hf "$python" test,hf,gguf
+  tests .venv-test-hf tests/hf_test.py tests/gguf_test.py ${arguments[@]+"${arguments[@]}"}
+  exit
+fi
+
+environment .venv-test "$python" test
 # The environments are excluded by name: without a .git folder ruff does not read .gitignore.
 run .venv-test/bin/ruff check --extend-exclude '.venv-*' .
 run .venv-test/bin/ruff format --check --extend-exclude '.venv-*' .
@@ -92,7 +100,7 @@ if [[ ${#arguments[@]} -gt 0 || " ${options[*]-} " == *" --fast "* ]]; then exit
 if is_python .venv-test/bin/python 'v >= (3, 12)'; then exit; fi
 for newer in ${PYTHON312:-python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12.*/bin/python3.12}; do
   if is_python "$newer" 'v[:2] == (3, 12)'; then  # the shims of pyenv exist, and may not start
-    environment .venv-test-3.12 "$newer"
+    environment .venv-test-3.12 "$newer" test
     tests .venv-test-3.12 --fast
     exit
   fi

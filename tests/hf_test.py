@@ -4,8 +4,6 @@ Logits are compared in float32: the bound is 1e-4 of the largest.
 """
 
 import dataclasses
-import importlib.util
-import json
 import logging
 
 import jax
@@ -14,7 +12,6 @@ import numpy as np
 import pretrained_test
 import pytest
 
-from soup_jax import tree
 from soup_jax.data.tokenizer import Tokenizer
 from soup_jax.errors import UserError
 from soup_jax.specialists.export import check_hf
@@ -145,71 +142,3 @@ def test_scaled_positions_of_transformers_are_refused(rope, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"rope_type '{rope}'"):
         pretrained_test.read(tmp_path)
-
-
-GGUF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def theirs_of(name):
-    """The name in transformers of a tensor of llama.cpp, as in blk.0.attn_q.weight."""
-    *block, part, _ = name.split(".")
-    return (f"model.layers.{block[1]}." if block else "") + GGUF_NAMES[part]
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="needs gguf")
-@pytest.mark.parametrize("fields", llamas.KINDS)
-def test_gguf_read_back_computes_our_logits(fields, tmp_path):
-    import gguf
-
-    specialist = llamas.specialist(tmp_path, **fields)
-    specialist.save(tmp_path / "hf", format="hf")
-    specialist.save(tmp_path / "out", format="gguf")
-    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
-    stored = {t.name: t.data for t in reader.tensors}
-    tensors = {f"{theirs_of(name)}.weight": x for name, x in stored.items()}
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    ids = np.random.default_rng(0).integers(0, 300, 20)
-    logits = jax.jit(specialist.model.logits)(specialist.params, ids[None])[0]
-    assert_close(logits, llamas.numpy_logits(tensors, config, ids, neighbours=True))
-
-    def field(name):
-        return reader.fields[name].contents()
-
-    assert field("llama.attention.head_count_kv") == fields["num_kv_heads"]
-    assert field("llama.rope.freq_base") == 500
-    assert field("llama.attention.layer_norm_rms_epsilon") == np.float32(1e-5)
-    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    vocab = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
-    assert (tokens[0], kinds[0]) == ("<|endoftext|>", gguf.TokenType.CONTROL)
-    assert all(tokens[i] == token for token, i in vocab["vocab"].items())
-    assert kinds[len(vocab["vocab"]) :] == [gguf.TokenType.UNUSED] * (300 - len(vocab["vocab"]))
-    assert field("tokenizer.ggml.merges") == [" ".join(m) for m in vocab["merges"]]
-    assert field("tokenizer.ggml.add_bos_token")
-    assert field("tokenizer.ggml.bos_token_id") == field("tokenizer.ggml.eos_token_id") == 0
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="needs gguf")
-def test_gguf_in_half_precision(tmp_path):
-    import gguf
-
-    specialist = llamas.specialist(tmp_path)
-    for dtype, kind in (("bfloat16", "BF16"), ("float16", "F16")):
-        specialist.save(tmp_path / "out", format="gguf", dtype=dtype)
-        reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
-        assert {t.tensor_type.name for t in reader.tensors} == {kind, "F32"}
-        (found,) = [t for t in reader.tensors if t.name == "token_embd.weight"]
-        table = np.asarray(tree.flatten(specialist.params)["embedding"]).astype(dtype)
-        np.testing.assert_array_equal(found.data.view(table.dtype), table)

@@ -136,7 +136,11 @@ def test_test_script_runs_the_fast_tests_with_other_releases(tmp_path):
     assert sys.version_info >= (3, 12) or "newest jax are skipped" in done.stdout
     lowest = script_commands(tmp_path, "--lowest", "-x")
     assert [c for c in lowest if "pytest" in c] == [[*PYTEST, "--fast", "-x"]]
-    assert not any(c[0] == "ruff" for c in lowest)
+    hf = script_commands(tmp_path, "--hf", "-x")
+    assert [c for c in hf if "pytest" in c] == [
+        [*PYTEST, "tests/hf_test.py", "tests/gguf_test.py", "-x"]
+    ]
+    assert not any(c[0] == "ruff" for c in [*lowest, *hf])
 
 
 @pytest.mark.parametrize("script", ["launch/test.sh", "launch/quickstart.sh"])
