@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from soup_jax.cli import main as cli
-from soup_jax.storage import sha256_file
+from soup_jax.inputs import sha256_file
 
 SAVE_EVERY = 5
 NUM_STEPS = 30

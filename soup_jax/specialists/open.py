@@ -149,6 +149,16 @@ class Soup:
     def _where(self) -> str:
         return f"{self.workdir} at step {self.step}"
 
+    def shared(self) -> Specialist:
+        """The shared parameters alone: a specialist without experts, at natural frequencies."""
+        frequencies_K = self.map.domain_frequencies
+        return Specialist(
+            params=stored.read_below(self.arrays, "shared"),
+            model=self.model,
+            recipe=self._recipe(frequencies_K, np.zeros(self.num_experts, np.float32), None),
+            tokenizer_path=(self.map.path / "tokenizer.json").absolute(),
+        )
+
     def coefficients(self, h_MK: np.ndarray) -> np.ndarray:
         """alpha_ME of domain weights [M, K], float32."""
         router = stored.read_below(self.arrays, "router")

@@ -87,7 +87,8 @@ class Specialist:
 
         Args:
           format: one of `export.FORMATS`, or the dotted path of an exporter.
-          options: of the format; "hf" and "gguf" take `dtype`: float32, bfloat16 or float16.
+          options: of the format; others than "soup_jax" take `dtype`: float32, bfloat16 or
+            float16.
 
         Raises:
           UserError: the folder holds something else, there is no such format or option, or the

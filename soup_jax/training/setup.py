@@ -193,7 +193,7 @@ def read_initial(run: Run) -> None:
             f"checkpoint.init_from = {source} is not a run, and no model of transformers: it has "
             "no config.json"
         )
-    origin: dict[str, Any] = {"config": files.sha256_file(config)}
+    origin: dict[str, Any] = {"config": inputs.sha256_file(config)}
     if pretrained.is_pretrained(source):
         if cfg.init_step:
             raise UserError(

@@ -56,6 +56,7 @@ FORMATS: Registry[Exporter] = Registry(
     {
         "gguf": "soup_jax.specialists.export.gguf:write",
         "hf": "soup_jax.specialists.export.hf:write",
+        "lora": "soup_jax.specialists.lora:write",
         "soup_jax": "soup_jax.specialists.export.folder:write",
     },
 )

@@ -17,11 +17,12 @@ tags:
 - soup_jax
 ---
 
-# A specialist of {name}
+# From the soup {name}
 
 A causal language model of {millions:.3g}M parameters in {dtype}, of the Llama architecture. It is
-one merge of a Soup-of-Experts (Ablin et al., ICML 2025, arXiv 2502.01804), made by soup_jax: shared
-parameters plus experts, weighted for a distribution over domains of text, without further training.
+{what} (Ablin et al., ICML 2025, arXiv 2502.01804), made by soup_jax.
+A specialist is shared parameters plus experts, weighted for a distribution over domains of text,
+without further training.
 
 - Run: {run}, step {step}; config {config}, corpus {corpus} (SHA-256).
 - Domain weights from {documents}. The heaviest of {num_domains} domains, which are clusters of the
@@ -59,7 +60,11 @@ def text(recipe: Mapping[str, Any], model: Llama, *, eos: str) -> str:
     """The card of a specialist whose end-of-text token is `eos`."""
     heaviest = sorted(zip(recipe["h"], recipe.get("domains", ())), key=lambda pair: -pair[0])
     number = recipe.get("num_documents", 0)
+    what = "one merge of a Soup-of-Experts"
+    if recipe["alpha"] and not any(recipe["alpha"]):
+        what = "the shared parameters, without experts, of a Soup-of-Experts"
     return _TEXT.format(
+        what=what,
         name=recipe.get("name") or "a run",
         millions=tree.num_params(model.leaves) / 1e6,
         dtype=model.dtype,
@@ -67,7 +72,7 @@ def text(recipe: Mapping[str, Any], model: Llama, *, eos: str) -> str:
         step=recipe.get("step", "unknown"),
         config=recipe["hashes"].get("config", "unknown")[:12],
         corpus=recipe["hashes"].get("corpus", "unknown")[:12],
-        documents=f"{number} documents" if number else "no documents: they were given",
+        documents=f"{number} documents" if number else "no documents, but given",
         num_domains=len(recipe["h"]),
         domains="\n".join(f"  - {w:.1%} {label}" for w, label in heaviest[:_NUM_DOMAINS]),
         seq_len=model.settings.seq_len,

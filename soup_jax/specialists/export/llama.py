@@ -88,7 +88,7 @@ def write_recipe(
     exported = {
         "format": format,
         "dtype": dtype,
-        "files": {name: files.sha256_file(folder / name) for name in names},
+        "files": {name: inputs.sha256_file(folder / name) for name in names},
     }
     files.write_json(
         folder / "recipe.json", files.sealed({**specialist.recipe, "exported": exported})
