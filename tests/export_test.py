@@ -4,6 +4,7 @@ tests/hf_test.py loads them with transformers.
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 
 from soup_jax.cli import main
 from soup_jax.errors import UserError
+from soup_jax.specialists.export import check_hf
 from soup_jax.specialists.specialist import Specialist
 from soup_jax.specialists.verify import verify
 
@@ -35,10 +37,10 @@ FILES = {
 
 
 @pytest.fixture(autouse=True)
-def _without_transformers(monkeypatch):
+def _without_torch(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *a: None if n == "transformers" else find(n, *a)
+        importlib.util, "find_spec", lambda n, *a: None if n == "torch" else find(n, *a)
     )
 
 
@@ -67,7 +69,7 @@ def test_files_say_what_was_exported(source, tmp_path, caplog):
     out = tmp_path / "out"
     with caplog.at_level(logging.INFO, "soup_jax"):
         source.save(out, format="hf", dtype="bfloat16")
-    assert "not checked against transformers: transformers" in caplog.text
+    assert "not checked against transformers: torch is not installed" in caplog.text
     assert {p.name for p in out.iterdir()} == FILES
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     config = read(out / "config.json")
@@ -202,3 +204,20 @@ def test_the_command(source, tmp_path, capsys):
     assert main.run(command) == 2
     assert "--out is required" in capsys.readouterr().err
     shutil.rmtree(model)
+
+
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [
+        ({"torch": "2.4.0", "transformers": "4.46.3"}, "transformers is 4.46.3, older than 4.57"),
+        ({"torch": "2.4.0", "transformers": "5.0.0"}, "cannot be imported: ImportError: broken"),
+    ],
+)
+def test_libraries_that_cannot_check_stop_no_export(versions, reason, monkeypatch):
+    def broken(_):
+        raise ImportError("broken")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", versions.get)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert reason in check_hf._why_not()

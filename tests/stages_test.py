@@ -430,7 +430,7 @@ def test_sources_are_read_again_only_if_size_or_time_differ(tmp_path, capsys, mo
     folder.mkdir()
     for i in range(4):
         (folder / f"{i}.jsonl").write_bytes(json_lines(TEXTS[30 * i : 30 * (i + 1)]))
-    hashed, whole = [], files.sha256_file
+    hashed, whole = [], inputs.sha256_file
 
     def sha256_file(name):
         hashed.append(pathlib.Path(name).name)
@@ -443,7 +443,7 @@ def test_sources_are_read_again_only_if_size_or_time_differ(tmp_path, capsys, mo
         assert made.fingerprint == fingerprint
         return {name for name in hashed if name.endswith(".jsonl")}
 
-    monkeypatch.setattr(files, "sha256_file", sha256_file)
+    monkeypatch.setattr(inputs, "sha256_file", sha256_file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_encode", dying_after("_encode"))
         with pytest.raises(Killed):

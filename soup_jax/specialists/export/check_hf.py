@@ -1,6 +1,7 @@
 """Load an exported folder with transformers, and compare logits and token ids with ours."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import pathlib
 from typing import Any
@@ -29,12 +30,8 @@ def check(specialist: Exportable, model: Llama, folder: pathlib.Path) -> str:
     Raises:
       UserError: logits differ by more than BOUND times the largest, or token ids differ.
     """
-    missing = [m for m in ("transformers", "torch") if importlib.util.find_spec(m) is None]
-    if missing:
-        return (
-            f"not checked against transformers: {' and '.join(missing)} not installed "
-            "(pip install 'soup_jax[hf]')"
-        )
+    if reason := _why_not():
+        return f"not checked against transformers: {reason} (pip install 'soup_jax[hf]')"
     import transformers
 
     version = f"transformers {transformers.__version__}"
@@ -67,6 +64,24 @@ def check(specialist: Exportable, model: Llama, folder: pathlib.Path) -> str:
         f"checked with {version}: logits of {_ROWS} rows of {length} tokens differ by at most "
         f"{worst:.1e} (largest {largest:.3g}; bound {BOUND} of it), token ids not at all"
     )
+
+
+def _why_not() -> str:
+    for name, oldest in (("torch", ""), ("transformers", "4.57")):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+        found = importlib.metadata.version(name)
+        if oldest and _numbers(found) < _numbers(oldest):
+            return f"{name} is {found}, older than {oldest}"
+    try:
+        importlib.import_module("transformers")
+    except Exception as e:  # a broken installation of others must not stop an export
+        return f"transformers cannot be imported: {type(e).__name__}: {e}"
+    return ""
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
 
 
 def _our_logits(model: Llama, rows: np.ndarray) -> np.ndarray:

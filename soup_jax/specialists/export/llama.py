@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from soup_jax import inputs, tree
 from soup_jax import storage as files
-from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.models.base import ModelSettings
 from soup_jax.models.transformers_llama import Tensor, tensors
