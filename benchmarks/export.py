@@ -45,7 +45,8 @@ def main() -> int:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/hf")
     compute = jax.jit(ours.model.logits)
     worst = largest = 0.0
-    tokens = generated = same_ids = same_texts = 0
+    tokens = same_ids = same_texts = 0
+    generated: list[int] = []
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         same_ids += ids == [eos_id, *ours.tokenizer.encode(text)]
@@ -64,13 +65,14 @@ def main() -> int:
         )
         worst = max(worst, float(np.abs(found - expected).max()))
         largest = max(largest, float(np.abs(expected).max()))
-        tokens, generated = tokens + len(ids), generated + len(answer)
+        tokens, generated = tokens + len(ids), generated + answer
     m = ours.recipe["model"]
     print(
         f"transformers {transformers.__version__}, tied {m['tie_embeddings']}, "
         f"{m['num_heads']} heads / {m['num_kv_heads']} key-value heads: {len(texts)} texts, "
         f"{tokens} tokens; logits differ by at most {worst:.1e} (largest {largest:.1f}); ids equal "
-        f"in {same_ids}, greedy texts in {same_texts} ({generated} tokens)"
+        f"in {same_ids}, greedy texts in {same_texts} ({len(generated)} tokens, "
+        f"{len(set(generated))} different ones)"
     )
     return int(worst > 1e-4 or not len(texts) == same_ids == same_texts)
 

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
+from soup_jax import soup
 from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.specialists import open as open_lib
-from soup_jax.training import changes
-from soup_jax import soup
-from soup_jax.errors import UserError
-from soup_jax.training import build
+from soup_jax.training import build, changes
 from soup_jax.training import setup as run_lib
 from soup_jax.training.checkpoint import Checkpointer
 

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 import zstandard
 from ml_collections import ConfigDict
 
-from soup_jax import storage as files
+from soup_jax import inputs
 from soup_jax.data import domains, tokenizer, windows
 from soup_jax.data import sources as corpus
 from soup_jax.data.corpus import Corpus, artefacts_of, fingerprint_of, open_corpus
