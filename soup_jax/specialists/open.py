@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -162,8 +163,8 @@ class Soup:
     def coefficients(self, h_MK: np.ndarray) -> np.ndarray:
         """alpha_ME of domain weights [M, K], float32."""
         router = stored.read_below(self.arrays, "router")
-        params = {"router": router}
-        return np.asarray(soup.coefficients(params, np.asarray(h_MK, np.float32), self.config))
+        h_MK = jnp.asarray(h_MK, jnp.float32)
+        return np.asarray(soup.coefficients({"router": router}, h_MK, self.config))
 
     def _merged(
         self, h_MK: np.ndarray, histograms: Sequence[DocumentHistogram | None]
