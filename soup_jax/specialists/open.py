@@ -163,8 +163,8 @@ class Soup:
     def coefficients(self, h_MK: np.ndarray) -> np.ndarray:
         """alpha_ME of domain weights [M, K], float32."""
         router = stored.read_below(self.arrays, "router")
-        h_MK = jnp.asarray(h_MK, jnp.float32)
-        return np.asarray(soup.coefficients({"router": router}, h_MK, self.config))
+        weights_MK = jnp.asarray(h_MK, jnp.float32)
+        return np.asarray(soup.coefficients({"router": router}, weights_MK, self.config))
 
     def _merged(
         self, h_MK: np.ndarray, histograms: Sequence[DocumentHistogram | None]
