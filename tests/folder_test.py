@@ -98,6 +98,8 @@ def test_a_run_needs_its_corpus_for_no_specialist(tiny_run, tiny_text, tmp_path)
     assert_close(soup.instantiate(documents), open_lib.load(tiny_run).instantiate(documents), 0)
     with pytest.raises(UserError, match=r"gone is not a prepared corpus.*lies elsewhere"):
         assert soup.corpus
+    with pytest.raises(UserError, match="is not a prepared corpus"):
+        open_lib.load(run, corpus_dir=str(tmp_path / "gone"))
     # As a run of an earlier version, which kept nothing of it.
     shutil.rmtree(run / "domains")
     with pytest.raises(UserError, match=r"gone is not a prepared corpus.*lies elsewhere"):

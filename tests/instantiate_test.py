@@ -232,15 +232,16 @@ def test_many_files_are_not_all_listed(tmp_path):
 
 @pytest.fixture
 def moved(tiny_run, tiny_corpus, tmp_path) -> tuple[pathlib.Path, pathlib.Path]:
-    """A copy of the run whose corpus was moved and whose checkpoints lost their optimizer state."""
+    """A copy of the run, without what an earlier version would not have kept of the corpus, whose
+    corpus was moved and whose checkpoints lost their optimizer state."""
     run, corpus = tmp_path / "run", tmp_path / "moved_corpus"
     shutil.copytree(tiny_run, run)
     shutil.copytree(tiny_corpus, corpus)
     config = json.loads((run / "config.json").read_text())
     config["corpus"]["dir"] = str(tmp_path / "gone")
     (run / "config.json").write_text(json.dumps(config))
-    removed = [*run.glob("checkpoints/*/opt_state")]
-    assert removed
+    removed = [*run.glob("checkpoints/*/opt_state"), run / "domains"]
+    assert len(removed) > 1
     for folder in removed:
         shutil.rmtree(folder)
     return run, corpus

@@ -251,13 +251,13 @@ def load(
     if (workdir / "soup.json").exists():
         return _load_folder(workdir, step=step, corpus_dir=corpus_dir, model=model)
     cfg = _here(_config(workdir), model)
-    corpus_dir = corpus_dir or cfg.corpus.dir
     copy = workdir / "domains"
-    domains = (
-        domain_map.open_map(copy)
-        if (copy / "map.json").exists()
-        else _open_corpus(corpus_dir, workdir, None)
-    )
+    if (copy / "map.json").exists():
+        domains = domain_map.open_map(copy)
+        if corpus_dir:
+            _open_corpus(corpus_dir, workdir, domains.fingerprint)
+    else:
+        domains = _open_corpus(corpus_dir or cfg.corpus.dir, workdir, None)
     model = model or build.base_model(cfg)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         abstract = _abstract(cfg, model, domains).params
@@ -274,7 +274,7 @@ def load(
         arrays=arrays,
         step=step,
         newest=newest,
-        corpus_dir=corpus_dir,
+        corpus_dir=corpus_dir or cfg.corpus.dir,
     )
 
 

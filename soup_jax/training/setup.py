@@ -248,12 +248,17 @@ def claim_workdir(run: Run, *, accept_changes: bool = False) -> None:
         leaves = tree.flatten(run.abstract.params)
         lines = [f"{p} {x.dtype}{list(x.shape)} {x.sharding.spec}\n" for p, x in leaves.items()]
         listing, text = run.workdir / "parameters.txt", "".join(lines)
-        if not listing.exists() or listing.read_bytes() != text.encode():
+        if not listing.exists() or _bytes(listing) != text.encode():
             files.write_text(listing, text)
     if run.group.num_processes > 1:
         run.group.meet("workdir written", timeout=timeout)
         seen = {"config.json": _seen(path), "workdir": str(run.workdir.resolve())}
         run.group.require_same("workdir, which must be on a disk that all share", seen)
+
+
+def _bytes(path: pathlib.Path) -> bytes:
+    with inputs.open_file(path) as f:
+        return f.read()
 
 
 def _says(path: pathlib.Path, cfg: ConfigDict) -> bool:
