@@ -96,3 +96,14 @@ def num_params(tree: Any) -> int:
 def num_bytes(tree: Any) -> int:
     """Bytes of all leaves."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
+    """`path: left -> right` for leaves, by path, whose shape or dtype is not the same."""
+
+    def described(leaf: Any) -> str:
+        return "absent" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+    paths = sorted({*have, *want})
+    pairs = {path: (described(have.get(path)), described(want.get(path))) for path in paths}
+    return [f"{path}: {a} -> {b}" for path, (a, b) in pairs.items() if a != b]

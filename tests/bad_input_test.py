@@ -185,7 +185,7 @@ COMMANDS = [
     (["generate", "--model=made", "--max_tokens=0"], "max_tokens"),
     (["generate", "--model=made", "--prompt=\udcff\udcfe"], "not UTF-8"),
     (["verify"], "name a folder"),
-    (["verify", "gone"], "is no corpus, run or specialist"),
+    (["verify", "gone"], "is no corpus, run, soup folder or specialist"),
     (["verify", "corpus2"], "is missing"),
     (["verify", "run2"], "not valid JSON"),
     (["verify", "made2"], "is missing"),

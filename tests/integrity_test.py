@@ -119,7 +119,7 @@ def test_what_is_sound_is_said_to_be(tiny_run, tiny_corpus, capsys):
     assert "arrays as they were saved" in out
     assert main.run(["verify", tiny_corpus]) == 0
     assert main.run(["verify", str(pathlib.Path(tiny_corpus) / "windows")]) == 2
-    assert "is no corpus, run or specialist" in capsys.readouterr().err
+    assert "is no corpus, run, soup folder or specialist" in capsys.readouterr().err
 
 
 def test_damaged_lines_of_metrics_are_counted(tiny_run, tmp_path):

@@ -224,18 +224,18 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
     tensors = inputs.read_tensors(path / "offsets.safetensors")
     splits = [split for split in SPLITS if f"offsets/{split}" in tensors]
     offsets = {split: tensors[f"offsets/{split}"] for split in splits}
-    entries, frequencies_K = domain_map.read_domains(path)
+    windows_K = np.diff(offsets["train"])
     return Corpus(
         path=path,
         manifest=manifest,
-        domains=entries,
+        domains=inputs.read_json(path / "domains.json", [{"label": str}]),
         seq_len=manifest["seq_len"],
         vocab_size=manifest["vocab_size"],
         eos_id=manifest["eos_id"],
         max_chars=manifest["request"]["parameters"]["corpus.max_chars"],
         offsets=offsets,
         pad={split: tensors[f"pad/{split}"] for split in splits},
-        domain_frequencies=frequencies_K,
+        domain_frequencies=windows_K / windows_K.sum(),
         fingerprint=manifest["fingerprint"],
     )
 

@@ -105,20 +105,6 @@ class DomainMap:
             files.write_json(new / "map.json", files.sealed(described))
 
 
-def read_domains(folder: pathlib.Path) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """(entries, shares of the train windows, float64 [K]) of a domains.json.
-
-    Raises:
-      UserError: it cannot be read, or no domain has windows.
-    """
-    where = folder / "domains.json"
-    entries = inputs.read_json(where, _DOMAINS)
-    windows_K = np.asarray([entry["windows"]["train"] for entry in entries], np.float64)
-    if not windows_K.sum() > 0:
-        raise UserError(f"{where} is damaged: no domain has train windows")
-    return entries, windows_K / windows_K.sum()
-
-
 def open_map(folder: pathlib.Path) -> DomainMap:
     """Read what `DomainMap.copy_to` wrote; its files are compared by hash.
 
@@ -134,13 +120,14 @@ def open_map(folder: pathlib.Path) -> DomainMap:
         path = folder / name
         if not path.is_file() or inputs.sha256_file(path) != described["files"].get(name):
             raise UserError(f"{path} is missing or not what {where} describes: restore it")
-    entries, frequencies_K = read_domains(folder)
+    entries = inputs.read_json(folder / "domains.json", _DOMAINS)
+    windows_K = np.asarray([entry["windows"]["train"] for entry in entries], np.float64)
     return DomainMap(
         path=folder,
         domains=entries,
         vocab_size=described["vocab_size"],
         eos_id=described["eos_id"],
         max_chars=described["max_chars"],
-        domain_frequencies=frequencies_K,
+        domain_frequencies=windows_K / windows_K.sum(),
         fingerprint=described["fingerprint"],
     )

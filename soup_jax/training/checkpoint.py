@@ -36,7 +36,6 @@ from soup_jax.processes import start as distributed
 from soup_jax.training import formats, integrity
 from soup_jax.training.state import TrainState
 
-_BANK, _REST = ocp.SaveArgs(chunk_byte_size=16 << 20, shard_axes=(0,)), ocp.SaveArgs()
 TRYING = "unreadable checkpoint, trying the one before: %s"
 _log = logging.getLogger(__name__)
 
@@ -152,7 +151,9 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params, save_args=_chunks(params)),
+                params=ocp.args.StandardSave(
+                    params, save_args=tree.map_named(formats.chunks, params)
+                ),
                 opt_state=ocp.args.StandardSave(opt_state),
                 data=ocp.args.JsonSave(data),
             ),
@@ -383,11 +384,6 @@ def check_data(data: Any, step: int, place: str) -> int:
     return version
 
 
-def _chunks(params: Any) -> Any:
-    # Experts are read in blocks (checkpoint_arrays), so their chunks are cut along E first.
-    return tree.map_named(lambda path, _: _BANK if path.startswith("bank/") else _REST, params)
-
-
 def _scalar(value: int, like: Any) -> jax.Array:
     return jax.make_array_from_callback((), like.sharding, lambda _: jnp.asarray(value, jnp.int32))
 
@@ -398,21 +394,7 @@ def _structure_diff(metadata: Any, target: Mapping[str, Any]) -> list[str]:
         saved = metadata[item]
         if saved is None:
             raise FileNotFoundError(f"item {item!r} is missing")
-        have = {p: (tuple(x.shape), str(x.dtype)) for p, x in tree.flatten(dict(saved)).items()}
         # Optax states are tuples; saved, their positions are keys. Both flatten to one path.
-        want = {p: (tuple(x.shape), str(x.dtype)) for p, x in tree.flatten(wanted).items()}
-        lines += differences(item, have, want)
+        have, want = tree.flatten(dict(saved)), tree.flatten(wanted)
+        lines += [f"{item}/{line}" for line in tree.differences(have, want)]
     return lines
-
-
-def differences(item: str, have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
-    """Lines on leaves, (shape, dtype) by path, that are not the same on both sides."""
-    return [
-        f"{item}/{path}: {_describe(have.get(path))} -> {_describe(want.get(path))}"
-        for path in sorted(set(have) | set(want))
-        if have.get(path) != want.get(path)
-    ]
-
-
-def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
-    return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"

@@ -11,7 +11,7 @@ import numpy as np
 from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.training import formats
-from soup_jax.training.checkpoint import TRYING, Checkpointer, check_data, differences
+from soup_jax.training.checkpoint import TRYING, Checkpointer, check_data
 
 _log = logging.getLogger(__name__)
 
@@ -90,9 +90,7 @@ def open_params(
             failures.append(f"step {candidate}: {' '.join(str(e).split())[:200]}")
             _log.warning(TRYING, failures[-1])
             continue
-        wanted = {n: (tuple(x.shape), str(x.dtype)) for n, x in tree.flatten(abstract).items()}
-        found = {n: (tuple(x.shape), str(x.dtype)) for n, x in arrays.shapes.items()}
-        if problems := differences("params", found, wanted):
-            raise checkpointer.misfit(candidate, problems)
+        if problems := tree.differences(arrays.shapes, tree.flatten(abstract)):
+            raise checkpointer.misfit(candidate, [f"params/{line}" for line in problems])
         return arrays, candidate
     raise checkpointer.unreadable(failures)

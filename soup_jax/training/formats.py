@@ -1,4 +1,4 @@
-"""Checkpoints of older versions: how their trees differ from today's.
+"""How parameters lie in a checkpoint, and how the trees of older versions differ from today's.
 
 Version 1 had all experts in one tree, low-rank factors below the path of their leaf, and the state
 of the factors' optimizer as an entry "factors" beside the bank optimizer's own.
@@ -7,10 +7,18 @@ of the factors' optimizer as an entry "factors" beside the bank optimizer's own.
 from collections.abc import Mapping
 from typing import Any
 
+import orbax.checkpoint as ocp
+
 from soup_jax import tree
 from soup_jax.shapes import Params
 
 CHECKPOINT = 2  # the format that is written
+
+
+def chunks(path: str, _: Any) -> ocp.SaveArgs:
+    """How a leaf of the parameters is cut: experts are read in blocks, so along E first."""
+    bank = path.startswith("bank/")
+    return ocp.SaveArgs(chunk_byte_size=16 << 20, shard_axes=(0,)) if bank else ocp.SaveArgs()
 
 
 def to_v1(items: Mapping[str, Any]) -> dict[str, Any]:
