@@ -189,6 +189,25 @@ def test_damage_is_told_by_use_and_by_verify(damage, packed, tmp_path):
         verify(broken)
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over_and_an_asked_one_refused(
+    tiny_run, tmp_path, caplog
+):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    files = [p for p in (run / "checkpoints" / "12" / "params").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    for i in range(1, 20):
+        flip(largest, largest.stat().st_size * i // 20)
+    (weights,) = h(open_lib.load(tiny_run), 1)
+    made = open_lib.load(run).at(weights)
+    assert made.recipe["step"] == 10
+    assert "unreadable checkpoint, trying the one before" in caplog.text
+    assert_close(made, open_lib.load(tiny_run, step=10).at(weights), 0)
+    assert open_lib.load(run).resident().step == 10
+    with pytest.raises(UserError, match="step 12"):
+        open_lib.load(run, step=12).at(weights)
+
+
 def test_a_folder_is_replaced_as_a_whole_and_nothing_else_is(tiny_run, packed, tmp_path):
     out = tmp_path / "soup"
     shutil.copytree(packed, out)

@@ -232,7 +232,7 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
         seq_len=manifest["seq_len"],
         vocab_size=manifest["vocab_size"],
         eos_id=manifest["eos_id"],
-        max_chars=manifest["request"]["parameters"]["corpus.max_chars"],
+        max_chars=manifest["request"]["parameters"].get("corpus.max_chars", 1 << 62),
         offsets=offsets,
         pad={split: tensors[f"pad/{split}"] for split in splits},
         domain_frequencies=windows_K / windows_K.sum(),

@@ -41,7 +41,7 @@ def evaluate_runs(
     Raises:
       UserError: no specialists given, a run or file that cannot be read, two equal column names.
     """
-    trained = load(workdir, step=step)
+    trained = load(workdir, step=step).resident()
     patterns = list(specialists) or list(trained.cfg.evaluate.specialists)
     if not patterns:
         raise UserError("--specialists='DIR/*.jsonl*' is required: the run's config names none")
@@ -64,7 +64,7 @@ def evaluate_runs(
     result["part"] = part
     result["runs"] = {"specialist": _origin(trained)}
     for name, path in zip(names, against):
-        other = load(path)
+        other = load(path).resident()
         if other.corpus.fingerprint != trained.corpus.fingerprint:
             _log.warning(
                 "%s was trained on another corpus: compare bits per byte, not nats per token", path

@@ -27,10 +27,10 @@ from soup_jax.specialists import folder as folder_lib
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists import stored
 from soup_jax.specialists.specialist import Specialist
-from soup_jax.specialists.stored import Arrays
+from soup_jax.specialists.stored import Arrays, DamagedError
 from soup_jax.storage import refuse_address
 from soup_jax.training import build
-from soup_jax.training.checkpoint import Checkpointer
+from soup_jax.training.checkpoint import TRYING, Checkpointer
 from soup_jax.training.checkpoint_arrays import open_params
 from soup_jax.training.state import make_init, state_shardings
 
@@ -54,6 +54,7 @@ class Soup:
       newest: the step of the newest checkpoint: another than `step` if an earlier one was asked
         for, or the newest cannot be read.
       corpus_dir: where the corpus lies, as far as is known here.
+      older: steps of checkpoints that may take its place, should its arrays turn out damaged.
     """
 
     workdir: pathlib.Path
@@ -64,6 +65,7 @@ class Soup:
     step: int
     newest: int
     corpus_dir: str
+    older: tuple[int, ...] = ()
 
     @property
     def config(self) -> SoupConfig:
@@ -146,6 +148,27 @@ class Soup:
                 )
         return self._merged(weights_MK, [None] * len(weights_MK))
 
+    def resident(self) -> "Soup":
+        """This soup with `params` on the devices; if they are damaged, that of an older checkpoint.
+
+        Raises:
+          UserError: there is none, or a step was asked for.
+        """
+        try:
+            jax.block_until_ready(self.params)
+        except DamagedError as e:
+            return self._earlier(e).resident()
+        return self
+
+    def _earlier(self, error: DamagedError) -> "Soup":
+        if not self.older:
+            raise error
+        _log.warning(TRYING, error)
+        with Checkpointer(self.workdir / "checkpoints") as checkpointer:
+            abstract = _abstract(self.cfg, self.model, self.map).params
+            arrays, step = open_params(checkpointer, abstract, step=self.older[-1])
+        return dataclasses.replace(self, arrays=arrays, step=step, older=self.older[:-1])
+
     @property
     def _where(self) -> str:
         return f"{self.workdir} at step {self.step}"
@@ -174,7 +197,10 @@ class Soup:
             alphas, merged = [alpha_E for _, alpha_E in found], [params for params, _ in found]
         else:
             alphas = list(np.broadcast_to(self.coefficients(h_MK), (len(h_MK), self.num_experts)))
-            merged = stored.merge(self.arrays, np.stack(alphas), where=self._where)
+            try:
+                merged = stored.merge(self.arrays, np.stack(alphas), where=self._where)
+            except DamagedError as e:
+                return self._earlier(e)._merged(h_MK, histograms)
         made = []
         for h_K, alpha_E, params, histogram in zip(h_MK, alphas, merged, histograms):
             leaves = tree.flatten(params)
@@ -261,8 +287,9 @@ def load(
     model = model or build.base_model(cfg)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         abstract = _abstract(cfg, model, domains).params
-        arrays, step = open_params(checkpointer, abstract, step=step)
-        newest = checkpointer.steps()[-1]
+        arrays, found = open_params(checkpointer, abstract, step=step)
+        older = tuple(s for s in checkpointer.steps() if s < found) if step is None else ()
+        step, newest = found, checkpointer.steps()[-1]
         fingerprint = checkpointer.data(step)["fingerprint"]["corpus"]
     if fingerprint != domains.fingerprint:
         raise _another(workdir, domains, fingerprint)
@@ -275,6 +302,7 @@ def load(
         step=step,
         newest=newest,
         corpus_dir=corpus_dir or cfg.corpus.dir,
+        older=older,
     )
 
 
