@@ -221,7 +221,7 @@ def test_a_damaged_record_is_told_when_it_is_read(corpus_dir, tmp_path):
     record = corpus.read_windows("train", [0])[0].astype("<u2").tobytes()
     data[data.index(record)] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match=rf"{file} window 0: Corrupted"):
+    with pytest.raises(UserError, match=rf"{file}, window 0: Corrupted"):
         open_corpus(tmp_path / "corpus").read_windows("train", [1, 0])
 
 
