@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class DamagedError(UserError):
+    """What was read is not what was written."""
+
+
 _MACHINE = {
     errno.ENOSPC: "the disk is full: make room, then the same command goes on",
     errno.EDQUOT: "the disk quota is used up: make room, then the same command goes on",

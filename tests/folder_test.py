@@ -204,7 +204,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_an_asked_one_refused(
     assert "unreadable checkpoint, trying the one before" in caplog.text
     assert_close(made, open_lib.load(tiny_run, step=10).at(weights), 0)
     assert open_lib.load(run).resident().step == 10
-    with pytest.raises(UserError, match="step 12"):
+    with pytest.raises(UserError, match=r"(at step 12 is damaged|checkpoints/12/params): "):
         open_lib.load(run, step=12).at(weights)
 
 

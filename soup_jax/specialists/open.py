@@ -19,7 +19,7 @@ from soup_jax.data import domain_map
 from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.data.domain_map import DomainMap
-from soup_jax.errors import UserError
+from soup_jax.errors import DamagedError, UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Params
 from soup_jax.soup import SoupConfig
@@ -27,7 +27,7 @@ from soup_jax.specialists import folder as folder_lib
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists import stored
 from soup_jax.specialists.specialist import Specialist
-from soup_jax.specialists.stored import Arrays, DamagedError
+from soup_jax.specialists.stored import Arrays
 from soup_jax.storage import refuse_address
 from soup_jax.training import build
 from soup_jax.training.checkpoint import TRYING, Checkpointer

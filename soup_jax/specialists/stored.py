@@ -15,17 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from soup_jax import tree
-from soup_jax.errors import UserError
+from soup_jax.errors import DamagedError
 from soup_jax.shapes import Array, Params
 from soup_jax.soup.bank import by_leaf, kind_of
 from soup_jax.training import integrity
 
 # Of one read. Reading is then no slower than with larger ones, and all else is small beside it.
 BLOCK_BYTES = 64 << 20
-
-
-class DamagedError(UserError):
-    """Arrays are not what was saved."""
 
 
 class Arrays(Protocol):

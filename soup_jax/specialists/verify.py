@@ -5,10 +5,10 @@ import pathlib
 from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.data.corpus import artefacts_of, open_corpus
-from soup_jax.errors import UserError
+from soup_jax.errors import DamagedError, UserError
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists.open import load
-from soup_jax.specialists.stored import DamagedError, blocks
+from soup_jax.specialists.stored import blocks
 from soup_jax.training import metrics
 from soup_jax.training.checkpoint import Checkpointer
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from soup_jax import tree
-from soup_jax.errors import UserError
+from soup_jax.errors import DamagedError, UserError
 from soup_jax.training import formats
 from soup_jax.training.checkpoint import TRYING, Checkpointer, check_data
 
@@ -29,6 +29,7 @@ class CheckpointArrays:
         """
         import tensorstore
 
+        self._where = f"{folder}/params"
         named = {"params": tree.map_named(lambda path, _: path, params)}
         stored = formats.to_v1(named) if data.get("format", 1) == 1 else named
         opening = {
@@ -63,7 +64,11 @@ class CheckpointArrays:
         """See `specialists.stored.Arrays`."""
         array = self._arrays[name]
         chosen = array[start:stop] if array.ndim else array
-        return np.asarray(chosen.read().result())
+        try:
+            return np.asarray(chosen.read().result())
+        except ValueError as e:  # its chunks have checksums of their own, if they are compressed
+            reason = " ".join(str(e).split())[:200]
+            raise DamagedError(f"{self._where}: {name} cannot be read: {reason}") from e
 
 
 def open_params(
