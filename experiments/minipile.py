@@ -51,7 +51,7 @@ and 4.5207 with the h of before). The rate was not chosen anew.
 
 Those earlier runs on a corpus that was prepared on another machine, with other k-means clusters,
 and on another split of the documents, gave 4.5484, 4.6471, 4.6636 and 4.6349: a gain of 0.086
-(0.090, 0.120 and 0.050). The code was not the reason: old and new take the same steps to the bit on one
+(0.090, 0.120 and 0.050). The code was not the reason: both take the same steps to the bit on one
 corpus.
 
 Learning rates were chosen by `evaluate --part=tuning`, averages over the 16 sets:
