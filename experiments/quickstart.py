@@ -27,7 +27,8 @@ those of `experiments/minipile.py`; nothing was tuned on this text. The speciali
     specialists are 0.1267 nats better than shared on average, and better on 11 of 11 sets
     specialists are 0.1294 nats better than generic on average, and better on 11 of 11 sets
 
-Here the h of a specialist counted documents; today it counts their tokens.
+Here the h of a specialist counted documents; today it counts their tokens. The bank optimizer's
+steps had no bound (docs/bank_optimizers.md).
 
 One run says little about 0.05 nats: what pip installed some hours before made 6 of 6,500 documents
 differ, so other clusters and other batches; there the averages were 4.2576, 4.3537, 4.3964 and
