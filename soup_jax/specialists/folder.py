@@ -53,6 +53,7 @@ class FolderArrays:
         Raises:
           UserError: a file is missing, or is not what soup.json describes.
         """
+        self.where = str(folder)
         self.checksums: Mapping[str, str] = described["checksums"]
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
         self._places: dict[str, tuple[pathlib.Path, int]] = {}
@@ -62,8 +63,11 @@ class FolderArrays:
                 entry = header.get(name)
                 if entry is None or entry.get("dtype") not in _DTYPES:
                     raise UserError(f"{folder / file} is damaged: it has no array {name!r}")
-                self.shapes[name] = jax.ShapeDtypeStruct(entry["shape"], _DTYPES[entry["dtype"]])
-                self._places[name] = folder / file, start + entry["data_offsets"][0]
+                shape = jax.ShapeDtypeStruct(entry["shape"], _DTYPES[entry["dtype"]])
+                begin, end = entry["data_offsets"]
+                if end - begin != math.prod(shape.shape) * shape.dtype.itemsize:
+                    raise UserError(f"{folder / file} is damaged: its header misplaces {name!r}")
+                self.shapes[name], self._places[name] = shape, (folder / file, start + begin)
 
     def rows(self, name: str) -> int:
         """See `Arrays`."""
@@ -155,8 +159,8 @@ def write(
 
             def read(name: str, shapes: Mapping[str, Any] = shapes) -> Iterator[np.ndarray]:
                 running = integrity.Running()
-                for first, block in blocks(arrays, name):
-                    rounded = block.astype(shapes[name].dtype)
+                for first, block in blocks(arrays, [name]):
+                    rounded = block[name].astype(shapes[name].dtype)
                     running.add(rounded, first)
                     yield rounded
                 checksums[name] = running.hex()

@@ -111,7 +111,7 @@ class Soup:
         optimizer = build.optimizer_config(self.cfg)
         abstract = _abstract(self.cfg, self.model, self.map)
         shardings = state_shardings(self.mesh, abstract, optimizer).params
-        return stored.read_all(self.arrays, shardings, where=self._where)
+        return stored.read_all(self.arrays, shardings)
 
     def instantiate(self, texts: Sequence[str]) -> Specialist:
         """The specialist of a few documents: Theta(h) at their histogram h.
@@ -157,10 +157,11 @@ class Soup:
         try:
             jax.block_until_ready(self.params)
         except DamagedError as e:
-            return self._earlier(e).resident()
+            return self.earlier(e).resident()
         return self
 
-    def _earlier(self, error: DamagedError) -> "Soup":
+    def earlier(self, error: DamagedError) -> "Soup":
+        """That of an older checkpoint, after an error; which is raised if there is none."""
         if not self.older:
             raise error
         _log.warning(TRYING, error)
@@ -196,11 +197,12 @@ class Soup:
             found = [_on_devices(self.params, h_K, self.config) for h_K in h_MK]
             alphas, merged = [alpha_E for _, alpha_E in found], [params for params, _ in found]
         else:
-            alphas = list(np.broadcast_to(self.coefficients(h_MK), (len(h_MK), self.num_experts)))
             try:
-                merged = stored.merge(self.arrays, np.stack(alphas), where=self._where)
+                alpha_ME = self.coefficients(h_MK)  # [1, 0] without experts
+                alphas = list(np.broadcast_to(alpha_ME, (len(h_MK), self.num_experts)))
+                merged = stored.merge(self.arrays, np.stack(alphas))
             except DamagedError as e:
-                return self._earlier(e)._merged(h_MK, histograms)
+                return self.earlier(e)._merged(h_MK, histograms)
         made = []
         for h_K, alpha_E, params, histogram in zip(h_MK, alphas, merged, histograms):
             leaves = tree.flatten(params)

@@ -6,7 +6,7 @@ from typing import Any
 from soup_jax import storage as files
 from soup_jax import tree
 from soup_jax.config import schema as config_lib
-from soup_jax.errors import UserError
+from soup_jax.errors import DamagedError, UserError
 from soup_jax.specialists import folder as folder_lib
 from soup_jax.specialists.open import Soup, load
 from soup_jax.training import metrics
@@ -59,16 +59,21 @@ def pack(
     soup = load(run, step=step, corpus_dir=corpus_dir)
     stored = [s for n, s in soup.arrays.shapes.items() if n.startswith("bank/")]
     files.check_room(out.parent, tree.num_bytes(soup.arrays.shapes), f"the soup folder {out}")
-    folder_lib.write(
-        soup.arrays,
-        out,
-        config=soup.workdir / "config.json",
-        domains=soup.map,
-        described={"name": soup.cfg.name, "step": soup.step, "run": str(soup.workdir.absolute())},
-        card=_card(soup, dtype or (str(stored[0].dtype) if stored else "float32")),
-        dtype=dtype,
-    )
-    return load(out)
+    while True:
+        try:
+            folder_lib.write(
+                soup.arrays,
+                out,
+                config=soup.workdir / "config.json",
+                domains=soup.map,
+                described={"name": soup.cfg.name, "step": soup.step, "run": str(soup.workdir)},
+                card=_card(soup, dtype or (str(stored[0].dtype) if stored else "float32")),
+                dtype=dtype,
+            )
+        except DamagedError as e:
+            soup = soup.earlier(e)
+        else:
+            return load(out)
 
 
 def check_target(out: pathlib.Path) -> None:

@@ -28,6 +28,11 @@ class Arrays(Protocol):
     """Named arrays on disk: "shared/...", "bank/KIND/...", "router/..."."""
 
     @property
+    def where(self) -> str:
+        """The folder they lie in, for messages."""
+        ...
+
+    @property
     def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """What is there, by name."""
         ...
@@ -46,29 +51,45 @@ class Arrays(Protocol):
         ...
 
 
-def read_below(arrays: Arrays, part: str) -> Any:
-    """All arrays of "shared", "bank" or "router", nested."""
-    names = {name: arrays.read(name) for name in arrays.shapes if name.startswith(f"{part}/")}
-    return tree.unflatten(names).get(part, {})
-
-
-def blocks(arrays: Arrays, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first row, rows), of all rows of an array.
+def blocks(arrays: Arrays, names: Sequence[str]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(number of the first row, rows by name), of all rows of arrays with equally many.
 
     Raises:
-      DamagedError: after the last, if it is not what was saved.
+      DamagedError: after the last, if one is not what was saved.
     """
-    running = integrity.Running()
-    for start, stop in _ranges(arrays, [name]):
-        block = arrays.read(name, start, stop)
-        if name in arrays.checksums:
-            running.add(block, start)
-        yield start, block
-    if arrays.checksums.get(name, running.hex()) != running.hex():
-        raise DamagedError(f"{name} changed since it was saved")
+    sums = {name: integrity.Running() for name in names if name in arrays.checksums}
+    for start, stop in _ranges(arrays, names):
+        found = {name: arrays.read(name, start, stop) for name in names}
+        for name, running in sums.items():
+            running.add(found[name], start)
+        yield start, found
+    _check(arrays, [n for n, running in sums.items() if running.hex() != arrays.checksums[n]])
 
 
-def read_all(arrays: Arrays, shardings: Any, *, where: str) -> Params:
+def _check(arrays: Arrays, changed: Sequence[str]) -> None:
+    if changed:
+        raise DamagedError(
+            f"{arrays.where} is damaged: {', '.join(changed[:5])} changed since it was saved. "
+            "Restore it, or take another step"
+        )
+
+
+def read_below(arrays: Arrays, part: str) -> Any:
+    """All arrays of "shared", "bank" or "router", nested.
+
+    Raises:
+      DamagedError: an array is not what was saved.
+    """
+    names = [name for name in arrays.shapes if name.startswith(f"{part}/")]
+    return tree.unflatten({name: _whole(arrays, name) for name in names}).get(part, {})
+
+
+def _whole(arrays: Arrays, name: str) -> np.ndarray:
+    found = [block[name] for _, block in blocks(arrays, [name])]
+    return np.concatenate(found) if len(found) > 1 else found[0]
+
+
+def read_all(arrays: Arrays, shardings: Any) -> Params:
     """Everything, laid out as `shardings` say.
 
     Raises:
@@ -90,61 +111,29 @@ def read_all(arrays: Arrays, shardings: Any, *, where: str) -> Params:
     found = integrity.differences(
         {f"params/{name}": value for name, value in arrays.checksums.items()}, {"params": params}
     )
-    if found:
-        raise _damaged(where, [name.removeprefix("params/") for name in found])
+    _check(arrays, [name.removeprefix("params/") for name in found])
     return params
 
 
-def merge(arrays: Arrays, alpha_ME: np.ndarray, *, where: str) -> list[Params]:
+def merge(arrays: Arrays, alpha_ME: np.ndarray) -> list[Params]:
     """The merged models of M coefficient vectors, through one read of the bank.
-
-    Args:
-      where: the arrays lie, for messages.
 
     Raises:
       DamagedError: an array is not what was saved.
     """
-    bank = _bank(arrays)
-    shared = tree.unflatten({n: n for n in arrays.shapes if n.startswith("shared/")})["shared"]
+    bank = _nested(arrays, "bank")
+    shared = _nested(arrays, "shared")
     merged: list[dict[str, np.ndarray]] = [{} for _ in alpha_ME]
-    changed: list[str] = []
-    for path in tree.flatten(shared):
+    for path, name in tree.flatten(shared).items():
         total_M: Any = None
         for kind, part in bank.items():
             stacks = by_leaf(part, shared).get(path)
             if stacks is not None:
-                total_M = _combined(arrays, kind, stacks, alpha_ME, total_M, changed)
-        leaf = _read_checked(arrays, f"shared/{path}", changed)
+                total_M = _combined(arrays, kind, stacks, alpha_ME, total_M)
+        leaf = _whole(arrays, name)
         for m, found in enumerate(merged):
             found[path] = leaf if total_M is None else _added(leaf, total_M[m])
-    if changed:
-        raise _damaged(where, changed)
     return [tree.unflatten(found) for found in merged]
-
-
-def _damaged(where: str, changed: list[str]) -> DamagedError:
-    some = ", ".join(changed[:5])
-    return DamagedError(f"{where} is damaged: {some} changed since it was saved")
-
-
-def peak_bytes(arrays: Arrays, num_models: int) -> int:
-    """What `merge` holds at once, beyond what the process has: the models, and of one leaf the sums
-    and a block on both sides of the device's door."""
-    largest = 0
-    for name, shape in arrays.shapes.items():
-        if name.startswith("shared/"):
-            largest = max(largest, 4 * math.prod(shape.shape) * (2 * num_models + 1))
-    blocks = [
-        min(_rows(arrays, name), shape.shape[0]) * _row_bytes(shape)
-        for name, shape in arrays.shapes.items()
-        if name.startswith("bank/")
-    ]
-    model = sum(
-        math.prod(s.shape) * s.dtype.itemsize
-        for name, s in arrays.shapes.items()
-        if name.startswith("shared/")
-    )
-    return num_models * model + largest + 3 * max(blocks, default=0)
 
 
 def _row_bytes(shape: jax.ShapeDtypeStruct) -> int:
@@ -168,25 +157,19 @@ def _ranges(arrays: Arrays, names: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield start, min(start + rows, shape[0])
 
 
-def _bank(arrays: Arrays) -> dict[str, Params]:
-    # Nested as the bank is, with names for arrays.
-    names = {n: n for n in arrays.shapes if n.startswith("bank/")}
-    return tree.unflatten(names).get("bank", {})
+def _nested(arrays: Arrays, part: str) -> Params:
+    # Nested as the part is, with names for arrays.
+    names = {n: n for n in arrays.shapes if n.startswith(f"{part}/")}
+    return tree.unflatten(names).get(part, {})
 
 
-def _combined(
-    arrays: Arrays, kind: str, stacks: Any, alpha_ME: np.ndarray, total_M: Any, changed: list[str]
-) -> Array:
-    names = jax.tree.leaves(stacks)
-    sums = {name: integrity.Running() for name in names}
-    for start, stop in _ranges(arrays, names):
-        block = jax.tree.map(lambda name: jnp.asarray(arrays.read(name, start, stop)), stacks)  # noqa: B023
-        for name, read in zip(names, jax.tree.leaves(block)):
-            if name in arrays.checksums:
-                sums[name].add(read, start)
-        part_M = _combine(kind, jnp.asarray(alpha_ME[:, start:stop], jnp.float32), block)
+def _combined(arrays: Arrays, kind: str, stacks: Any, alpha_ME: np.ndarray, total_M: Any) -> Array:
+    for start, found in blocks(arrays, jax.tree.leaves(stacks)):
+        block = jax.tree.map(lambda name: jnp.asarray(found[name]), stacks)  # noqa: B023
+        num_rows = len(jax.tree.leaves(block)[0])
+        alpha = jnp.asarray(alpha_ME[:, start : start + num_rows], jnp.float32)
+        part_M = _combine(kind, alpha, block)
         total_M = part_M if total_M is None else _sum(total_M, part_M)
-    changed += [n for n in names if arrays.checksums.get(n, sums[n].hex()) != sums[n].hex()]
     return total_M
 
 
@@ -202,13 +185,3 @@ def _sum(total_M: Array, part_M: Array) -> Array:
 
 def _added(leaf: np.ndarray, experts: Array) -> np.ndarray:
     return np.asarray((jnp.asarray(leaf) + experts).astype(leaf.dtype))
-
-
-def _read_checked(arrays: Arrays, name: str, changed: list[str]) -> np.ndarray:
-    leaf = arrays.read(name)
-    if name in arrays.checksums:
-        running = integrity.Running()
-        running.add(leaf, 0)
-        if running.hex() != arrays.checksums[name]:
-            changed.append(name)
-    return leaf

@@ -38,12 +38,12 @@ def verify(path: str | pathlib.Path) -> list[str]:
         soup, damage = load(path), []
         for name in soup.arrays.shapes:
             try:
-                for _ in blocks(soup.arrays, name):
+                for _ in blocks(soup.arrays, [name]):
                     pass
             except DamagedError as e:
                 damage.append(str(e))
         if damage:
-            raise UserError(f"{path} is damaged: {'; '.join(damage)}")
+            raise UserError("\n".join(damage))
         return [f"{path}: soup folder of step {soup.step}, all of it as it was written"]
     if (path / "config.json").exists():
         return _verify_run(path)

@@ -29,7 +29,7 @@ class CheckpointArrays:
         """
         import tensorstore
 
-        self._where = f"{folder}/params"
+        self.where = f"{folder}/params"
         named = {"params": tree.map_named(lambda path, _: path, params)}
         stored = formats.to_v1(named) if data.get("format", 1) == 1 else named
         opening = {
@@ -68,7 +68,10 @@ class CheckpointArrays:
             return np.asarray(chosen.read().result())
         except ValueError as e:  # its chunks have checksums of their own, if they are compressed
             reason = " ".join(str(e).split())[:200]
-            raise DamagedError(f"{self._where}: {name} cannot be read: {reason}") from e
+            raise DamagedError(
+                f"{self.where} is damaged: {name} cannot be read: {reason}. "
+                "Restore it, or take another step"
+            ) from e
 
 
 def open_params(
