@@ -231,6 +231,22 @@ def check_folder_target(path: str | os.PathLike, what: str) -> None:
     _check_parent(path, path, what)
 
 
+def check_replaceable(out: pathlib.Path, holds: str, otherwise: str) -> None:
+    """Refuse, before work, a place whose content is not for us to replace by a folder.
+
+    Args:
+      holds: the file by which a folder that may be replaced is known.
+      otherwise: what the place is without it, for the sentence.
+
+    Raises:
+      UserError: a folder with other content, or as `check_folder_target`.
+    """
+    check_folder_target(out, "--out")
+    recover_folder(out)
+    if out.exists() and any(out.iterdir()) and not (out / holds).exists():
+        raise UserError(f"{out} exists and {otherwise}; choose another folder")
+
+
 def _check_parent(path: pathlib.Path, folder: pathlib.Path, what: str) -> None:
     folder = folder.absolute()
     try:

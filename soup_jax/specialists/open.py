@@ -32,7 +32,7 @@ from soup_jax.storage import refuse_address
 from soup_jax.training import build
 from soup_jax.training.checkpoint import TRYING, Checkpointer
 from soup_jax.training.checkpoint_arrays import open_params
-from soup_jax.training.state import make_init, state_shardings
+from soup_jax.training.state import state_shardings
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Soup:
       newest: the step of the newest checkpoint: another than `step` if an earlier one was asked
         for, or the newest cannot be read.
       corpus_dir: where the corpus lies, as far as is known here.
-      older: steps of checkpoints that may take its place, should its arrays turn out damaged.
+      fixed: no older checkpoint may take its place, should its arrays turn out damaged.
     """
 
     workdir: pathlib.Path
@@ -65,7 +65,7 @@ class Soup:
     step: int
     newest: int
     corpus_dir: str
-    older: tuple[int, ...] = ()
+    fixed: bool
 
     @property
     def config(self) -> SoupConfig:
@@ -108,8 +108,8 @@ class Soup:
         Raises:
           UserError: they cannot be read, or are not what was saved.
         """
+        abstract = jax.eval_shape(build.initial_state(self.cfg, self.model, self.map))
         optimizer = build.optimizer_config(self.cfg)
-        abstract = _abstract(self.cfg, self.model, self.map)
         shardings = state_shardings(self.mesh, abstract, optimizer).params
         return stored.read_all(self.arrays, shardings)
 
@@ -162,13 +162,16 @@ class Soup:
 
     def earlier(self, error: DamagedError) -> "Soup":
         """That of an older checkpoint, after an error; which is raised if there is none."""
-        if not self.older:
+        if self.fixed:
             raise error
-        _log.warning(TRYING, error)
         with Checkpointer(self.workdir / "checkpoints") as checkpointer:
-            abstract = _abstract(self.cfg, self.model, self.map).params
-            arrays, step = open_params(checkpointer, abstract, step=self.older[-1])
-        return dataclasses.replace(self, arrays=arrays, step=step, older=self.older[:-1])
+            if self.step <= min(checkpointer.steps()):
+                raise error
+            _log.warning(TRYING, error)
+            make = build.initial_state(self.cfg, self.model, self.map)
+            abstract = jax.eval_shape(make).params
+            arrays, step = open_params(checkpointer, abstract, before=self.step)
+        return dataclasses.replace(self, arrays=arrays, step=step)
 
     @property
     def _where(self) -> str:
@@ -288,11 +291,10 @@ def load(
         domains = _open_corpus(corpus_dir or cfg.corpus.dir, workdir, None)
     model = model or build.base_model(cfg)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
-        abstract = _abstract(cfg, model, domains).params
+        abstract = jax.eval_shape(build.initial_state(cfg, model, domains)).params
         arrays, found = open_params(checkpointer, abstract, step=step)
-        older = tuple(s for s in checkpointer.steps() if s < found) if step is None else ()
-        step, newest = found, checkpointer.steps()[-1]
-        fingerprint = checkpointer.data(step)["fingerprint"]["corpus"]
+        newest = checkpointer.steps()[-1]
+        fingerprint = checkpointer.data(found)["fingerprint"]["corpus"]
     if fingerprint != domains.fingerprint:
         raise _another(workdir, domains, fingerprint)
     return Soup(
@@ -301,10 +303,10 @@ def load(
         map=domains,
         model=model,
         arrays=arrays,
-        step=step,
+        step=found,
         newest=newest,
         corpus_dir=corpus_dir or cfg.corpus.dir,
-        older=older,
+        fixed=step is not None,
     )
 
 
@@ -324,6 +326,7 @@ def _load_folder(
         step=described["step"],
         newest=described["step"],
         corpus_dir=corpus_dir or cfg.corpus.dir,
+        fixed=True,
     )
 
 
@@ -378,17 +381,4 @@ def _another(workdir: pathlib.Path, domains: DomainMap, fingerprint: str) -> Use
         f"{workdir} was trained on another corpus than {domains.path} holds now "
         f"(fingerprint {fingerprint[:12]} -> {domains.fingerprint[:12]}); give the folder of "
         "the old one"
-    )
-
-
-def _abstract(cfg: ConfigDict, model: BaseModel, domains: DomainMap) -> Any:
-    return jax.eval_shape(
-        make_init(
-            build.soup_config(cfg),
-            build.optimizer_config(cfg),
-            model,
-            seed=cfg.seed,
-            frequencies_K=domains.domain_frequencies,
-            centroids_KC=domains.centroids() if cfg.router.init == "centroids" else None,
-        )
     )

@@ -6,7 +6,7 @@ from typing import Any
 from soup_jax import storage as files
 from soup_jax import tree
 from soup_jax.config import schema as config_lib
-from soup_jax.errors import DamagedError, UserError
+from soup_jax.errors import DamagedError
 from soup_jax.specialists import folder as folder_lib
 from soup_jax.specialists.open import Soup, load
 from soup_jax.training import metrics
@@ -16,7 +16,7 @@ _CARD = """# {name}, a soup of experts
 {num_experts} experts over {num_domains} domains of text, around a base network of {base:,}
 parameters: one small model for each set of domain weights, without training. It was trained with
 soup_jax ({tokens:,} tokens, {steps:,} of {num_steps:,} steps); this folder has all that specialists
-need, and nothing of the text.
+need, and of the text no more than words: the tokenizer's, the embedder's and the domains' labels.
 
     soup-jax instantiate --run=FOLDER --documents=mine.jsonl --out=specialist
     soup-jax generate --model=specialist --prompt="..."
@@ -82,10 +82,7 @@ def check_target(out: pathlib.Path) -> None:
     Raises:
       UserError: it is a file, a folder with other content, or cannot be written.
     """
-    files.check_folder_target(out, "--out")
-    files.recover_folder(out)
-    if out.exists() and any(out.iterdir()) and not (out / "soup.json").exists():
-        raise UserError(f"{out} exists and is no soup folder; choose another folder")
+    files.check_replaceable(out, "soup.json", "is no soup folder")
 
 
 def _card(soup: Soup, dtype: str) -> str:

@@ -3,13 +3,14 @@
 The packages below know nothing of a run's config; this is the one place that reads it for them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from soup_jax import tree
+from soup_jax.data.domain_map import DomainMap
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh as mesh_lib
 from soup_jax.models import base as models
@@ -20,6 +21,7 @@ from soup_jax.optim.shared import shared_optimizer
 from soup_jax.shapes import Params
 from soup_jax.soup import SoupConfig
 from soup_jax.soup.bank import parse_rule
+from soup_jax.training.state import TrainState, make_init
 
 
 def soup_config(cfg: ConfigDict) -> SoupConfig:
@@ -103,6 +105,24 @@ def base_model(cfg: ConfigDict) -> BaseModel:
       UserError: no such network, or settings that it refuses.
     """
     return models.make(cfg.model.kind, model_settings(cfg))
+
+
+def initial_state(
+    cfg: ConfigDict, model: BaseModel, domains: DomainMap
+) -> Callable[[], TrainState]:
+    """How a run of a config begins: for `jax.jit`, or `jax.eval_shape` for its structure alone.
+
+    Raises:
+      UserError: as `soup_config` and `optimizer_config` raise it.
+    """
+    return make_init(
+        soup_config(cfg),
+        optimizer_config(cfg),
+        model,
+        seed=cfg.seed,
+        frequencies_K=domains.domain_frequencies,
+        centroids_KC=domains.centroids() if cfg.router.init == "centroids" else None,
+    )
 
 
 def num_groups(cfg: ConfigDict) -> int:

@@ -75,14 +75,21 @@ class CheckpointArrays:
 
 
 def open_params(
-    checkpointer: Checkpointer, abstract: Any, *, step: int | None = None
+    checkpointer: Checkpointer,
+    abstract: Any,
+    *,
+    step: int | None = None,
+    before: int | None = None,
 ) -> tuple[CheckpointArrays, int]:
     """(arrays, step) as of `Checkpointer.restore_params`, opened and not yet read.
+
+    Args:
+      before: take a step below this one.
 
     Raises:
       UserError: as there.
     """
-    steps = checkpointer.steps()
+    steps = [s for s in checkpointer.steps() if before is None or s < before]
     if not steps or (step is not None and step not in steps):
         raise checkpointer.none(step)
     failures = []

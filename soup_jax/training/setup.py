@@ -40,7 +40,6 @@ from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training.state import (
     TrainState,
     abstract_with_shardings,
-    make_init,
     state_shardings,
 )
 
@@ -135,18 +134,10 @@ def setup(
             "mesh.gather = 'layer', but this network cannot gather its own layers: set "
             "--config.mesh.gather=step, or give its BaseModel a `with_gather`"
         )
-    optimizer = build.optimizer_config(cfg)
-    make = make_init(
-        build.soup_config(cfg),
-        optimizer,
-        model,
-        seed=cfg.seed,
-        frequencies_K=corpus.domain_frequencies,
-        centroids_KC=corpus.centroids() if cfg.router.init == "centroids" else None,
-    )
+    make = build.initial_state(cfg, model, corpus)
     abstract = jax.eval_shape(make)
     _check_new(new, build.check_rules, cfg, abstract.params)
-    shardings = state_shardings(mesh, abstract, optimizer)
+    shardings = state_shardings(mesh, abstract, build.optimizer_config(cfg))
     return Run(
         cfg=cfg,
         workdir=workdir,

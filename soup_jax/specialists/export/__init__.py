@@ -68,10 +68,7 @@ def check_target(out: pathlib.Path) -> None:
     Raises:
       UserError: it is a file, a folder with other content, or cannot be written.
     """
-    files.check_folder_target(out, "--out")
-    files.recover_folder(out)
-    if out.exists() and any(out.iterdir()) and not (out / "recipe.json").exists():
-        raise UserError(f"{out} exists and is not a specialist; choose another folder")
+    files.check_replaceable(out, "recipe.json", "is not a specialist")
 
 
 def export(specialist: Exportable, out: pathlib.Path, *, format: str, **options: Any) -> None:
