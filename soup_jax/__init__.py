@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "BaseModel": "models.base",
     "ModelSettings": "models.base",
-    "Soup": "specialists.open",
+    "Soup": "specialists.trained",
     "SoupConfig": "soup.parameters",
     "Specialist": "specialists.specialist",
     "UserError": "errors",

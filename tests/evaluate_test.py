@@ -90,9 +90,14 @@ def test_documents_are_split_by_hash_into_three_parts(tiny_text, trained, monkey
         assert sorted(seen["h"] + seen["scored"]) == sorted(texts)
 
 
+def _pack(corpus, texts):
+    settings = {"eos_id": corpus.eos_id, "seq_len": corpus.seq_len}
+    return sets.pack(corpus.tokenizer(), texts, max_windows=0, **settings)
+
+
 def test_every_token_is_scored_once(corpus):
     texts = [conftest.topic_text("sailing", i, num_words=5 + 3 * i) for i in range(9)]
-    packed = sets.pack(corpus, texts, max_windows=0)
+    packed = _pack(corpus, texts)
     tokenizer = corpus.tokenizer()
     stream = []
     for text in texts:
@@ -111,7 +116,7 @@ def test_every_token_is_scored_once(corpus):
 @pytest.mark.parametrize("num_targets", [31, 32, 33, 64])
 def test_windows_at_the_edges_of_the_length(corpus, num_targets):
     letter = next(c for c in "qzjxv" if len(corpus.tokenizer().encode(c * 40)) == 40)
-    packed = sets.pack(corpus, [letter * (num_targets - 1)], max_windows=0)
+    packed = _pack(corpus, [letter * (num_targets - 1)])
     assert len(packed.tokens) == math.ceil(num_targets / 32)
     assert packed.num_targets.sum() == num_targets
     assert (packed.num_targets > 0).all()
@@ -127,7 +132,7 @@ def test_windows_at_the_edges_of_the_length(corpus, num_targets):
     ],
 )
 def test_bytes_are_those_of_the_texts(corpus, texts):
-    packed = sets.pack(corpus, texts, max_windows=0)
+    packed = _pack(corpus, texts)
     assert packed.num_bytes == sum(len(t.encode()) for t in texts)
 
 
@@ -140,7 +145,7 @@ def test_bytes_of_characters_cut_by_windows(corpus):
 
 def test_limit_keeps_windows_spread_over_the_set(corpus):
     texts = [conftest.topic_text("algebra", i) for i in range(8)]
-    whole = sets.pack(corpus, texts, max_windows=0)
+    whole = _pack(corpus, texts)
     part = sets.pack(corpus, texts, max_windows=4)
     kept = (np.arange(4) * len(whole.tokens)) // 4
     np.testing.assert_array_equal(part.tokens, whole.tokens[kept])

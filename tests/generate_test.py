@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from soup_jax.cli import main
 from soup_jax.errors import UserError
 from soup_jax.models.llama import Llama, LlamaConfig, base_model
 from soup_jax.specialists import generate as generate_lib
+from soup_jax.specialists.decoding import Sampling
 from soup_jax.specialists.instantiate import instantiate_to
 from soup_jax.specialists.specialist import Specialist
 
@@ -145,6 +147,132 @@ def test_end_of_text_stops(params):
     assert stopped == free[: free.index(eos) + 1]
 
 
+def _together(params, requests, *, model=MODEL, num_rows=3, eos_id=None):
+    """Ids of each request, decoded together in `num_rows` rows."""
+    batch = generate_lib.Batch(
+        model, params, num_rows=num_rows, seq_len=160, max_len=200, eos_id=eos_id
+    )
+    for number, request in enumerate(requests):
+        batch.submit(number, request)
+    found = [[] for _ in requests]
+    while batch.busy:
+        for number, ids, ended in batch.advance():
+            found[number] += ids
+            assert ended == (
+                len(found[number]) == requests[number].max_tokens or eos_id in found[number]
+            )
+    return found
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_prompts_together_give_what_each_gives_alone(params, cached):
+    # More prompts than rows, of many lengths: rows are filled again while others are under way.
+    model = MODEL if cached else dataclasses.replace(MODEL, decode=None)
+    rng = np.random.default_rng(0)
+    requests = [
+        generate_lib.Request(
+            rng.integers(1, 300, length).tolist(),
+            max_tokens,
+            Sampling(temperature=temperature, seed=length),
+        )
+        for length, max_tokens, temperature in (
+            (3, 20, 0.0),
+            (40, 1, 0.0),
+            (9, 33, 1.0),
+            (1, 7, 0.0),
+            (130, 12, 0.7),
+        )
+    ]
+    found = _together(params, requests, model=model)
+    for request, ids in zip(requests, found):
+        settings = {"temperature": request.sampling.temperature, "seed": request.sampling.seed}
+        alone = generate_ids(params, request.prompt_ids, max_tokens=request.max_tokens, **settings)
+        assert ids == alone
+    eos = found[0][5]
+    stopped = _together(params, requests[:2], model=model, eos_id=eos)
+    assert stopped[0] == found[0][: found[0].index(eos) + 1]
+
+
+def test_top_p_draws_from_the_likeliest(params):
+    prompt = [5, 6]
+    logits = jax.nn.softmax(MODEL.logits(params, np.array([prompt]))[0, -1])
+    order = np.argsort(-logits)
+    nucleus = set(order[: int(np.searchsorted(np.cumsum(logits[order]), 0.3)) + 1].tolist())
+    assert 1 < len(nucleus) < 60
+
+    def first(top_p: float, seed: int) -> int:
+        sampling = Sampling(temperature=1.0, top_p=top_p, seed=seed)
+        return _together(params, [generate_lib.Request(prompt, 1, sampling)])[0][0]
+
+    assert {first(0.3, seed) for seed in range(40)} <= nucleus
+    assert {first(1.0, seed) for seed in range(40)} - nucleus
+    assert {first(1e-6, seed) for seed in range(10)} == {int(order[0])}
+    # A row that asks for it does not change one that does not.
+    free = generate_lib.Request(prompt, 10, Sampling(temperature=1.0, seed=7))
+    narrow = generate_lib.Request(prompt, 10, Sampling(temperature=1.0, top_p=0.1, seed=7))
+    both = _together(params, [free, narrow])
+    assert both[0] == generate_ids(params, prompt, max_tokens=10, temperature=1.0, seed=7)
+    assert both[1] != both[0]
+
+
+class _Letters:
+    """A tokenizer of bytes."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def _pieces(text: str, stop=(), size=1):
+    stream, raw = generate_lib.Text(_Letters(), stop), text.encode()
+    pieces = []
+    for start in range(0, len(raw), size):
+        pieces.append(stream.add(raw[start : start + size]))
+        if stream.stopped:
+            return pieces, True
+    return [*pieces, stream.rest()], stream.stopped
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_text_comes_in_pieces_without_half_characters(size):
+    text = "naïve 🍞 日本語 end"
+    pieces, _ = _pieces(text, size=size)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_text_that_ends_inside_a_character():
+    stream = generate_lib.Text(_Letters())
+    assert stream.add("a🍞".encode()[:3]) == ""
+    assert stream.rest() == "a\ufffd"
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "stopped"),
+    [
+        ("one\n\ntwo", ("\n\n",), "one", True),
+        ("one\ntwo", ("\n\n",), "one\ntwo", False),
+        ("abcabd", ("abd", "x"), "abc", True),
+        ("aaab", ("aab",), "a", True),
+        ("ends with a", ("ab",), "ends with a", False),
+        ("first stop wins", ("wins", "stop"), "first ", True),
+    ],
+)
+def test_stop_texts(text, stop, expected, stopped, size):
+    pieces, ended = _pieces(text, stop, size)
+    assert ("".join(pieces), ended) == (expected, stopped)
+
+
+def test_settings_that_mean_nothing_are_refused(params):
+    for request, message in (
+        (generate_lib.Request([1], sampling=Sampling(top_p=0.0)), "top_p = 0.0 must be above 0"),
+        (generate_lib.Request([1], sampling=Sampling(top_p=1.5)), "at most 1"),
+        (generate_lib.Request([1], stop=("a", "")), "none of them empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate_lib.check(request)
+
+
 @pytest.mark.parametrize("num", [1, 2, 13])
 def test_as_many_tokens_as_asked(params, num):
     assert len(generate_ids(params, [4], max_tokens=num)) == num
@@ -183,6 +311,29 @@ def test_text_is_that_of_the_ids_after_an_end_of_text_token(folder):
     text = generate(folder, "oven", max_tokens=9, temperature=0, seed=0)
     end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
     assert text == tokenizer.decode(ids[:end])
+
+
+def test_a_stop_text_ends_it(folder):
+    whole = generate(folder, "butter", max_tokens=20, temperature=0)
+    stop = whole[5:8]
+    cut = generate(folder, "butter", max_tokens=20, temperature=0, stop=(stop,))
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_many_prompts_by_command(folder, tmp_path, capsys):
+    prompts = ["butter", "", 'def "quoted" ü', *(f"wind {i}" for i in range(20))]
+    lines = [json.dumps({"text": prompt}) for prompt in prompts if prompt]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    flags = [f"--model={folder}", f"--prompts={tmp_path}/prompts.jsonl", "--max_tokens=5"]
+    assert main.run(["generate", *flags, "--temperature=0"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in found] == [prompt for prompt in prompts if prompt]
+    for line in found:
+        assert line["text"] == generate(folder, line["prompt"], max_tokens=5, temperature=0)
+    assert main.run(["generate", *flags, "--prompt=x"]) == 2
+    assert "one is meant" in capsys.readouterr().err
+    assert main.run(["generate", *flags, "--top_p=0"]) == 2
+    assert "top_p = 0.0 must be" in capsys.readouterr().err
 
 
 def test_unknown_network_is_refused(folder, tmp_path):

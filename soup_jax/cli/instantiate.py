@@ -4,10 +4,16 @@
 
 Documents are files, folders or globs, and --documents may be repeated: all of them are the sample
 of one specialist. The folder holds a plain small model, its tokenizer and the recipe it was made
-by.
+by. `--method=search` finds coefficients that predict the documents better than those of the router.
+
+    soup-jax instantiate --run=runs/quickstart/soup --recipe=many.yaml --out=specialists
+
+makes one for each entry of a YAML file (`soup_jax/specialists/many.py` shows one), in folders of
+their names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -26,25 +32,49 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "sample of one specialist",
         flag_values=values,
     )
-    string("out", "", "folder the specialist is written to", flag_values=values)
+    string("recipe", "", "instead: a YAML file that describes many", flag_values=values)
+    string(
+        "out",
+        "",
+        "folder the specialist is written to; with --recipe, a folder of their folders",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "method",
+        "histogram",
+        ["histogram", "search"],
+        "from documents to coefficients: their domains, or a search from there",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "score",
+        True,
+        "of --recipe: compare losses on the documents with those at generic h",
+        flag_values=values,
+    )
     string("corpus", "", "the prepared corpus, if it was moved", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
-    """Write the specialist and say what its documents are like; returns the exit status."""
-    for name in ("run", "documents", "out"):
+    """Write specialists and say what their documents are like; returns the exit status."""
+    for name in ("run", "recipe" if values.recipe else "documents", "out"):
         if not values[name].value:
             raise UserError(f"--{name} is required")
+    if values.recipe and (values.documents or values.method != "histogram"):
+        raise UserError("--recipe says documents and methods itself: leave out the other flags")
     from soup_jax.hardware import compile_cache
 
     compile_cache.enable()
+    if values.recipe:
+        return _run_many(values)
     from soup_jax.specialists.instantiate import instantiate_to
 
     made, nearest = instantiate_to(
         values.run,
         values.documents,
         values.out,
+        method=values.method,
         step=values.step,
         corpus_dir=values.corpus,
         say=print,
@@ -54,7 +84,39 @@ def run(values: flags.FlagValues) -> int:
     print(f"{histogram.num_documents} documents, most like these domains of the corpus:")
     for label, weight in nearest:
         print(f"  {weight:6.1%}  {label}")
+    if found := made.recipe.get("search"):
+        print(_searched(found))
     for warning in histogram.warnings():
         print(f"warning: {warning}")
     print(f"specialist: {values.out}")
+    return 0
+
+
+def _searched(found: Mapping[str, Any]) -> str:
+    if found["loss"] is None:
+        return "search: one document, of which nothing can be held back: nothing was searched"
+    return (
+        f"search: {found['steps']} steps; documents held back: {found['start_loss']:.4f} -> "
+        f"{found['loss']:.4f} nats per token"
+    )
+
+
+def _run_many(values: flags.FlagValues) -> int:
+    from soup_jax.specialists import many
+
+    lines = many.instantiate_many(
+        values.run,
+        values.recipe,
+        values.out,
+        score=values.score,
+        step=values.step,
+        corpus_dir=values.corpus,
+        say=print,
+    )
+    for line in lines:
+        for warning in line["warnings"]:
+            print(f"warning: {line['name']}: {warning}")
+    print(many.table(lines))
+    there = sum(line["there"] for line in lines)
+    print(f"specialists: {len(lines)} in {values.out}" + f", {there} there before" * bool(there))
     return 0

@@ -6,6 +6,7 @@
     soup-jax evaluate    --workdir=RUN --specialists='DIR/*'    losses of specialists and baselines
     soup-jax instantiate --run=RUN --documents=F --out=DIR      documents -> one small model
     soup-jax generate    --model=DIR --prompt=TEXT              continue a prompt with it
+    soup-jax score       --model=DIR --documents=F              how well it predicts documents
     soup-jax pack        --run=RUN --out=DIR                    a soup without its run and corpus
     soup-jax export      --model=DIR --format=hf --out=DIR2     for transformers, vLLM, llama.cpp
     soup-jax verify      DIR                                    is what lies there undamaged?
@@ -33,6 +34,7 @@ from soup_jax.cli import (
     pack,
     plan,
     prepare,
+    score,
     train,
     verify,
 )
@@ -48,6 +50,7 @@ SUBCOMMANDS = {
     "pack": pack,
     "instantiate": instantiate,
     "generate": generate,
+    "score": score,
     "export": export,
     "verify": verify,
 }

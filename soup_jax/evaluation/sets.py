@@ -20,6 +20,7 @@ from soup_jax.data.corpus import Corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.data.loader import num_targets
 from soup_jax.data.sources import hash_fraction
+from soup_jax.data.tokenizer import Tokenizer
 from soup_jax.errors import UserError
 from soup_jax.evaluation.sample import read_sample
 
@@ -134,24 +135,31 @@ def specialist_set(
     return SpecialistSet(
         name,
         document_histogram(corpus, for_h),
-        pack(corpus, scored, max_windows=cfg.evaluate.max_windows),
+        pack(
+            corpus.tokenizer(),
+            scored,
+            eos_id=corpus.eos_id,
+            seq_len=corpus.seq_len,
+            max_windows=cfg.evaluate.max_windows,
+        ),
         int(trained_on.sum()) if seen else None,
     )
 
 
-def pack(corpus: Corpus, texts: Sequence[str], *, max_windows: int) -> TokenSet:
-    """Texts as windows of the corpus's length; every token of the kept windows is scored once."""
-    tokenizer, length = corpus.tokenizer(), corpus.seq_len
-    stream = [corpus.eos_id]
+def pack(
+    tokenizer: Tokenizer, texts: Sequence[str], *, eos_id: int, seq_len: int, max_windows: int
+) -> TokenSet:
+    """Texts as windows of training; every token of the kept windows is scored once."""
+    stream = [eos_id]
     for ids in tokenizer.encode_batch(list(texts)):
-        stream += [*ids, corpus.eos_id]
-    count = max(math.ceil((len(stream) - 1) / length), 1)
-    padded = np.full(count * length + 1, corpus.eos_id, np.int32)
+        stream += [*ids, eos_id]
+    count = max(math.ceil((len(stream) - 1) / seq_len), 1)
+    padded = np.full(count * seq_len + 1, eos_id, np.int32)
     padded[: len(stream)] = stream
-    tokens = np.stack([padded[i * length : (i + 1) * length + 1] for i in range(count)])
-    real = np.full(count, length, np.int32)
-    real[-1] = len(stream) - 1 - (count - 1) * length
-    return _token_set(corpus, tokens, real, max_windows)
+    tokens = np.stack([padded[i * seq_len : (i + 1) * seq_len + 1] for i in range(count)])
+    real = np.full(count, seq_len, np.int32)
+    real[-1] = len(stream) - 1 - (count - 1) * seq_len
+    return _token_set(tokenizer, tokens, real, max_windows)
 
 
 def validation_set(corpus: Corpus, *, max_windows: int) -> TokenSet:
@@ -171,7 +179,7 @@ def validation_set(corpus: Corpus, *, max_windows: int) -> TokenSet:
     domain = np.searchsorted(offsets, ids, side="right") - 1
     tokens = corpus.read_windows("validation", ids)
     real = num_targets(corpus, "validation", domain, ids - offsets[domain])
-    return _token_set(corpus, tokens, real, 0)
+    return _token_set(corpus.tokenizer(), tokens, real, 0)
 
 
 def _spread(total: int, most: int) -> np.ndarray:
@@ -180,9 +188,10 @@ def _spread(total: int, most: int) -> np.ndarray:
     return (np.arange(most) * total) // most
 
 
-def _token_set(corpus: Corpus, tokens: np.ndarray, real: np.ndarray, max_windows: int) -> TokenSet:
+def _token_set(
+    tokenizer: Tokenizer, tokens: np.ndarray, real: np.ndarray, max_windows: int
+) -> TokenSet:
     kept = _spread(len(tokens), max_windows)
     tokens, real = tokens[kept], real[kept]
-    tokenizer = corpus.tokenizer()
     num_bytes = sum(tokenizer.num_bytes(row[1 : 1 + n]) for row, n in zip(tokens, real))
     return TokenSet(tokens, real, num_bytes)

@@ -10,7 +10,8 @@ from soup_jax.errors import UserError
 from soup_jax.evaluation import sets as sets_lib
 from soup_jax.evaluation import table
 from soup_jax.evaluation.evaluator import COLUMNS, Evaluator, evaluate
-from soup_jax.specialists.open import Soup, corpus_of, load
+from soup_jax.specialists.open import corpus_of, load
+from soup_jax.specialists.trained import Soup
 
 _log = logging.getLogger(__name__)
 

@@ -1,127 +1,209 @@
-"""Continue token ids with a base network: with its cache if it has one, else without.
-
-With a cache there are two compiled functions whatever the prompt: prefill over the padded prompt,
-and one token at a time. Without, each token takes a pass over the last `seq_len` tokens.
+"""Texts that a network adds to prompts, many at a time.
 
 Of a prompt longer than `seq_len` the last `seq_len` tokens are read. What is added with a cache may
 go beyond that: rotary positions have no end, but none was trained there, and the text gets worse.
 """
 
-import functools
-import itertools
+import collections
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from soup_jax.data.tokenizer import Tokenizer
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
-from soup_jax.shapes import Array, Params
+from soup_jax.shapes import Params
+from soup_jax.specialists.decoding import DEFAULT_SAMPLING, Decoder, Sampling
 
 # The cache, and on some devices the program, is as long as the text.
 MAX_TOKENS = 1 << 16
+# Decoded together: more rows take more memory and, on a CPU, hardly less time a token.
+MAX_ROWS = 16
+_MAX_STOPS = 16
 
 
-def _sample(logits_V: Array, key: Array, temperature: float) -> Array:
-    if temperature == 0:
-        return jnp.argmax(logits_V)
-    return jax.random.categorical(key, logits_V / temperature)
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for one prompt.
+
+    Attributes:
+      prompt_ids: at least one.
+      max_tokens: most that are added.
+      stop: texts before which what is added ends; they are no part of it.
+    """
+
+    prompt_ids: list[int]
+    max_tokens: int = 100
+    sampling: Sampling = DEFAULT_SAMPLING
+    stop: tuple[str, ...] = ()
 
 
-@functools.partial(jax.jit, static_argnames=("decode", "cache_len"))
-def _prefill(
-    params: Params, tokens_L: Array, *, decode: Callable[..., Any], cache_len: int
-) -> tuple[Any, Array]:
-    logits, cache = decode(params, tokens_L[None], 0, None, cache_len=cache_len)
-    return cache, logits[0]
+def check(request: Request) -> None:
+    """Refuse settings that mean nothing.
+
+    Raises:
+      UserError: names the setting and what it may be.
+    """
+    temperature, top_p = request.sampling.temperature, request.sampling.top_p
+    for good, what in (
+        (
+            0 <= request.max_tokens <= MAX_TOKENS,
+            f"max_tokens = {request.max_tokens} must be in [0, {MAX_TOKENS}]",
+        ),
+        (
+            math.isfinite(temperature) and temperature >= 0,
+            f"temperature = {temperature} must be finite and at least 0",
+        ),
+        (0 < top_p <= 1, f"top_p = {top_p} must be above 0 and at most 1"),
+        (
+            len(request.stop) <= _MAX_STOPS and all(request.stop),
+            f"stop must be at most {_MAX_STOPS} texts, none of them empty",
+        ),
+    ):
+        if not good:
+            raise UserError(what)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("decode", "cache_len", "temperature"), donate_argnames="cache"
-)
-def _next_by_cache(
+class Text:
+    """The text of ids that come one by one, as far as it is certain."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids: list[int] = []
+        # Ids before `_start` cannot change what comes; text of those before `_end` was returned.
+        self._start = self._end = 0
+        self._held = ""
+        self.stopped = False
+
+    def add(self, ids: Iterable[int]) -> str:
+        """What is certain of the text after these ids and was not returned before.
+
+        Held back are a character that is cut in the middle, and what may begin a stop text.
+        """
+        self._ids += ids
+        known = self._tokenizer.decode(self._ids[self._start : self._end])
+        text = self._tokenizer.decode(self._ids[self._start :])
+        if text.endswith("\ufffd"):
+            return ""
+        self._start, self._end = self._end, len(self._ids)
+        return self._until_stop(self._held + text[len(known) :])
+
+    def rest(self) -> str:
+        """What was held back, at the end of the text."""
+        if self.stopped:
+            return ""
+        known = self._tokenizer.decode(self._ids[self._start : self._end])
+        text = self._tokenizer.decode(self._ids[self._start :])
+        found = self._until_stop(self._held + text[len(known) :])
+        return found if self.stopped else found + self._held
+
+    def _until_stop(self, text: str) -> str:
+        self._held = ""
+        places = [at for s in self._stop if (at := text.find(s)) >= 0]
+        if places:
+            self.stopped = True
+            return text[: min(places)]
+        kept = max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    # How many characters at the end of a text may be the beginning of a stop text.
+    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((n for n in sizes if text.endswith(stop[:n])), 0)
+
+
+class Batch:
+    """Requests to one network, decoded together; new ones may come at any time.
+
+    Each call of `advance` takes waiting requests into free rows and adds some tokens to all.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        params: Params,
+        *,
+        num_rows: int,
+        seq_len: int,
+        max_len: int,
+        eos_id: int | None,
+    ):
+        """As `decoding.Decoder`; a text ends by the id `eos_id`."""
+        self._params = params
+        self._decoder = Decoder(model, num_rows=num_rows, seq_len=seq_len, max_len=max_len)
+        self._eos_id = eos_id
+        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self._left: list[int] = [0] * num_rows  # tokens that a row still wants
+        self._number: list[int] = [0] * num_rows
+
+    def submit(self, number: int, request: Request) -> None:
+        """Queue a request under a number of the caller's choice."""
+        self._waiting.append((number, request))
+
+    def drop(self, number: int) -> None:
+        """Forget a request: nobody wants more of its text."""
+        self._left = [0 if n == number else left for n, left in zip(self._number, self._left)]
+        self._waiting = collections.deque(w for w in self._waiting if w[0] != number)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or is in a row."""
+        return bool(self._waiting) or any(self._left)
+
+    def advance(self) -> list[tuple[int, list[int], bool]]:
+        """(number, its next ids, whether it ends by them) of every request in a row."""
+        found: dict[int, list[int]] = {}  # by row
+        for index in range(len(self._left)):
+            if not self._left[index] and self._waiting:
+                number, request = self._waiting.popleft()
+                token = self._decoder.admit(
+                    self._params, index, request.prompt_ids, request.sampling
+                )
+                found[index] = [int(token)]
+                self._number[index], self._left[index] = number, request.max_tokens
+        rows = [index for index, left in enumerate(self._left) if left]
+        if any(self._left[index] > len(found.get(index, ())) for index in rows):
+            token_SR = np.asarray(self._decoder.advance(self._params))
+            for index in rows:
+                found.setdefault(index, []).extend(token_SR[:, index].tolist())
+        result = []
+        for index in rows:
+            ids = found[index][: self._left[index]]
+            end = self._eos_id
+            ended = end is not None and end in ids
+            if end is not None and ended:
+                ids = ids[: ids.index(end) + 1]
+            self._left[index] = 0 if ended else self._left[index] - len(ids)
+            result.append((self._number[index], ids, not self._left[index]))
+        return result
+
+
+def _batch(
+    model: BaseModel,
     params: Params,
-    cache: Any,
-    token: Array,
-    position: Array,
-    key: Array,
-    *,
-    decode: Callable[..., Any],
-    cache_len: int,
-    temperature: float,
-) -> tuple[Any, Array]:
-    logits, cache = decode(params, token[None, None], position, cache, cache_len=cache_len)
-    return cache, _sample(logits[0, -1], key, temperature)
-
-
-@functools.partial(jax.jit, static_argnames=("logits", "temperature"))
-def _next(
-    params: Params,
-    tokens_L: Array,
-    last: Array,
-    key: Array,
-    *,
-    logits: Callable[[Params, Array], Array],
-    temperature: float,
-) -> Array:
-    return _sample(logits(params, tokens_L[None])[0, last], key, temperature)
-
-
-def _by_cache(
-    decode: Callable[..., Any],
-    params: Params,
-    prompt_ids: list[int],
-    key: Array,
-    max_tokens: int,
-    temperature: float,
-) -> Iterator[Array]:
-    # Padded to powers of two so that prompts of many lengths share few compilations.
-    padded = 1 << max(len(prompt_ids) - 1, 7).bit_length()
-    static = {"decode": decode, "cache_len": 1 << (padded + max_tokens - 1).bit_length()}
-    tokens_L = np.zeros(padded, np.int32)
-    tokens_L[: len(prompt_ids)] = prompt_ids
-    # Padding lies behind the prompt: causal attention never sees it, and decoding overwrites it.
-    cache, logits_LV = _prefill(params, tokens_L, **static)
-    token = _sample(logits_LV[len(prompt_ids) - 1], jax.random.fold_in(key, 0), temperature)
-    for i in itertools.count():
-        yield token
-        cache, token = _next_by_cache(
-            params,
-            cache,
-            token,
-            jnp.asarray(len(prompt_ids) + i),
-            jax.random.fold_in(key, i + 1),
-            temperature=temperature,
-            **static,
-        )
-
-
-def _without_cache(
-    logits: Callable[[Params, Array], Array],
-    params: Params,
-    prompt_ids: list[int],
-    key: Array,
+    requests: Sequence[Request],
     seq_len: int,
-    temperature: float,
-) -> Iterator[Array]:
-    ids = list(prompt_ids)
-    for i in itertools.count():
-        window = ids[-seq_len:]
-        tokens_L = np.zeros(seq_len, np.int32)
-        tokens_L[: len(window)] = window
-        token = _next(
-            params,
-            tokens_L,
-            jnp.asarray(len(window) - 1),
-            jax.random.fold_in(key, i),
-            logits=logits,
-            temperature=temperature,
-        )
-        yield token
-        ids.append(int(token))
+    eos_id: int | None,
+) -> Batch:
+    for request in requests:
+        check(request)
+    batch = Batch(
+        model,
+        params,
+        num_rows=max(min(len(requests), MAX_ROWS), 1),
+        seq_len=seq_len,
+        max_len=max((min(len(r.prompt_ids), seq_len) + r.max_tokens for r in requests), default=1),
+        eos_id=eos_id,
+    )
+    for index, request in enumerate(requests):
+        if request.max_tokens:
+            batch.submit(index, request)
+    return batch
 
 
 def generate_ids(
@@ -135,31 +217,49 @@ def generate_ids(
     seed: int = 0,
     eos_id: int | None = None,
 ) -> list[int]:
-    """Ids that continue `prompt_ids`, up to `max_tokens` or the end-of-text token.
+    """Ids that continue one prompt, until there are `max_tokens` or the end-of-text token.
 
     Args:
       seq_len: tokens of the training windows.
       temperature: 0 takes the likeliest token.
       seed: of the sampling; the same call gives the same ids.
+      eos_id: the end-of-text token, which is the last id of a text that ends by it.
 
     Raises:
-      UserError: the network is no language model, the temperature is negative or not finite, or
-        `max_tokens` is above MAX_TOKENS.
+      UserError: the network is no language model, or as `check`.
     """
-    if not 0 <= max_tokens <= MAX_TOKENS:
-        raise UserError(f"max_tokens = {max_tokens} must be in [0, {MAX_TOKENS}]")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"temperature = {temperature} must be finite and at least 0")
-    key, prompt_ids = jax.random.key(seed), prompt_ids[-seq_len:]
-    if model.decode is not None:
-        found = _by_cache(model.decode, params, prompt_ids, key, max_tokens, temperature)
-    elif model.logits is not None:
-        found = _without_cache(model.logits, params, prompt_ids, key, seq_len, temperature)
-    else:
-        raise UserError("this network cannot generate: its BaseModel has no `logits`")
+    request = Request(prompt_ids, max_tokens, Sampling(temperature=temperature, seed=seed))
+    batch = _batch(model, params, [request], seq_len, eos_id)
     ids: list[int] = []
-    for token in itertools.islice(found, max_tokens):
-        ids.append(int(token))
-        if ids[-1] == eos_id:
-            break
+    while batch.busy:
+        for _, more, _ in batch.advance():
+            ids += more
     return ids
+
+
+def generate_texts(
+    model: BaseModel,
+    params: Params,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    *,
+    seq_len: int,
+    eos_id: int,
+) -> Iterator[tuple[int, str]]:
+    """(index of a request, what is added to its text), piece by piece, of many prompts together.
+
+    Raises:
+      UserError: as `generate_ids`.
+    """
+    batch = _batch(model, params, requests, seq_len, eos_id)
+    texts = [Text(tokenizer, request.stop) for request in requests]
+    while batch.busy:
+        for index, ids, ended in batch.advance():
+            text = texts[index]
+            piece = text.add(i for i in ids if i != eos_id)
+            if text.stopped:
+                batch.drop(index)
+            elif ended:
+                piece += text.rest()
+            if piece:
+                yield index, piece

@@ -19,6 +19,7 @@ def instantiate_to(
     documents: str | Sequence[str],
     out: str | pathlib.Path,
     *,
+    method: str = "histogram",
     step: int | None = None,
     corpus_dir: str = "",
     say: Callable[[str], None] = _log.info,
@@ -27,6 +28,7 @@ def instantiate_to(
 
     Args:
       documents: files, folders or globs; the documents of all are those of the one specialist.
+      method: see `Soup.instantiate_each`.
       say: takes lines on what was read: the checkpoint, and the documents.
 
     Returns:
@@ -53,7 +55,7 @@ def instantiate_to(
         say(f"{trained_on.sum()} of {len(trained_on)} documents are in the run's training text")
     for line in [*sample.damage, *sample.warnings()]:
         _log.warning("%s", line)
-    specialist = soup.instantiate([d.text for d in sample.documents])
+    specialist = soup.instantiate([d.text for d in sample.documents], method=method)
     specialist.save(out)
     histogram = specialist.histogram
     return specialist, histogram.nearest(soup.map) if histogram else []

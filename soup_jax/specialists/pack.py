@@ -8,7 +8,8 @@ from soup_jax import tree
 from soup_jax.config import schema as config_lib
 from soup_jax.errors import DamagedError
 from soup_jax.specialists import folder as folder_lib
-from soup_jax.specialists.open import Soup, load
+from soup_jax.specialists.open import load
+from soup_jax.specialists.trained import Soup
 from soup_jax.training import metrics
 
 _CARD = """# {name}, a soup of experts

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,15 @@ from soup_jax import tree
 from soup_jax.data.domain_histogram import DocumentHistogram
 from soup_jax.data.tokenizer import Tokenizer, load_tokenizer
 from soup_jax.errors import UserError
+from soup_jax.evaluation.score import Score, score_texts
 from soup_jax.inputs import read_tensors
 from soup_jax.models import base as models
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Params
 from soup_jax.specialists import recipe as recipe_lib
+from soup_jax.specialists.decoding import DEFAULT_SAMPLING, Sampling
 from soup_jax.specialists.export import export
-from soup_jax.specialists.generate import generate_ids
+from soup_jax.specialists.generate import Request, generate_texts
 
 _log = logging.getLogger(__name__)
 
@@ -97,46 +99,105 @@ class Specialist:
         export(self, pathlib.Path(folder), format=format, **options)
 
     def generate(
-        self, prompt: str, *, max_tokens: int = 100, temperature: float = 0.8, seed: int = 0
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 100,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
     ) -> str:
         """The text that it adds to `prompt`.
 
         Args:
           temperature: 0 takes the likeliest token.
+          top_p: draw from the likeliest tokens that have this much of the probability together.
           seed: of the sampling; the same call gives the same text.
+          stop: texts before which it ends.
+
+        Raises:
+          UserError: its network is no language model, or a setting means nothing.
+        """
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        (text,) = self.generate_batch([prompt], max_tokens=max_tokens, sampling=sampling, stop=stop)
+        return text
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 100,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """What it adds to each of many prompts, which are decoded together.
+
+        The seed of prompt i is `sampling.seed` + i. Sums of several rows may be rounded in another
+        way than those of one, so now and then a text differs from that of `generate`.
+
+        Raises:
+          UserError: as `generate`.
+        """
+        requests = [
+            Request(
+                self.prompt_ids(prompt, max_tokens),
+                max_tokens,
+                dataclasses.replace(sampling, seed=(sampling.seed + i) % (1 << 32)),
+                tuple(stop),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        pieces: list[list[str]] = [[] for _ in prompts]
+        for index, piece in generate_texts(
+            self.model,
+            self.params,
+            self.tokenizer,
+            requests,
+            seq_len=self.recipe["seq_len"],
+            eos_id=self.recipe["eos_id"],
+        ):
+            pieces[index].append(piece)
+        return ["".join(p) for p in pieces]
+
+    def score(self, texts: Sequence[str]) -> list[Score]:
+        """How well it predicts each text: nats of its tokens, tokens and bytes.
 
         Raises:
           UserError: its network is no language model.
         """
-        # Training windows start after an end-of-text token, and so does the prompt.
-        eos_id, seq_len = self.recipe["eos_id"], self.recipe["seq_len"]
-        prompt_ids = [eos_id, *self.tokenizer.encode(prompt)]
-        if len(prompt_ids) > seq_len:
+        return score_texts(
+            self.model,
+            self.params,
+            self.tokenizer,
+            texts,
+            eos_id=self.recipe["eos_id"],
+            seq_len=self.recipe["seq_len"],
+        )
+
+    def prompt_ids(self, prompt: str, max_tokens: int = 0) -> list[int]:
+        """Ids of a prompt: training windows start after an end-of-text token, and so does it.
+
+        Warns of prompts, and of texts with them, that are longer than those windows.
+        """
+        seq_len = self.recipe["seq_len"]
+        ids = [self.recipe["eos_id"], *self.tokenizer.encode(prompt)]
+        if len(ids) > seq_len:
             _log.warning(
                 "the prompt has %d tokens, more than the %d of the windows that the model was "
                 "trained on: only its last %d are read",
-                len(prompt_ids) - 1,
+                len(ids) - 1,
                 seq_len,
                 seq_len,
             )
-        elif len(prompt_ids) + max_tokens > seq_len:
+        elif len(ids) + max_tokens > seq_len:
             _log.warning(
                 "prompt and max_tokens have %d tokens, the windows that the model was trained on "
                 "%d: beyond that the text gets worse",
-                len(prompt_ids) - 1 + max_tokens,
+                len(ids) - 1 + max_tokens,
                 seq_len,
             )
-        ids = generate_ids(
-            self.model,
-            self.params,
-            prompt_ids,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            eos_id=eos_id,
-        )
-        return self.tokenizer.decode([i for i in ids if i != eos_id])
+        return ids
 
 
 def _check_leaves(leaves: Mapping[str, np.ndarray], model: BaseModel, folder: pathlib.Path) -> None:

@@ -22,6 +22,8 @@ from soup_jax.training import integrity
 
 # Of one read. Reading is then no slower than with larger ones, and all else is small beside it.
 BLOCK_BYTES = 64 << 20
+# What `held` keeps in memory.
+HELD_BYTES = 2 << 30
 
 
 class Arrays(Protocol):
@@ -134,6 +136,58 @@ def merge(arrays: Arrays, alpha_ME: np.ndarray) -> list[Params]:
         for m, found in enumerate(merged):
             found[path] = leaf if total_M is None else _added(leaf, total_M[m])
     return [tree.unflatten(found) for found in merged]
+
+
+def project(arrays: Arrays, gradients: Sequence[Params]) -> np.ndarray:
+    """d loss / d alpha [M, E] of M merged models with these gradients; reads the bank once.
+
+    Raises:
+      DamagedError: an array is not what was saved.
+    """
+    bank, shared = _nested(arrays, "bank"), _nested(arrays, "shared")
+    flat = [tree.flatten(gradient) for gradient in gradients]
+    total: Any = 0.0
+    for kind, part in bank.items():
+        for path, stacks in by_leaf(part, shared).items():
+            gradient_M = np.stack([leaves[path] for leaves in flat])
+            found = []
+            for _, block in blocks(arrays, jax.tree.leaves(stacks)):
+                nested = jax.tree.map(lambda name: jnp.asarray(block[name]), stacks)  # noqa: B023
+                found.append(np.asarray(_project(kind, nested, gradient_M)))
+            total = total + np.concatenate(found).astype(np.float64)
+    return total.T
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _project(kind: str, stacks: Any, gradient_M: Array) -> Array:
+    alpha_ME = jnp.zeros((len(gradient_M), len(jax.tree.leaves(stacks)[0])))
+    return kind_of(kind).gradient(alpha_ME, stacks, gradient_M.astype(jnp.float32))[0]
+
+
+class _Held:
+    # `Arrays` in memory, which were compared with their checksums as they were read.
+
+    def __init__(self, arrays: Arrays):
+        self.where = arrays.where
+        self.shapes = arrays.shapes
+        self.checksums: Mapping[str, str] = {}
+        self._found = {name: _whole(arrays, name) for name in arrays.shapes}
+
+    def rows(self, name: str) -> int:
+        return 1
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        array = self._found[name]
+        return array[start:stop] if array.ndim else array
+
+
+def held(arrays: Arrays) -> Arrays:
+    """The same arrays in memory, if they are small: for those who read them many times.
+
+    Raises:
+      DamagedError: an array is not what was saved.
+    """
+    return _Held(arrays) if tree.num_bytes(arrays.shapes) <= HELD_BYTES else arrays
 
 
 def _row_bytes(shape: jax.ShapeDtypeStruct) -> int:
