@@ -1,4 +1,4 @@
-"""What the fault injection works on: small text and config, the seven commands and their results.
+"""What the fault injection works on: small text and config, the commands and their results.
 
 `Bench` holds a folder of its own with text, config, a corpus, a run and a specialist, and all that
 commands leave outside of their results: temporary files and compiled code. Nothing here injects a
@@ -41,6 +41,12 @@ WORDS = {
     "sailing": "wind harbour keel tack mast anchor tide rudder sail hull compass storm".split(),
     "algebra": "ring ideal module kernel group lemma proof morphism field basis tensor".split(),
 }
+MANY = """
+specialists:
+  searched: {documents: cooking.jsonl, method: search}
+  topic: {text: wind harbour keel, formats: [hf]}
+  blended: {blend: {searched: 1, topic: 1}}
+"""
 TIMES = ("step_ms", "data_wait_ms", "tokens_per_second")
 STEP = re.compile(r" step \d+/\d+ ")
 
@@ -162,8 +168,10 @@ class Bench:
     def __init__(self, here: pathlib.Path, disk: str = "."):
         """`disk` is the folder below `here` where commands write their results."""
         self.here, self.disk = here, here / disk
-        names = ("corpus", "run", "made", "numbers")
-        self.corpus, self.run, self.made, self.numbers = (self.disk / name for name in names)
+        names = ("corpus", "run", "made", "numbers", "many", "soup", "tuned", "exported")
+        self.corpus, self.run, self.made, self.numbers, *more = (self.disk / n for n in names)
+        self.many, self.soup, self.tuned, self.exported = more
+        self.recipe = here / "many.yaml"
         self.config, self.documents = here / "config.py", here / "cooking.jsonl"
         self._count = 0
         for name in ("tmp", "cache", "logs", disk):
@@ -181,7 +189,17 @@ class Bench:
                 f"--documents={self.documents}",
                 f"--out={self.made}",
             ],
+            "many": [f"--run={self.run}", f"--recipe={self.recipe}", f"--out={self.many}"],
+            "pack": [f"--run={self.run}", f"--out={self.soup}"],
+            "finetune": [
+                f"--model={self.made}",
+                f"--documents={self.documents}",
+                f"--out={self.tuned}",
+                "--max_steps=20",
+            ],
+            "export": [f"--model={self.made}", "--format=hf", f"--out={self.exported}"],
             "generate": [f"--model={self.made}", prompt, "--max_tokens=20"],
+            "score": [f"--model={self.made}", f"--documents={self.documents}"],
             "verify": [str(self.run)],
             "plan": [config, "--chip=H200", "--num_devices=1"],
         }
@@ -190,6 +208,10 @@ class Bench:
             "train": self.run,
             "evaluate": self.numbers,
             "instantiate": self.made,
+            "many": self.many,
+            "pack": self.soup,
+            "finetune": self.tuned,
+            "export": self.exported,
         }
 
     def write_config(self, **more: Any) -> None:
@@ -233,6 +255,7 @@ class Bench:
                 for i in range(count):
                     words = rng.choices(WORDS[topics[i % len(topics)]] + ["the", "of"], k=120)
                     f.write(json.dumps({"text": f"{' '.join(words)} {name} {i}"}) + "\n")
+        self.recipe.write_text(MANY)
 
     def start(self, name: str, *more: str, devices: int = 1, **env: str) -> Running:
         """Start a command on so many simulated devices."""
@@ -240,7 +263,8 @@ class Bench:
         out, log = (self.here / "logs" / f"{self._count}.{kind}" for kind in ("out", "log"))
         out.touch()
         log.touch()
-        arguments = [name, *self.arguments[name], *more]
+        command = "instantiate" if name == "many" else name
+        arguments = [command, *self.arguments[name], *more]
         env = self.env(devices, **env)
         if self.forks:
             return Running(Forked(arguments, env, out, log, self.file_kib), out, log)
@@ -275,9 +299,10 @@ class Bench:
             # Not the last line: the picture is no result, and a full disk may prevent it.
             table = done.out.partition("learning curve: ")[0]
             return table, sha256_file(self.numbers / "evaluation.json")
-        if name == "instantiate":
-            names = ("params.safetensors", "tokenizer.json", "recipe.json")
-            return {name: sha256_file(self.made / name) for name in names}
+        if name in ("instantiate", "many", "pack", "finetune", "export"):
+            folder = self.writes[name]
+            files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+            return {str(p.relative_to(folder)): sha256_file(p) for p in files}
         return done.out
 
     def leftovers(self) -> set[str]:

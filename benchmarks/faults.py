@@ -4,13 +4,13 @@
     python benchmarks/faults.py processes --number=20 --seed=0
     python benchmarks/faults.py storage --seed=0
 
-`kills` shares the number out to all seven commands. Each is started, killed by SIGKILL at a random
+`kills` shares the number out to all commands. Each is started, killed by SIGKILL at a random
 moment and started again until it ends, and its result is compared with that of an undisturbed run:
 artefacts by hash, printed text, checkpoints by their checksums, metrics line by line but for times.
 Every eighth kill of train is followed by one by SIGTERM, which is not counted in the number. Train
 is killed half of the times at any moment of its life and half of the times at a random step;
 every third time it goes on on another number of devices, where batches must be the same and losses
-nearly so. generate, verify and plan must change no file.
+nearly so. generate, score, verify and plan must change no file.
 
 `processes` does the same to four processes that train together: one of them is killed, or all, and
 the others must end by themselves with a reason. `storage` is described in `fault_storage.py`.
@@ -41,13 +41,18 @@ from fault_cases import (
 )
 
 SHARES = {
-    "prepare": 18,
-    "train": 40,
-    "evaluate": 12,
-    "instantiate": 12,
-    "generate": 6,
-    "verify": 6,
-    "plan": 6,
+    "prepare": 14,
+    "train": 34,
+    "evaluate": 8,
+    "instantiate": 8,
+    "many": 8,  # instantiate --recipe
+    "pack": 8,
+    "finetune": 6,
+    "export": 4,
+    "generate": 3,
+    "score": 3,
+    "verify": 2,
+    "plan": 2,
 }
 DEVICES = (1, 2, 4)
 # Of a loss in nats, on another mesh: that of tests/topology_test.py.

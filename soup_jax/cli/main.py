@@ -7,6 +7,7 @@
     soup-jax instantiate --run=RUN --documents=F --out=DIR      documents -> one small model
     soup-jax generate    --model=DIR --prompt=TEXT              continue a prompt with it
     soup-jax score       --model=DIR --documents=F              how well it predicts documents
+    soup-jax finetune    --model=DIR --documents=F --out=DIR2   train it on, on its documents
     soup-jax pack        --run=RUN --out=DIR                    a soup without its run and corpus
     soup-jax export      --model=DIR --format=hf --out=DIR2     for transformers, vLLM, llama.cpp
     soup-jax verify      DIR                                    is what lies there undamaged?
@@ -29,6 +30,7 @@ from soup_jax.cli import (
     config_flag,
     evaluate,
     export,
+    finetune,
     generate,
     instantiate,
     pack,
@@ -51,6 +53,7 @@ SUBCOMMANDS = {
     "instantiate": instantiate,
     "generate": generate,
     "score": score,
+    "finetune": finetune,
     "export": export,
     "verify": verify,
 }

@@ -139,9 +139,9 @@ def _entry(path: pathlib.Path, name: Any, given: Any) -> Entry:
         if not isinstance(found, list | tuple) or not all(type(x) is kind for x in found):
             raise UserError(f"{where}: {key} must be a list of {kind.__name__}")
         fields[key] = tuple(found)
+    for document in fields["documents"]:
+        files.refuse_address(document, f"{where}: documents")
     fields["documents"] = tuple(str(path.parent / d) for d in fields["documents"])
-    for document in given.get("documents") or ():
-        files.refuse_address(str(document), f"{where}: documents")
     if not isinstance(fields.get("text") or "", str):
         raise UserError(f"{where}: text must be a text")
     if fields.setdefault("method", "histogram") not in METHODS:

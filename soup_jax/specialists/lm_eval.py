@@ -11,6 +11,7 @@ Releases of the harness after 0.4.13 find it by its entry point. For 0.4.13 and 
 is the harness's own command with this backend added.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,15 +22,8 @@ from soup_jax.specialists.decoding import Sampling
 from soup_jax.specialists.open import load
 from soup_jax.specialists.specialist import Specialist
 
-try:
-    from lm_eval.api.model import TemplateLM
-except ImportError as e:
-    raise UserError(
-        "lm-evaluation-harness is not installed: pip install 'soup_jax[lm_eval]'"
-    ) from e
 
-
-class SoupJax(TemplateLM):
+class _Backend:
     """A specialist as the harness sees a model."""
 
     def __init__(self, model: str = "", run: str = "", documents: str = "", **unused: Any) -> None:
@@ -129,13 +123,32 @@ class SoupJax(TemplateLM):
         return texts
 
 
+@functools.cache
+def _class() -> type:
+    try:
+        from lm_eval.api.model import TemplateLM
+    except ImportError as e:
+        raise UserError(
+            "lm-evaluation-harness is not installed: pip install 'soup_jax[lm_eval]'"
+        ) from e
+    return type("SoupJax", (_Backend, TemplateLM), {"__doc__": _Backend.__doc__})
+
+
+def __getattr__(name: str) -> Any:
+    # The harness's base class is imported where the backend is asked for.
+    if name == "SoupJax":
+        return _class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def main() -> None:
     """The harness's command, with this backend."""
+    backend = _class()
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry
 
     if "soup_jax" not in model_registry:
-        model_registry.register("soup_jax", target=SoupJax)
+        model_registry.register("soup_jax", target=backend)
     cli_evaluate()
 
 

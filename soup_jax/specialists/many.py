@@ -129,7 +129,8 @@ def _read_one(soup: Soup, entry: Entry, others: Mapping[str, _Wanted]) -> _Wante
         total = sum(entry.blend.values())
         if by_alpha := [name for name in entry.blend if others[name].entry.alpha is not None]:
             raise UserError(f"blend: {by_alpha[0]} has coefficients and no domain weights")
-        wanted.h_K = sum(w / total * others[name].h_K for name, w in entry.blend.items())
+        parts = [w / total * others[name].h_K for name, w in entry.blend.items()]
+        wanted.h_K = np.sum(parts, axis=0)
     elif entry.alpha is not None:
         wanted.alpha_E = _alpha(entry.alpha, soup.num_experts)
     if entry.without:

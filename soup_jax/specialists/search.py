@@ -130,18 +130,24 @@ def _search(
     if not every or not alpha_ME.shape[1]:
         return [Found(alpha_E, 0, math.nan, math.nan) for alpha_E in alpha_ME]
     alpha_FE = np.asarray(alpha_ME, np.float64)[owner]
-    rng = np.random.default_rng(seed)
+    # A generator for each fold: what is found does not depend on what is searched beside it.
+    rngs = [
+        np.random.default_rng([seed, f, len(fold.fitted.tokens)])
+        for of_one in folds
+        for f, fold in enumerate(of_one)
+    ]
     moments = np.zeros((2, *alpha_FE.shape))
     curve: list[tuple[int, np.ndarray, np.ndarray]] = []  # step, alphas, held-back losses
     for step in range(STEPS + 1):
         merged = stored.merge(arrays, alpha_FE.astype(np.float32))
         if step % _EVERY == 0:
-            losses = [_loss(model, theta, fold.held) for theta, fold in zip(merged, every)]
+            losses = [mean_loss(model, theta, fold.held) for theta, fold in zip(merged, every)]
             curve.append((step, alpha_FE.copy(), np.array(losses)))
         if step == STEPS:
             break
         gradients = [
-            _gradient(model, theta, _sample(fold.fitted, rng)) for theta, fold in zip(merged, every)
+            _gradient(model, theta, _sample(fold.fitted, rng))
+            for theta, fold, rng in zip(merged, every, rngs)
         ]
         del merged
         slope_FE = stored.project(arrays, gradients)
@@ -195,7 +201,8 @@ def _gradient_sums(losses: Any, params: Params, rows: Any) -> tuple[Params, Arra
 _ROWS = 16  # windows of one call of a compiled function
 
 
-def _batches(scored: TokenSet) -> list[dict[str, np.ndarray]]:
+def batches(scored: TokenSet) -> list[dict[str, np.ndarray]]:
+    """Rows of equal shape that a network's losses take; the last is padded without targets."""
     found = []
     for start in range(0, len(scored.tokens), _ROWS):
         tokens = scored.tokens[start : start + _ROWS]
@@ -205,14 +212,15 @@ def _batches(scored: TokenSet) -> list[dict[str, np.ndarray]]:
     return found
 
 
-def _loss(model: BaseModel, params: Params, scored: TokenSet) -> float:
-    sums = [_sums(model.example_losses, params, rows) for rows in _batches(scored)]
+def mean_loss(model: BaseModel, params: Params, scored: TokenSet) -> float:
+    """Nats per token."""
+    sums = [_sums(model.example_losses, params, rows) for rows in batches(scored)]
     return sum(float(s) for s, _ in sums) / max(sum(float(w) for _, w in sums), 1.0)
 
 
 def _gradient(model: BaseModel, params: Params, fitted: TokenSet) -> Params:
     total, weight = None, 0.0
-    for rows in _batches(fitted):
+    for rows in batches(fitted):
         gradient, weights = _gradient_sums(model.example_losses, params, rows)
         total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
         weight += float(weights)

@@ -22,6 +22,7 @@ from soup_jax.training import integrity
 
 # Of one read. Reading is then no slower than with larger ones, and all else is small beside it.
 BLOCK_BYTES = 64 << 20
+_TOGETHER = 8
 # What `held` keeps in memory.
 HELD_BYTES = 2 << 30
 
@@ -221,10 +222,22 @@ def _combined(arrays: Arrays, kind: str, stacks: Any, alpha_ME: np.ndarray, tota
     for start, found in blocks(arrays, jax.tree.leaves(stacks)):
         block = jax.tree.map(lambda name: jnp.asarray(found[name]), stacks)  # noqa: B023
         num_rows = len(jax.tree.leaves(block)[0])
-        alpha = jnp.asarray(alpha_ME[:, start : start + num_rows], jnp.float32)
-        part_M = _combine(kind, alpha, block)
+        part_M = _in_groups(kind, alpha_ME[:, start : start + num_rows], block)
         total_M = part_M if total_M is None else _sum(total_M, part_M)
     return total_M
+
+
+def _in_groups(kind: str, alpha_ME: np.ndarray, stacks: Any) -> Array:
+    # Always so many models at once: the order of a sum depends on their number, and the bits of a
+    # specialist must not depend on which others are made with it.
+    num = len(alpha_ME)
+    padded = np.zeros((-(-num // _TOGETHER) * _TOGETHER, alpha_ME.shape[1]), np.float32)
+    padded[:num] = alpha_ME
+    groups = [
+        _combine(kind, padded[start : start + _TOGETHER], stacks)
+        for start in range(0, len(padded), _TOGETHER)
+    ]
+    return groups[0][:num] if len(groups) == 1 else jnp.concatenate(groups)[:num]
 
 
 @functools.partial(jax.jit, static_argnums=0)

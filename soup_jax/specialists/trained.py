@@ -233,8 +233,11 @@ class Soup:
             return np.zeros((len(h_MK), 0), np.float32)
         resident = "params" in vars(self)
         router = self.params["router"] if resident else stored.read_below(self.arrays, "router")
-        found = _coefficients(router, jnp.asarray(h_MK, jnp.float32), self.config)
-        return np.asarray(found)
+        # One by one: what the rounding of sums does must not depend on which others there are.
+        found = [
+            _coefficients(router, jnp.asarray(h_K, jnp.float32)[None], self.config) for h_K in h_MK
+        ]
+        return np.concatenate(found)
 
     def make(
         self,
@@ -242,14 +245,14 @@ class Soup:
         alpha_ME: np.ndarray,
         *,
         histograms: Sequence[DocumentHistogram | None] | None = None,
-        found: Sequence[Found] | None = None,
+        found: Sequence[Found | None] | None = None,
     ) -> list[Specialist]:
         """The specialists of given coefficients [M, E], whatever their domain weights say.
 
         Args:
           h_MK: what their recipes say of domain weights.
           histograms: of the documents that gave these.
-          found: the searches that gave the coefficients.
+          found: the searches that gave the coefficients; None where there was none.
 
         Raises:
           DamagedError: an array is not what was saved.
@@ -269,12 +272,9 @@ class Soup:
                 )
             histogram = histograms[m] if histograms else None
             recipe = self._recipe(h_MK[m], alpha_ME[m], histogram)
-            if found:
-                recipe["search"] = {
-                    "steps": found[m].steps,
-                    "start_loss": found[m].start_loss,
-                    "loss": found[m].loss,
-                }
+            if found and (one := found[m]) is not None:
+                steps = {"steps": one.steps, "start_loss": one.start_loss, "loss": one.loss}
+                recipe["search"] = steps
             made.append(
                 Specialist(
                     params=params,  # an ordinary model, of no mesh
