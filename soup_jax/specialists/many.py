@@ -222,15 +222,7 @@ def _make(soup: Soup, wanted: Sequence[_Wanted], out: pathlib.Path) -> Soup:
         searched = [m for m, w in enumerate(wanted) if w.texts and w.entry.method == "search"]
         found: list[Any] = [None] * len(wanted)
         if searched:
-            results = search(
-                soup.arrays,
-                soup.model,
-                soup.map.tokenizer(),
-                [wanted[m].texts for m in searched],
-                alpha_ME[searched],
-                eos_id=soup.map.eos_id,
-                seq_len=soup.cfg.seq_len,
-            )
+            results = search(soup, [wanted[m].texts for m in searched], h_MK[searched])
             for m, result in zip(searched, results):
                 found[m], alpha_ME[m] = result, result.alpha_E
         made = soup.make(h_MK, alpha_ME, histograms=[w.histogram for w in wanted], found=found)

@@ -14,23 +14,28 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from soup_jax import soup as soup_lib
 from soup_jax import tree
+from soup_jax.data.domain_map import DomainMap
 from soup_jax.data.tokenizer import Tokenizer
 from soup_jax.evaluation.sets import TokenSet, pack
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Array, Params
+from soup_jax.soup import SoupConfig
 from soup_jax.specialists import stored
 from soup_jax.specialists.stored import Arrays
 
 FOLDS = 3
 STEPS = 40
 LEARNING_RATE = 0.03
+H_LEARNING_RATE = 0.3
 # Tokens of a step's gradient, and of the held-back documents of a fold: of more, a sample.
 STEP_TOKENS = 4096
 HELD_TOKENS = 8192
@@ -45,6 +50,7 @@ class Found:
 
     Attributes:
       alpha_E: float32.
+      h_K: the domain weights that have these coefficients if `over` was "h", else those given.
       steps: after how many of gradient descent; 0 is the start.
       start_loss, loss: nats per token of the documents that were held back, at the start and after
         these steps; the second is a little too good, for the steps were chosen by it. NaN if no
@@ -52,9 +58,43 @@ class Found:
     """
 
     alpha_E: np.ndarray
+    h_K: np.ndarray
     steps: int
     start_loss: float
     loss: float
+
+
+class Searchable(Protocol):
+    """What is read of a soup (`trained.Soup`)."""
+
+    @property
+    def arrays(self) -> Arrays:
+        """The parameters on disk."""
+        ...
+
+    @property
+    def model(self) -> BaseModel:
+        """The base network."""
+        ...
+
+    @property
+    def map(self) -> DomainMap:
+        """The domains."""
+        ...
+
+    @property
+    def cfg(self) -> ConfigDict:
+        """The run's config."""
+        ...
+
+    @property
+    def config(self) -> SoupConfig:
+        """The soup's static settings."""
+        ...
+
+    def coefficients(self, h_MK: np.ndarray) -> np.ndarray:
+        """alpha_ME."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,37 +103,91 @@ class _Fold:
     held: TokenSet
 
 
+class _Alpha:
+    # The coefficients themselves move.
+
+    def __init__(self, soup: Searchable, h_MK: np.ndarray):
+        self.rate = LEARNING_RATE
+        self._soup = soup
+        self.start = soup.coefficients(h_MK).astype(np.float64)
+
+    def alpha(self, at: np.ndarray) -> np.ndarray:
+        return at.astype(np.float32)
+
+    def slope(self, at: np.ndarray, slope_FE: np.ndarray) -> np.ndarray:
+        return slope_FE
+
+    def found(self, at: np.ndarray, h_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return at.mean(axis=0).astype(np.float32), h_K
+
+
+class _Weights:
+    # The domain weights move, as logits; one without any weight starts with a little.
+
+    def __init__(self, soup: Searchable, h_MK: np.ndarray):
+        self.rate = H_LEARNING_RATE
+        self._soup = soup
+        self._router = stored.read_below(soup.arrays, "router")
+        mixed = 0.99 * h_MK + 0.01 * soup.map.domain_frequencies
+        self.start = np.log(np.maximum(mixed, 1e-12))
+
+    def alpha(self, at: np.ndarray) -> np.ndarray:
+        return np.asarray(_route(self._router, at.astype(np.float32), self._soup.config))
+
+    def slope(self, at: np.ndarray, slope_FE: np.ndarray) -> np.ndarray:
+        found = _route_slope(
+            self._router, at.astype(np.float32), slope_FE.astype(np.float32), self._soup.config
+        )
+        return np.asarray(found, np.float64)
+
+    def found(self, at: np.ndarray, h_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weights = np.exp(at - at.max(axis=1, keepdims=True))
+        h_K = (weights / weights.sum(axis=1, keepdims=True)).mean(axis=0)
+        return self._soup.coefficients(h_K[None])[0], h_K
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _route(router: Params, at: Array, config: SoupConfig) -> Array:
+    return soup_lib.coefficients({"router": router}, jax.nn.softmax(at), config)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _route_slope(router: Params, at: Array, slope_FE: Array, config: SoupConfig) -> Array:
+    return jax.vjp(lambda x: _route(router, x, config), at)[1](slope_FE)[0]
+
+
 def search(
-    arrays: Arrays,
-    model: BaseModel,
-    tokenizer: Tokenizer,
+    soup: Searchable,
     texts: Sequence[Sequence[str]],
-    alpha_ME: np.ndarray,
+    h_MK: np.ndarray,
     *,
-    eos_id: int,
-    seq_len: int,
+    over: str = "alpha",
     seed: int = 0,
 ) -> list[Found]:
     """The coefficients of M specialists.
 
     Args:
       texts: the documents of each.
-      alpha_ME: where each begins, the router's.
+      h_MK: their histograms, where the search begins.
+      over: what is moved: "alpha", or the domain weights "h" behind them.
       seed: of the folds and the samples of documents.
 
     Raises:
       DamagedError: an array of the bank is not what was saved.
     """
-    size = 2 * tree.num_bytes([s for n, s in arrays.shapes.items() if n.startswith("shared/")])
+    shapes = soup.arrays.shapes
+    size = 2 * tree.num_bytes([s for n, s in shapes.items() if n.startswith("shared/")])
     group = max(_GROUP_BYTES // max(FOLDS * size, 1), 1)
-    arrays = stored.held(arrays)
+    arrays = stored.held(soup.arrays)
+    tokenizer, eos_id, seq_len = soup.map.tokenizer(), soup.map.eos_id, soup.cfg.seq_len
     found: list[Found] = []
     for start in range(0, len(texts), group):
         chosen = slice(start, start + group)
         folds = [
             _folds(tokenizer, t, eos_id=eos_id, seq_len=seq_len, seed=seed) for t in texts[chosen]
         ]
-        found += _search(arrays, model, folds, alpha_ME[chosen], seed)
+        space = (_Alpha if over == "alpha" else _Weights)(soup, h_MK[chosen])
+        found += _search(soup, arrays, space, folds, h_MK[chosen], seed)
     return found
 
 
@@ -119,30 +213,32 @@ def _folds(
 
 
 def _search(
+    soup: Searchable,
     arrays: Arrays,
-    model: BaseModel,
+    space: _Alpha | _Weights,
     folds: Sequence[Sequence[_Fold]],
-    alpha_ME: np.ndarray,
+    h_MK: np.ndarray,
     seed: int,
 ) -> list[Found]:
+    model, start_ME = soup.model, soup.coefficients(h_MK)
     owner = [m for m, of_one in enumerate(folds) for _ in of_one]
     every = [fold for of_one in folds for fold in of_one]
-    if not every or not alpha_ME.shape[1]:
-        return [Found(alpha_E, 0, math.nan, math.nan) for alpha_E in alpha_ME]
-    alpha_FE = np.asarray(alpha_ME, np.float64)[owner]
+    curve: list[tuple[int, np.ndarray, np.ndarray]] = []  # step, places, held-back losses
+    at = space.start[owner]
     # A generator for each fold: what is found does not depend on what is searched beside it.
     rngs = [
         np.random.default_rng([seed, f, len(fold.fitted.tokens)])
         for of_one in folds
         for f, fold in enumerate(of_one)
     ]
-    moments = np.zeros((2, *alpha_FE.shape))
-    curve: list[tuple[int, np.ndarray, np.ndarray]] = []  # step, alphas, held-back losses
-    for step in range(STEPS + 1):
-        merged = stored.merge(arrays, alpha_FE.astype(np.float32))
+    moments = np.zeros((2, *at.shape))
+    for step in range(STEPS + 1 if every and start_ME.shape[1] else 0):
+        # Step 0 is the histogram itself.
+        alpha_FE = space.alpha(at) if step else start_ME[owner]
+        merged = stored.merge(arrays, alpha_FE)
         if step % _EVERY == 0:
             losses = [mean_loss(model, theta, fold.held) for theta, fold in zip(merged, every)]
-            curve.append((step, alpha_FE.copy(), np.array(losses)))
+            curve.append((step, at.copy(), np.array(losses)))
         if step == STEPS:
             break
         gradients = [
@@ -150,29 +246,33 @@ def _search(
             for theta, fold, rng in zip(merged, every, rngs)
         ]
         del merged
-        slope_FE = stored.project(arrays, gradients)
-        moments[0] = 0.9 * moments[0] + 0.1 * slope_FE
-        moments[1] = 0.95 * moments[1] + 0.05 * slope_FE**2
+        slope = space.slope(at, stored.project(arrays, gradients))
+        moments[0] = 0.9 * moments[0] + 0.1 * slope
+        moments[1] = 0.95 * moments[1] + 0.05 * slope**2
         first = moments[0] / (1 - 0.9 ** (step + 1))
         second = moments[1] / (1 - 0.95 ** (step + 1))
-        alpha_FE -= LEARNING_RATE * first / (np.sqrt(second) + 1e-8)
-    return [_chosen(curve, np.array(owner) == m, alpha_ME[m], every) for m in range(len(folds))]
+        at = at - space.rate * first / (np.sqrt(second) + 1e-8)
+    found = []
+    for m, h_K in enumerate(h_MK):
+        step, mine, (before, after) = _best(curve, np.array(owner) == m, every)
+        alpha_E, best_K = space.found(mine, h_K) if step else (start_ME[m], h_K)
+        found.append(Found(alpha_E, best_K, step, before, after))
+    return found
 
 
-def _chosen(
+def _best(
     curve: Sequence[tuple[int, np.ndarray, np.ndarray]],
     mine_F: np.ndarray,
-    start_E: np.ndarray,
     folds: Sequence[_Fold],
-) -> Found:
-    if not mine_F.any():
-        return Found(start_E, 0, math.nan, math.nan)
+) -> tuple[int, np.ndarray, tuple[float, float]]:
+    # The step, the places of its folds, and the held-back losses at the start and there.
+    if not curve or not mine_F.any():
+        return 0, np.zeros((0, 0)), (math.nan, math.nan)
     weights = np.array([f.held.num_targets.sum() for f in folds], np.float64) * mine_F
     losses = np.array([(losses * weights).sum() / weights.sum() for _, _, losses in curve])
     best = int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0
-    step, alpha_FE, _ = curve[best]
-    alpha_E = alpha_FE[mine_F].mean(axis=0).astype(np.float32) if step else start_E
-    return Found(alpha_E, step, float(losses[0]), float(losses[best]))
+    step, at, _ = curve[best]
+    return step, at[mine_F], (float(losses[0]), float(losses[best]))
 
 
 def _sample(fitted: TokenSet, rng: np.random.Generator) -> TokenSet:

@@ -138,15 +138,7 @@ class Soup:
             alpha_ME = self.coefficients(h_MK)
             found = None
             if method == "search":
-                found = search(
-                    self.arrays,
-                    self.model,
-                    self.map.tokenizer(),
-                    documents,
-                    alpha_ME,
-                    eos_id=self.map.eos_id,
-                    seq_len=self.cfg.seq_len,
-                )
+                found = search(self, documents, h_MK)
                 alpha_ME = np.stack([f.alpha_E for f in found])
             return self.make(h_MK, alpha_ME, histograms=histograms, found=found)
         except DamagedError as e:
