@@ -3,10 +3,11 @@
     python benchmarks/search.py --run=RUN --specialists='DIR/*.jsonl' --documents=5,20,100,0
 
 Each file's documents are split as `soup-jax evaluate` splits them: a sample of those that give h
-(0: all of them) goes to each method, and the final part is scored. `histogram` is what `instantiate`
-does, `alpha` and `h` are `--method=search` over coefficients and over domain weights, `finetuned`
-trains the histogram's specialist on the sample. The table has nats per token, averages over the
-sets; gains over the histogram are of the same sample, and the worst is the set that lost most.
+(0: all of them) goes to each method, and the final part is scored. `histogram` is what
+`instantiate` does, `alpha` and `h` are `--method=search` over coefficients and over domain weights,
+`finetuned` trains the histogram's specialist on the sample. The table has nats per token, averages
+over the sets; gains over the histogram are of the same sample, and the worst is of the set that
+lost most.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True)
     parser.add_argument("--specialists", required=True)
+    parser.add_argument("--corpus", default="", help="if it was moved")
     parser.add_argument("--documents", default="5,20,100,0")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=2)
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--log", type=pathlib.Path, default=pathlib.Path("search.jsonl"))
     given = parser.parse_args()
     compile_cache.enable()
-    soup, methods = load(given.run), given.methods.split(",")
+    soup, methods = load(given.run, corpus_dir=given.corpus), given.methods.split(",")
     tokenizer = soup.map.tokenizer()
     settings = {"eos_id": soup.map.eos_id, "seq_len": soup.cfg.seq_len}
     sets = {n: parts(soup, p) for n, p in document_sets([given.specialists]).items()}

@@ -37,6 +37,7 @@ PACKAGES = (
     "training",
     "specialists.export",
     "specialists",
+    "specialists.serve",
     "planning",
     "cli",
 )

@@ -8,6 +8,7 @@
     soup-jax generate    --model=DIR --prompt=TEXT              continue a prompt with it
     soup-jax score       --model=DIR --documents=F              how well it predicts documents
     soup-jax finetune    --model=DIR --documents=F --out=DIR2   train it on, on its documents
+    soup-jax serve       --run=RUN                              make and ask specialists over HTTP
     soup-jax pack        --run=RUN --out=DIR                    a soup without its run and corpus
     soup-jax export      --model=DIR --format=hf --out=DIR2     for transformers, vLLM, llama.cpp
     soup-jax verify      DIR                                    is what lies there undamaged?
@@ -37,6 +38,7 @@ from soup_jax.cli import (
     plan,
     prepare,
     score,
+    serve,
     train,
     verify,
 )
@@ -54,6 +56,7 @@ SUBCOMMANDS = {
     "generate": generate,
     "score": score,
     "finetune": finetune,
+    "serve": serve,
     "export": export,
     "verify": verify,
 }

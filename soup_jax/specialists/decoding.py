@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Array, Params
@@ -179,6 +180,12 @@ class Decoder:
         assert self._rows is not None
         self._rows, token_SR = _advance(self._network, params, self._rows)
         return token_SR
+
+    def num_bytes(self, params: Params) -> int:
+        """Of the rows' caches."""
+        tokens_L = jnp.zeros(min(8, self._network.cache_len), jnp.int32)
+        cache, _ = jax.eval_shape(self._network.prefill, params, tokens_L, jnp.int32(1))
+        return self._num_rows * tree.num_bytes(cache)
 
     def _empty(self, params: Params, tokens_L: np.ndarray, row: _Rows) -> _Rows:
         cache, _ = jax.eval_shape(self._network.prefill, params, tokens_L, row.at)

@@ -151,6 +151,11 @@ class Batch:
         self._waiting = collections.deque(w for w in self._waiting if w[0] != number)
 
     @property
+    def num_bytes(self) -> int:
+        """Of the rows' caches."""
+        return self._decoder.num_bytes(self._params)
+
+    @property
     def busy(self) -> bool:
         """Whether any request waits or is in a row."""
         return bool(self._waiting) or any(self._left)

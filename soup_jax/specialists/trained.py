@@ -231,6 +231,10 @@ class Soup:
         ]
         return np.concatenate(found)
 
+    def on_devices(self, alpha_E: np.ndarray) -> Params:
+        """The merged parameters of coefficients, from the bank on the devices."""
+        return _merge(self.params["shared"], self.params["bank"], alpha_E)
+
     def make(
         self,
         h_MK: np.ndarray,
@@ -251,7 +255,7 @@ class Soup:
           UserError: the soup's parameters are not finite.
         """
         if "params" in vars(self):
-            merged = [_on_devices(self.params, alpha_E) for alpha_E in alpha_ME]
+            merged = [jax.device_get(self.on_devices(alpha_E)) for alpha_E in alpha_ME]
         else:
             merged = stored.merge(self.arrays, alpha_ME)
         made = []
@@ -308,8 +312,7 @@ def _coefficients(router: Params, h_MK: Array, config: SoupConfig) -> Array:
     return soup.coefficients({"router": router}, h_MK, config)
 
 
-def _on_devices(params: Params, alpha_E: np.ndarray) -> Params:
-    return jax.device_get(jax.jit(merge.merge)(params["shared"], params["bank"], alpha_E))
+_merge = jax.jit(merge.merge)
 
 
 def open_corpus_of(directory: str, workdir: pathlib.Path, fingerprint: str | None) -> Corpus:

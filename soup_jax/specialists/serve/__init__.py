@@ -1,0 +1,1 @@
+"""The soup as a service: specialists made and asked over HTTP."""
