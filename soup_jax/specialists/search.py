@@ -298,16 +298,17 @@ def _gradient_sums(losses: Any, params: Params, rows: Any) -> tuple[Params, Arra
     return jax.grad(total, has_aux=True)(params)
 
 
-_ROWS = 16  # windows of one call of a compiled function
+_ROWS = 16  # most windows of one call of a compiled function
 
 
 def batches(scored: TokenSet) -> list[dict[str, np.ndarray]]:
-    """Rows of equal shape that a network's losses take; the last is padded without targets."""
+    """Rows of few shapes that a network's losses take; the last are padded without targets."""
     found = []
-    for start in range(0, len(scored.tokens), _ROWS):
-        tokens = scored.tokens[start : start + _ROWS]
-        missing = _ROWS - len(tokens)
-        real = np.pad(scored.num_targets[start : start + _ROWS], (0, missing))
+    rows = min(_ROWS, 1 << (len(scored.tokens) - 1).bit_length())
+    for start in range(0, len(scored.tokens), rows):
+        tokens = scored.tokens[start : start + rows]
+        missing = rows - len(tokens)
+        real = np.pad(scored.num_targets[start : start + rows], (0, missing))
         found.append({"tokens": np.pad(tokens, ((0, missing), (0, 0))), "num_targets": real})
     return found
 

@@ -63,6 +63,7 @@ def make_app(engine: Engine, *, token: str = "", hosts: Sequence[str] = ("*",)) 
     service = _Service(engine, token)
     routes = [
         *(Route(f"/{path}", service.page, methods=["GET"]) for path in _PAGES),
+        Route("/favicon.ico", service.no_icon, methods=["GET"]),
         Route("/health", service.health, methods=["GET"]),
         Route("/v1/models", service.guarded(service.models), methods=["GET"]),
         Route("/v1/models/{name}", service.guarded(service.model), methods=["GET"]),
@@ -83,7 +84,7 @@ def make_app(engine: Engine, *, token: str = "", hosts: Sequence[str] = ("*",)) 
         yield
         await run_in_threadpool(engine.close)
 
-    handlers = {Refused: _refused, HTTPException: _http_error, Exception: _broken}
+    handlers: Any = {Refused: _refused, HTTPException: _http_error, Exception: _broken}
     return Starlette(
         routes=routes,
         lifespan=lifespan,
@@ -144,6 +145,11 @@ class _Service:
         folder = importlib.resources.files("soup_jax.specialists.serve") / "page"
         kind = _TYPES[pathlib.PurePath(name).suffix]
         return Response((folder / name).read_bytes(), media_type=kind, headers=_HEADERS)
+
+    async def no_icon(self, request: Request) -> Response:
+        """Browsers ask for it."""
+        del request
+        return Response(status_code=204, headers=_HEADERS)
 
     async def health(self, request: Request) -> Response:
         """Whether it answers."""

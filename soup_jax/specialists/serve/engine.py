@@ -119,6 +119,19 @@ class Engine:
             )
         self._thread = threading.Thread(target=self._run, name="soup", daemon=True)
         self._thread.start()
+        self._warm()
+
+    def _warm(self) -> None:
+        # Compile what the first text would wait for; prompts of other lengths compile once each.
+        ended = threading.Event()
+
+        def listen(piece: str, reason: str, tokens: int) -> None:
+            del piece, tokens
+            if reason:
+                ended.set()
+
+        self.complete(GENERIC, Request([self.soup.map.eos_id], max_tokens=2), listen)
+        ended.wait()
 
     def close(self) -> None:
         """End the thread; texts under way end where they are."""
