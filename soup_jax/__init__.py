@@ -21,6 +21,7 @@ _MODULES = {
     "Specialist": "specialists.specialist",
     "UserError": "errors",
     "evaluate": "specialists.compare:evaluate_runs",
+    "finetune": "specialists.finetune",
     "from_linen": "models.base",
     "from_nnx": "models.base",
     "load": "specialists.open",

@@ -147,11 +147,9 @@ def test_end_of_text_stops(params):
     assert stopped == free[: free.index(eos) + 1]
 
 
-def _together(params, requests, *, model=MODEL, num_rows=3, eos_id=None):
-    """Ids of each request, decoded together in `num_rows` rows."""
-    batch = generate_lib.Batch(
-        model, params, num_rows=num_rows, seq_len=160, max_len=200, eos_id=eos_id
-    )
+def _together(params, requests, *, model=MODEL, max_rows=4, eos_id=None):
+    """Ids of each request, decoded together in at most `max_rows` rows."""
+    batch = generate_lib.Batch(model, params, max_rows=max_rows, seq_len=160, eos_id=eos_id)
     for number, request in enumerate(requests):
         batch.submit(number, request)
     found = [[] for _ in requests]
@@ -181,6 +179,10 @@ def test_prompts_together_give_what_each_gives_alone(params, cached):
             (9, 33, 1.0),
             (1, 7, 0.0),
             (130, 12, 0.7),
+            (7, 25, 0.0),
+            (2, 9, 1.3),
+            (2, 2, 0.0),
+            (20, 18, 0.0),
         )
     ]
     found = _together(params, requests, model=model)

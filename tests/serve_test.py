@@ -226,7 +226,7 @@ def test_limits_and_many_clients_at_once(soup):
     alone = {n: soup.at(np.eye(6)[n]) for n in range(4)}
     size = sum(x.nbytes for x in _leaves(alone[0].params))
     # Room for about two: others are merged again when they are asked.
-    limits = Limits(memory_bytes=int(2.5 * size), requests=12, rows=3, specialists=5)
+    limits = Limits(memory_bytes=int(2.5 * size), requests=12, rows=4, specialists=5)
     engine = Engine(soup, limits)
     with TestClient(make_app(engine), base_url="http://localhost") as client:
         for n in range(4):

@@ -48,8 +48,12 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flag_values=values,
     )
     integer("max_requests", 256, "texts under way or waiting", lower_bound=1, flag_values=values)
-    integer(
-        "rows", 16, "texts of one specialist decoded together", lower_bound=1, flag_values=values
+    flags.DEFINE_enum(
+        "rows",
+        "16",
+        ["1", "4", "16", "64"],
+        "texts of one specialist that are decoded together",
+        flag_values=values,
     )
 
 
@@ -79,7 +83,7 @@ def run(values: flags.FlagValues) -> int:
     limits = Limits(
         memory_bytes=int(values.memory_gib * (1 << 30)),
         requests=values.max_requests,
-        rows=values.rows,
+        rows=int(values.rows),
     )
     engine = Engine(load(values.run, step=values.step, corpus_dir=values.corpus), limits)
     hosts = values.allowed_host or (["*"] if token else ["127.0.0.1", "localhost", "[::1]"])

@@ -1,7 +1,7 @@
 """Rows of token ids that are continued together, each at a place and with settings of its own.
 
-There are two compiled functions whatever the prompts: one reads a prompt into a row, the other adds
-STEPS tokens to all rows at once. A network with a key-value cache (`BaseModel.decode`) reads each
+Few compiled functions serve all prompts: some read a prompt of up to so many tokens, some add STEPS
+tokens to so many rows at once. A network with a key-value cache (`BaseModel.decode`) reads each
 token once; for another a row's cache is its last `seq_len` ids, and each token is a pass over them.
 """
 
@@ -22,6 +22,8 @@ from soup_jax.shapes import Array, Params
 # Tokens of one call of the compiled function: what is computed beyond a row's end is thrown away,
 # and the calls of a small network cost as much as its arithmetic.
 STEPS = 8
+_SHORTEST = 16  # prompts are padded to this, or a power of four times as much
+_SHORTEST_CACHE = 128
 
 
 class _Network(NamedTuple):
@@ -67,24 +69,35 @@ class _Rows(NamedTuple):
 
 def _sample(network: _Network, logits_V: Array, row: Any) -> Array:
     scaled = logits_V / jnp.where(row.temperature > 0, row.temperature, 1.0)
+    p_V = jnp.exp(scaled - scaled.max())
     if network.nucleus:
         # The likeliest tokens that have top_p of the probability together; always the likeliest.
-        order = jnp.argsort(-scaled)
-        p_V = jax.nn.softmax(scaled[order])
-        kept_V = (jnp.cumsum(p_V) - p_V < row.top_p) | (row.top_p >= 1)
-        kept_V = jnp.zeros_like(scaled, bool).at[order].set(kept_V.at[0].set(True))
-        scaled = jnp.where(kept_V, scaled, -jnp.inf)
-    drawn = jax.random.categorical(jax.random.fold_in(row.key, row.number), scaled)
+        order = jnp.argsort(-p_V)
+        before_V = jnp.cumsum(p_V[order]) - p_V[order]
+        kept_V = (before_V < row.top_p * p_V.sum()) | (row.top_p >= 1)
+        p_V = p_V * jnp.zeros_like(scaled, bool).at[order].set(kept_V.at[0].set(True))
+    # One number for a draw: to draw one for each token took a small network half of its time.
+    below_V = jnp.cumsum(p_V)
+    number = jax.random.uniform(jax.random.fold_in(row.key, row.number))
+    drawn = jnp.minimum(jnp.sum(below_V <= number * below_V[-1]), len(p_V) - 1)
     return jnp.where(row.temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _admit(
-    network: _Network, params: Params, rows: _Rows, index: Array, tokens_L: Array, row: _Rows
-) -> tuple[_Rows, Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(network: _Network, params: Params, tokens_L: Array, row: _Rows) -> _Rows:
     cache, logits_V = network.prefill(params, tokens_L, row.at)
-    row = row._replace(cache=cache, token=_sample(network, logits_V, row), number=row.number + 1)
-    return jax.tree.map(lambda all_, one: all_.at[index].set(one), rows, row), row.token
+    token = _sample(network, logits_V, row)
+    return row._replace(cache=cache, token=token, number=row.number + 1)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(rows: _Rows, index: Array, row: _Rows) -> _Rows:
+    return jax.tree.map(lambda all_, one: all_.at[index].set(one), rows, row)
+
+
+@jax.jit
+def _reorder(rows: _Rows, indices: Array) -> _Rows:
+    return jax.tree.map(lambda x: x[indices], rows)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -123,17 +136,18 @@ DEFAULT_SAMPLING = Sampling()
 
 
 class Decoder:
-    """`num_rows` texts of one network, with parameters that are given at each call.
+    """Texts of one network that share a length of the cache; parameters are given at each call.
 
-    Rows are independent: one may be admitted while others are in the middle of their texts.
+    Rows are independent: one may be admitted while others are in the middle of their texts. There
+    are no more than are in use, up to a power of four.
     """
 
-    def __init__(self, model: BaseModel, *, num_rows: int, seq_len: int, max_len: int):
+    def __init__(self, model: BaseModel, *, seq_len: int, length: int):
         """No row is in use yet.
 
         Args:
           seq_len: tokens of the training windows; of a longer prompt the last ones are read.
-          max_len: tokens of a prompt, at most `seq_len` of it, and what is added to it.
+          length: of the cache, as `cache_length` says.
 
         Raises:
           UserError: the network is no language model.
@@ -141,22 +155,19 @@ class Decoder:
         if model.decode is None and model.logits is None:
             raise UserError("this network cannot generate: its BaseModel has no `logits`")
         self._seq_len = seq_len
-        # Powers of two, so that texts of many lengths share few compilations.
-        cache_len = 1 << max(max_len - 1, 7).bit_length() if model.decode else seq_len
-        self._network = _Network(model.decode, model.logits, cache_len, nucleus=False)
-        self._num_rows = num_rows
+        self._network = _Network(model.decode, model.logits, length, nucleus=False)
         self._rows: _Rows | None = None
+        self.num_rows = 0
 
-    def admit(self, params: Params, index: int, prompt_ids: list[int], sampling: Sampling) -> Array:
+    def admit(self, params: Params, prompt_ids: list[int], sampling: Sampling, index: int) -> Array:
         """The first token after a prompt, which takes the row `index`."""
         if sampling.top_p < 1:
             self._network = self._network._replace(nucleus=True)
         prompt_ids = prompt_ids[-self._seq_len :]
         length = len(prompt_ids)
+        padded = self._network.cache_len
         if self._network.decode is not None:
-            padded = min(1 << max(length - 1, 7).bit_length(), self._network.cache_len)
-        else:
-            padded = self._network.cache_len
+            padded = min(_up(length, _SHORTEST), padded)
         tokens_L = np.zeros(padded, np.int32)
         tokens_L[:length] = prompt_ids
         row = _Rows(
@@ -168,12 +179,23 @@ class Decoder:
             temperature=jnp.float32(sampling.temperature),
             top_p=jnp.float32(sampling.top_p),
         )
+        row = _prefill(self._network, params, tokens_L, row)
         if self._rows is None:
-            self._rows = self._empty(params, tokens_L, row)
-        self._rows, token = _admit(
-            self._network, params, self._rows, jnp.int32(index), tokens_L, row
-        )
-        return token
+            self._rows, self.num_rows = jax.tree.map(lambda x: x[None], row), 1
+            return row.token
+        if index >= self.num_rows:
+            self.keep(list(range(index)), num_rows_for(index + 1))
+        self._rows = _insert(self._rows, jnp.int32(index), row)
+        return row.token
+
+    def keep(self, indices: list[int], num_rows: int) -> None:
+        """Make the rows `indices` the first of `num_rows`; the others may be admitted to."""
+        if self._rows is not None and num_rows:
+            filled = [*indices, *[0] * (num_rows - len(indices))]
+            self._rows = _reorder(self._rows, jnp.asarray(filled, jnp.int32))
+        else:
+            self._rows = None
+        self.num_rows = num_rows if self._rows is not None else 0
 
     def advance(self, params: Params) -> Array:
         """int32 [STEPS, rows]: the next tokens of all rows; those not in use get some too."""
@@ -181,16 +203,27 @@ class Decoder:
         self._rows, token_SR = _advance(self._network, params, self._rows)
         return token_SR
 
-    def num_bytes(self, params: Params) -> int:
-        """Of the rows' caches."""
-        tokens_L = jnp.zeros(min(8, self._network.cache_len), jnp.int32)
-        cache, _ = jax.eval_shape(self._network.prefill, params, tokens_L, jnp.int32(1))
-        return self._num_rows * tree.num_bytes(cache)
 
-    def _empty(self, params: Params, tokens_L: np.ndarray, row: _Rows) -> _Rows:
-        cache, _ = jax.eval_shape(self._network.prefill, params, tokens_L, row.at)
-        blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), cache)
-        # Copies of one row: a typed key has no zeros.
-        return jax.tree.map(
-            lambda one: jnp.stack([one] * self._num_rows), row._replace(cache=blank)
-        )
+def cache_length(model: BaseModel, *, seq_len: int, text_len: int) -> int:
+    """That of a text with its prompt; few, so that texts of many lengths share compilations."""
+    return _up(text_len, _SHORTEST_CACHE, factor=2) if model.decode is not None else seq_len
+
+
+def _up(number: int, least: int, factor: int = 4) -> int:
+    while least < number:
+        least *= factor
+    return least
+
+
+def num_rows_for(number: int) -> int:
+    """As many as there are compiled functions for: a power of four."""
+    return _up(number, 1)
+
+
+def cache_bytes(model: BaseModel, params: Params, length: int) -> int:
+    """Of one row."""
+    if model.decode is None:
+        return 4 * length
+    decode = functools.partial(model.decode, cache_len=length)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return tree.num_bytes(jax.eval_shape(lambda p: decode(p, tokens, 0, None)[1], params))

@@ -15,7 +15,13 @@ from soup_jax.data.tokenizer import Tokenizer
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Params
-from soup_jax.specialists.decoding import DEFAULT_SAMPLING, Decoder, Sampling
+from soup_jax.specialists.decoding import (
+    DEFAULT_SAMPLING,
+    Decoder,
+    Sampling,
+    cache_length,
+    num_rows_for,
+)
 
 # The cache, and on some devices the program, is as long as the text.
 MAX_TOKENS = 1 << 16
@@ -117,6 +123,57 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in sizes if text.endswith(stop[:n])), 0)
 
 
+class _Lane:
+    # Requests whose texts share a length of the cache.
+
+    def __init__(self, decoder: Decoder, params: Params, max_rows: int, eos_id: int | None):
+        self.waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self._decoder, self._params = decoder, params
+        self._max_rows, self._eos_id = max_rows, eos_id
+        self._rows: list[tuple[int, int]] = []  # number of the request, tokens that it still wants
+
+    def drop(self, number: int) -> None:
+        self._rows = [(n, 0 if n == number else left) for n, left in self._rows]
+        self.waiting = collections.deque(w for w in self.waiting if w[0] != number)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting) or any(left for _, left in self._rows)
+
+    def advance(self) -> list[tuple[int, list[int], bool]]:
+        self._fit()
+        found: dict[int, list[int]] = {}  # by row
+        while self.waiting and len(self._rows) < self._max_rows:
+            number, request = self.waiting.popleft()
+            index = len(self._rows)
+            token = self._decoder.admit(self._params, request.prompt_ids, request.sampling, index)
+            found[index] = [int(token)]
+            self._rows.append((number, request.max_tokens))
+        if any(left > len(found.get(i, ())) for i, (_, left) in enumerate(self._rows)):
+            token_SR = np.asarray(self._decoder.advance(self._params))
+            for index in range(len(self._rows)):
+                found.setdefault(index, []).extend(token_SR[:, index].tolist())
+        result = []
+        for index, (number, left) in enumerate(self._rows):
+            ids = found[index][:left]
+            end = self._eos_id
+            ended = end is not None and end in ids
+            if end is not None and ended:
+                ids = ids[: ids.index(end) + 1]
+            left = 0 if ended else left - len(ids)
+            self._rows[index] = (number, left)
+            result.append((number, ids, not left))
+        return result
+
+    def _fit(self) -> None:
+        # As many rows as are needed, those in use first.
+        used = [i for i, (_, left) in enumerate(self._rows) if left]
+        wanted = num_rows_for(min(len(used) + len(self.waiting), self._max_rows))
+        if wanted != self._decoder.num_rows or len(used) < len(self._rows):
+            self._decoder.keep(used, wanted if used or self._decoder.num_rows else 0)
+            self._rows = [self._rows[i] for i in used]
+
+
 class Batch:
     """Requests to one network, decoded together; new ones may come at any time.
 
@@ -128,64 +185,47 @@ class Batch:
         model: BaseModel,
         params: Params,
         *,
-        num_rows: int,
+        max_rows: int,
         seq_len: int,
-        max_len: int,
         eos_id: int | None,
     ):
-        """As `decoding.Decoder`; a text ends by the id `eos_id`."""
-        self._params = params
-        self._decoder = Decoder(model, num_rows=num_rows, seq_len=seq_len, max_len=max_len)
-        self._eos_id = eos_id
-        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
-        self._left: list[int] = [0] * num_rows  # tokens that a row still wants
-        self._number: list[int] = [0] * num_rows
+        """Of texts whose training windows have `seq_len` tokens, and that end by the id `eos_id`.
+
+        Args:
+          max_rows: that are decoded together, a power of four; more requests wait.
+        """
+        self._model, self._params, self._seq_len = model, params, seq_len
+        self._max_rows, self._eos_id = max_rows, eos_id
+        self._lanes: dict[int, _Lane] = {}
 
     def submit(self, number: int, request: Request) -> None:
-        """Queue a request under a number of the caller's choice."""
-        self._waiting.append((number, request))
+        """Queue a request under a number of the caller's choice.
+
+        Raises:
+          UserError: the network is no language model.
+        """
+        text_len = min(len(request.prompt_ids), self._seq_len) + request.max_tokens
+        length = cache_length(self._model, seq_len=self._seq_len, text_len=text_len)
+        if length not in self._lanes:
+            decoder = Decoder(self._model, seq_len=self._seq_len, length=length)
+            self._lanes[length] = _Lane(decoder, self._params, self._max_rows, self._eos_id)
+        self._lanes[length].waiting.append((number, request))
 
     def drop(self, number: int) -> None:
         """Forget a request: nobody wants more of its text."""
-        self._left = [0 if n == number else left for n, left in zip(self._number, self._left)]
-        self._waiting = collections.deque(w for w in self._waiting if w[0] != number)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the rows' caches."""
-        return self._decoder.num_bytes(self._params)
+        for lane in self._lanes.values():
+            lane.drop(number)
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or is in a row."""
-        return bool(self._waiting) or any(self._left)
+        return any(lane.busy for lane in self._lanes.values())
 
     def advance(self) -> list[tuple[int, list[int], bool]]:
         """(number, its next ids, whether it ends by them) of every request in a row."""
-        found: dict[int, list[int]] = {}  # by row
-        for index in range(len(self._left)):
-            if not self._left[index] and self._waiting:
-                number, request = self._waiting.popleft()
-                token = self._decoder.admit(
-                    self._params, index, request.prompt_ids, request.sampling
-                )
-                found[index] = [int(token)]
-                self._number[index], self._left[index] = number, request.max_tokens
-        rows = [index for index, left in enumerate(self._left) if left]
-        if any(self._left[index] > len(found.get(index, ())) for index in rows):
-            token_SR = np.asarray(self._decoder.advance(self._params))
-            for index in rows:
-                found.setdefault(index, []).extend(token_SR[:, index].tolist())
-        result = []
-        for index in rows:
-            ids = found[index][: self._left[index]]
-            end = self._eos_id
-            ended = end is not None and end in ids
-            if end is not None and ended:
-                ids = ids[: ids.index(end) + 1]
-            self._left[index] = 0 if ended else self._left[index] - len(ids)
-            result.append((self._number[index], ids, not self._left[index]))
-        return result
+        found = [found for lane in self._lanes.values() if lane.busy for found in lane.advance()]
+        self._lanes = {length: lane for length, lane in self._lanes.items() if lane.busy}
+        return found
 
 
 def _batch(
@@ -197,14 +237,7 @@ def _batch(
 ) -> Batch:
     for request in requests:
         check(request)
-    batch = Batch(
-        model,
-        params,
-        num_rows=max(min(len(requests), MAX_ROWS), 1),
-        seq_len=seq_len,
-        max_len=max((min(len(r.prompt_ids), seq_len) + r.max_tokens for r in requests), default=1),
-        eos_id=eos_id,
-    )
+    batch = Batch(model, params, max_rows=MAX_ROWS, seq_len=seq_len, eos_id=eos_id)
     for index, request in enumerate(requests):
         if request.max_tokens:
             batch.submit(index, request)

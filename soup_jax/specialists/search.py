@@ -33,13 +33,13 @@ from soup_jax.specialists import stored
 from soup_jax.specialists.stored import Arrays
 
 FOLDS = 3
-STEPS = 40
-LEARNING_RATE = 0.03
-H_LEARNING_RATE = 0.3
+STEPS = 24
+LEARNING_RATE = 0.05
+H_LEARNING_RATE = 0.5
 # Tokens of a step's gradient, and of the held-back documents of a fold: of more, a sample.
 STEP_TOKENS = 4096
-HELD_TOKENS = 8192
-_EVERY = 2  # steps between two looks at the held-back documents
+HELD_TOKENS = 4096
+_EVERY = 3  # steps between two looks at the held-back documents
 # Merged parameters and their gradients that are held together, of all folds.
 _GROUP_BYTES = 4 << 30
 

@@ -26,6 +26,7 @@ from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.errors import UserError
 from soup_jax.evaluation.score import Score, score_texts
 from soup_jax.shapes import Params
+from soup_jax.specialists.decoding import cache_bytes, cache_length
 from soup_jax.specialists.generate import Batch, Request, Text, check
 from soup_jax.specialists.specialist import Specialist
 from soup_jax.specialists.trained import Soup
@@ -51,7 +52,7 @@ class Limits:
       memory_bytes: of merged parameters and caches; at least one specialist is kept.
       specialists: that are described; the one that was not asked for longest is forgotten.
       requests: texts that wait or are being decoded.
-      rows: texts of one specialist that are decoded together.
+      rows: texts of one specialist that are decoded together, a power of four.
       text_len: tokens of a prompt and what is added to it; 0: twice the training windows.
     """
 
@@ -356,16 +357,21 @@ class Engine:
             batch = Batch(
                 self.soup.model,
                 params,
-                num_rows=self.limits.rows,
+                max_rows=self.limits.rows,
                 seq_len=self.soup.cfg.seq_len,
-                max_len=self.text_len,
                 eos_id=self.soup.map.eos_id,
             )
-            num_bytes = tree.num_bytes(params) + batch.num_bytes
+            num_bytes = tree.num_bytes(params) + self._cache_bytes(params)
             self._merged[name] = _Merged(params=params, batch=batch, num_bytes=num_bytes)
         self._merged.move_to_end(name)
         self._make_room(name)
         return self._merged[name]
+
+    def _cache_bytes(self, params: Params) -> int:
+        # Of all rows at their longest, whether they are in use or not.
+        model, seq_len = self.soup.model, self.soup.cfg.seq_len
+        length = cache_length(model, seq_len=seq_len, text_len=self.text_len)
+        return self.limits.rows * cache_bytes(model, params, length)
 
     def _make_room(self, kept: str) -> None:
         # Those with texts under way stay, and so can hold more than the limit for a while.
