@@ -245,3 +245,27 @@ def test_arrays_are_written_in_pieces(tmp_path):
     found = load_file(tmp_path / "x.safetensors")
     np.testing.assert_array_equal(found["a"], x)
     assert found["b"] == 7
+
+
+def test_the_mean_of_checkpoints(tiny_run, tmp_path):
+    steps = open_lib.load(tiny_run).newest, 10
+    each = [open_lib.load(tiny_run, step=step) for step in steps]
+    soup = open_lib.load(tiny_run, average=2)
+    h_MK = np.eye(6)[:2]
+    found = soup.make(h_MK, np.float32([[0.5, -1, 0, 2], [0, 0, 0, 0]]))
+    for m, specialist in enumerate(found):
+        alpha_ME = np.float32([[0.5, -1, 0, 2], [0, 0, 0, 0]])[m][None]
+        params = [s.make(h_MK[m][None], alpha_ME)[0].params for s in each]
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), specialist.params, mean
+        )
+        assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(*map(jax.tree.leaves, params)))
+    pack(tiny_run, tmp_path / "soup", average=2)
+    packed = open_lib.load(tmp_path / "soup")
+    same = packed.at(h_MK[0]).params
+    jax.tree.map(np.testing.assert_array_equal, same, soup.at(h_MK[0]).params)
+    with pytest.raises(UserError, match="the mean of 99 checkpoints"):
+        open_lib.load(tiny_run, average=99)
+    with pytest.raises(UserError, match="of one checkpoint"):
+        open_lib.load(tmp_path / "soup", average=2)

@@ -52,9 +52,11 @@ def run(values: flags.FlagValues) -> int:
     from soup_jax.hardware import compile_cache
 
     compile_cache.enable()
+    from soup_jax.specialists.export import FORMATS
     from soup_jax.specialists.open import load
     from soup_jax.specialists.specialist import Specialist
 
+    FORMATS.get(values.format)
     names = ["dtype", "base", *(("run", "corpus") if values.model else ())]
     options = {name: values[name].value for name in names if values[name].value}
     if values.model:

@@ -53,6 +53,9 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flag_values=values,
     )
     string("corpus", "", "the prepared corpus, if it was moved", flag_values=values)
+    flags.DEFINE_integer(
+        "average", 1, "the mean of so many checkpoints", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
 
 
@@ -76,6 +79,7 @@ def run(values: flags.FlagValues) -> int:
         values.out,
         method=values.method,
         step=values.step,
+        average=values.average,
         corpus_dir=values.corpus,
         say=print,
     )
@@ -110,6 +114,7 @@ def _run_many(values: flags.FlagValues) -> int:
         values.out,
         score=values.score,
         step=values.step,
+        average=values.average,
         corpus_dir=values.corpus,
         say=print,
     )

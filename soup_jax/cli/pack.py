@@ -18,6 +18,9 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string("run", "", "the run whose soup is packed", flag_values=values)
     flags.DEFINE_string("out", "", "the new folder", flag_values=values)
     flags.DEFINE_string("corpus", "", "the prepared corpus, if it was moved", flag_values=values)
+    flags.DEFINE_integer(
+        "average", 1, "the mean of so many checkpoints", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_integer("step", None, "checkpoint; default the newest", flag_values=values)
     flags.DEFINE_enum(
         "dtype",
@@ -39,7 +42,12 @@ def run(values: flags.FlagValues) -> int:
     from soup_jax.specialists.pack import pack
 
     soup = pack(
-        values.run, values.out, step=values.step, dtype=values.dtype, corpus_dir=values.corpus
+        values.run,
+        values.out,
+        step=values.step,
+        average=values.average,
+        dtype=values.dtype,
+        corpus_dir=values.corpus,
     )
     print(
         f"soup folder: {values.out} (step {soup.step}, {soup.num_experts} experts, "

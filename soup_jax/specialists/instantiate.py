@@ -21,6 +21,7 @@ def instantiate_to(
     *,
     method: str = "histogram",
     step: int | None = None,
+    average: int = 1,
     corpus_dir: str = "",
     say: Callable[[str], None] = _log.info,
 ) -> tuple[Specialist, list[tuple[str, float]]]:
@@ -29,6 +30,7 @@ def instantiate_to(
     Args:
       documents: files, folders or globs; the documents of all are those of the one specialist.
       method: see `Soup.instantiate_each`.
+      average: see `open.load`.
       say: takes lines on what was read: the checkpoint, and the documents.
 
     Returns:
@@ -41,7 +43,7 @@ def instantiate_to(
     sources = [documents] if isinstance(documents, str) else documents
     for source in sources:
         files.refuse_address(source, "--documents")
-    soup = load(run, step=step, corpus_dir=corpus_dir)
+    soup = load(run, step=step, average=average, corpus_dir=corpus_dir)
     sample = read_sample(sources, text_field=soup.cfg.corpus.text_field)
     older = "" if soup.step == soup.newest else f" (its newest checkpoint is step {soup.newest})"
     say(f"from step {soup.step} of {soup.workdir}{older}")

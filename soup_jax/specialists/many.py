@@ -53,6 +53,7 @@ def instantiate_many(
     *,
     score: bool = True,
     step: int | None = None,
+    average: int = 1,
     corpus_dir: str = "",
     say: Callable[[str], None] = _log.info,
 ) -> list[dict[str, Any]]:
@@ -77,7 +78,7 @@ def instantiate_many(
     for entry in entries:
         for target in _targets(out, entry).values():
             export.check_target(target)
-    soup = load(run, step=step, corpus_dir=corpus_dir)
+    soup = load(run, step=step, average=average, corpus_dir=corpus_dir)
     wanted = _read(soup, entries, say)
     size = tree.num_bytes([s for n, s in soup.arrays.shapes.items() if n.startswith("shared/")])
     files.check_room(out, len(entries) * size, f"{len(entries)} specialists in {out}")

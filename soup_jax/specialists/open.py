@@ -11,6 +11,7 @@ from soup_jax.data.corpus import Corpus
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.specialists import folder as folder_lib
+from soup_jax.specialists import stored
 from soup_jax.specialists.trained import Soup, another_corpus, open_corpus_of
 from soup_jax.storage import refuse_address
 from soup_jax.training import build
@@ -22,6 +23,7 @@ def load(
     workdir: str | pathlib.Path,
     *,
     step: int | None = None,
+    average: int = 1,
     corpus_dir: str = "",
     model: BaseModel | None = None,
 ) -> Soup:
@@ -31,6 +33,7 @@ def load(
 
     Args:
       step: of a run's checkpoint; None takes the newest readable one.
+      average: take the mean of so many checkpoints up to that one (`stored.Averaged`).
       corpus_dir: where the prepared corpus lies now, if not where the config says; needed for runs
         of earlier versions, and to score the generic validation split.
       model: the base network, if it was not the config's.
@@ -41,6 +44,10 @@ def load(
     """
     workdir = pathlib.Path(workdir)
     if (workdir / "soup.json").exists():
+        if average != 1:
+            raise UserError(
+                f"{workdir} is a soup folder, of one checkpoint: average those of a run"
+            )
         return _load_folder(workdir, step=step, corpus_dir=corpus_dir, model=model)
     cfg = _here(_config(workdir), model)
     copy = workdir / "domains"
@@ -53,7 +60,18 @@ def load(
     model = model or build.base_model(cfg)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         abstract = jax.eval_shape(build.initial_state(cfg, model, domains)).params
+        arrays: stored.Arrays
         arrays, found = open_params(checkpointer, abstract, step=step)
+        if average != 1:
+            steps = [s for s in checkpointer.steps() if s <= found][-average:]
+            if not 0 < average == len(steps):
+                raise UserError(
+                    f"the mean of {average} checkpoints up to step {found} is asked for, and "
+                    f"{workdir} holds {len(steps)} (checkpoint.keep_latest)"
+                )
+            arrays = stored.Averaged(
+                [open_params(checkpointer, abstract, step=s)[0] for s in steps]
+            )
         newest = checkpointer.steps()[-1]
         fingerprint = checkpointer.data(found)["fingerprint"]["corpus"]
     if fingerprint != domains.fingerprint:
@@ -67,7 +85,7 @@ def load(
         step=found,
         newest=newest,
         corpus_dir=corpus_dir or cfg.corpus.dir,
-        fixed=step is not None,
+        fixed=step is not None or average != 1,
     )
 
 

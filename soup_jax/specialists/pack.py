@@ -42,6 +42,7 @@ def pack(
     out: str | pathlib.Path,
     *,
     step: int | None = None,
+    average: int = 1,
     dtype: str = "",
     corpus_dir: str = "",
 ) -> Soup:
@@ -49,6 +50,7 @@ def pack(
 
     Args:
       step: of the checkpoint; None takes the newest readable one.
+      average: see `open.load`.
       dtype: of the bank in the folder, "float32" or "bfloat16"; "": as the run stores it.
       corpus_dir: where the corpus of a run of an earlier version lies, if it was moved.
 
@@ -57,7 +59,7 @@ def pack(
     """
     out = pathlib.Path(out)
     check_target(out)
-    soup = load(run, step=step, corpus_dir=corpus_dir)
+    soup = load(run, step=step, average=average, corpus_dir=corpus_dir)
     stored = [s for n, s in soup.arrays.shapes.items() if n.startswith("bank/")]
     files.check_room(out.parent, tree.num_bytes(soup.arrays.shapes), f"the soup folder {out}")
     while True:

@@ -20,9 +20,9 @@ from soup_jax.shapes import Array, Params
 from soup_jax.soup.bank import by_leaf, kind_of
 from soup_jax.training import integrity
 
-# Of one read. Reading is then no slower than with larger ones, and all else is small beside it.
-BLOCK_BYTES = 64 << 20
-_TOGETHER = 8
+# Of one read. Larger ones were no faster.
+BLOCK_BYTES = 16 << 20
+_TOGETHER = 4
 # What `held` keeps in memory.
 HELD_BYTES = 2 << 30
 
@@ -128,14 +128,15 @@ def merge(arrays: Arrays, alpha_ME: np.ndarray) -> list[Params]:
     shared = _nested(arrays, "shared")
     merged: list[dict[str, np.ndarray]] = [{} for _ in alpha_ME]
     for path, name in tree.flatten(shared).items():
-        total_M: Any = None
+        totals: Any = None
         for kind, part in bank.items():
             stacks = by_leaf(part, shared).get(path)
             if stacks is not None:
-                total_M = _combined(arrays, kind, stacks, alpha_ME, total_M)
+                totals = _combined(arrays, kind, stacks, alpha_ME, totals)
         leaf = _whole(arrays, name)
         for m, found in enumerate(merged):
-            found[path] = leaf if total_M is None else _added(leaf, total_M[m])
+            experts = None if totals is None else totals[m // _TOGETHER][m % _TOGETHER]
+            found[path] = leaf if experts is None else _added(leaf, experts)
     return [tree.unflatten(found) for found in merged]
 
 
@@ -182,6 +183,39 @@ class _Held:
         return array[start:stop] if array.ndim else array
 
 
+class Averaged:
+    """The mean of several checkpoints of one run, array by array, as `Arrays`.
+
+    A merged model is linear in shared parameters and experts, so those of the mean are the mean of
+    those. The router is not linear: its parameters are averaged like the others, and the mean's
+    coefficients are not the mean of coefficients.
+    """
+
+    def __init__(self, sources: Sequence[Arrays]):
+        """Reads all of them once, to compare them with their checksums.
+
+        Raises:
+          DamagedError: an array is not what was saved.
+        """
+        for source in sources:
+            for name in source.shapes:
+                for _ in blocks(source, [name]):
+                    pass
+        self.where = " + ".join(source.where for source in sources)
+        self.shapes = sources[0].shapes
+        self.checksums: Mapping[str, str] = {}
+        self._sources = sources
+
+    def rows(self, name: str) -> int:
+        """See `Arrays`."""
+        return max(source.rows(name) for source in self._sources)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """See `Arrays`; the mean is taken in float32."""
+        total = sum(source.read(name, start, stop).astype(np.float32) for source in self._sources)
+        return np.asarray(total / len(self._sources)).astype(self.shapes[name].dtype)
+
+
 def held(arrays: Arrays) -> Arrays:
     """The same arrays in memory, if they are small: for those who read them many times.
 
@@ -218,26 +252,21 @@ def _nested(arrays: Arrays, part: str) -> Params:
     return tree.unflatten(names).get(part, {})
 
 
-def _combined(arrays: Arrays, kind: str, stacks: Any, alpha_ME: np.ndarray, total_M: Any) -> Array:
+def _combined(arrays: Arrays, kind: str, stacks: Any, alpha_ME: np.ndarray, totals: Any) -> Any:
+    # Groups of always as many models: the order of a sum depends on their number, and the bits of
+    # a specialist must not depend on which others are made with it.
+    num_groups = -(-len(alpha_ME) // _TOGETHER)
+    padded = np.zeros((num_groups * _TOGETHER, alpha_ME.shape[1]), np.float32)
+    padded[: len(alpha_ME)] = alpha_ME
     for start, found in blocks(arrays, jax.tree.leaves(stacks)):
         block = jax.tree.map(lambda name: jnp.asarray(found[name]), stacks)  # noqa: B023
-        num_rows = len(jax.tree.leaves(block)[0])
-        part_M = _in_groups(kind, alpha_ME[:, start : start + num_rows], block)
-        total_M = part_M if total_M is None else _sum(total_M, part_M)
-    return total_M
-
-
-def _in_groups(kind: str, alpha_ME: np.ndarray, stacks: Any) -> Array:
-    # Always so many models at once: the order of a sum depends on their number, and the bits of a
-    # specialist must not depend on which others are made with it.
-    num = len(alpha_ME)
-    padded = np.zeros((-(-num // _TOGETHER) * _TOGETHER, alpha_ME.shape[1]), np.float32)
-    padded[:num] = alpha_ME
-    groups = [
-        _combine(kind, padded[start : start + _TOGETHER], stacks)
-        for start in range(0, len(padded), _TOGETHER)
-    ]
-    return groups[0][:num] if len(groups) == 1 else jnp.concatenate(groups)[:num]
+        rows = slice(start, start + len(jax.tree.leaves(block)[0]))
+        parts = np.split(padded[:, rows], num_groups)
+        if totals is None:
+            totals = [_combine(kind, alpha, block) for alpha in parts]
+        else:
+            totals = [_add(kind, t, alpha, block) for t, alpha in zip(totals, parts)]
+    return totals
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -245,9 +274,9 @@ def _combine(kind: str, alpha_ME: Array, stacks: Any) -> Array:
     return kind_of(kind).combine(alpha_ME, stacks)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _sum(total_M: Array, part_M: Array) -> Array:
-    return total_M + part_M
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _add(kind: str, total_M: Array, alpha_ME: Array, stacks: Any) -> Array:
+    return total_M + kind_of(kind).combine(alpha_ME, stacks)
 
 
 def _added(leaf: np.ndarray, experts: Array) -> np.ndarray:
