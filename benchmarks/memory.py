@@ -1,13 +1,14 @@
 """Instantiates from a bank that is larger than the memory the process may have.
 
-    python benchmarks/memory.py --config=experiments/quickstart.py --experts=280 --limit_mb=600 \\
+    python benchmarks/memory.py --config=experiments/quickstart.py --experts=200 --limit_mb=450 \\
         --documents=FILE
 
 Makes a run of that config with a base network of 5.6M parameters and so many experts, at its
-initial state; packs it into a soup folder; and instantiates from both, each in a process whose memory a
-control group limits (Linux, root; the kernel kills what takes more). The files are read once
-before, from the disk, for its speed. Printed are MB of the bank, the limit, the peak of resident
-memory, and seconds, beside those of reading the files alone.
+initial state; packs it into a soup folder; and instantiates from both, each in a process whose
+memory a control group limits (Linux, root; the kernel kills what takes more). The files are read
+once before, from the disk, for its speed. Printed are MB of the bank, the limit, the peak of
+resident memory (code of libraries, which others share, is in it and not in the limit), and
+seconds, beside those of reading the files alone.
 """
 
 import argparse
@@ -99,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--documents", required=True)
-    parser.add_argument("--experts", type=int, default=280)
-    parser.add_argument("--limit_mb", type=int, default=600)
+    parser.add_argument("--experts", type=int, default=200)
+    parser.add_argument("--limit_mb", type=int, default=450)
     parser.add_argument("--folder", type=pathlib.Path, help="kept; default: a temporary one")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
