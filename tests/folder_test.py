@@ -269,3 +269,17 @@ def test_the_mean_of_checkpoints(tiny_run, tmp_path):
         open_lib.load(tiny_run, average=99)
     with pytest.raises(UserError, match="of one checkpoint"):
         open_lib.load(tmp_path / "soup", average=2)
+
+
+def test_what_a_merge_holds_is_said(tiny_run, tmp_path):
+    pack(tiny_run, tmp_path / "soup")
+    arrays = open_lib.load(tmp_path / "soup").arrays
+    shared = {n: s for n, s in arrays.shapes.items() if n.startswith("shared/")}
+    model = sum(s.size * 4 for s in shared.values())
+    leaf, stack = (
+        max(s.size * 4 for n, s in arrays.shapes.items() if n.startswith(part))
+        for part in ("shared/", "bank/")
+    )
+    # Stacks are smaller than a block: four models are summed together, and one block is held.
+    assert stored.merge_bytes(arrays, 1) == model + 8 * leaf + 3 * stack
+    assert stored.merge_bytes(arrays, 5) == 5 * model + 12 * leaf + 3 * stack

@@ -194,6 +194,10 @@ def test_bodies_of_other_kinds_and_sizes(client):
     large = json.dumps({"documents": ["x" * protocol.MAX_BODY_BYTES]}).encode()
     headers = {"content-type": "application/json"}
     assert client.post("/v1/specialists", content=large, headers=headers).status_code == 413
+    body = {"model": "generic", "documents": ["x" * protocol.MAX_SCORED_BYTES, "x"]}
+    answer = client.post("/v1/score", json=body)
+    assert answer.status_code == 400
+    assert "256 KiB" in answer.json()["error"]["message"]
     assert _completed(client, model="generic", prompt="x", max_tokens=2)["choices"]
 
 

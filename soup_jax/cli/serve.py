@@ -16,6 +16,9 @@ from absl import flags
 from soup_jax.errors import UserError
 from soup_jax.inputs import read_text
 
+# In the Host header; of an IPv6 address starlette compares what stands before its first colon.
+_HERE = ["127.0.0.1", "localhost", "["]
+
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define the flags."""
@@ -86,7 +89,7 @@ def run(values: flags.FlagValues) -> int:
         rows=int(values.rows),
     )
     engine = Engine(load(values.run, step=values.step, corpus_dir=values.corpus), limits)
-    hosts = values.allowed_host or (["*"] if token else ["127.0.0.1", "localhost", "[::1]"])
+    hosts = values.allowed_host or (["*"] if token else _HERE)
     app = make_app(engine, token=token, hosts=hosts)
     soup = engine.soup
     print(f"step {soup.step} of {soup.workdir}: {soup.num_experts} experts", flush=True)

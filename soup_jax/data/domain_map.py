@@ -9,6 +9,7 @@ keep a copy, in a folder of its own:
 """
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 from typing import Any
@@ -74,20 +75,33 @@ class DomainMap:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the windows."""
-        return load_tokenizer(self.path / "tokenizer.json")
+        return self._tokenizer
 
     def embedder(self) -> Embedder:
         """The embedder that the centroids were made with."""
-        return load_embedder(self.path)
+        return self._embedder
 
     def centroids(self) -> np.ndarray:
         """float32 [K, dim], unit rows."""
-        return inputs.read_tensors(self.path / "centroids.safetensors")["centroids"]
+        return self._tensors["centroids"]
 
     def similarity_quantiles(self) -> dict[float, float]:
         """Quantiles of the similarity of train documents to their own centroid."""
-        tensors = inputs.read_tensors(self.path / "centroids.safetensors")
-        return dict(zip(domains.QUANTILES, tensors["similarity_quantiles"].tolist()))
+        return dict(zip(domains.QUANTILES, self._tensors["similarity_quantiles"].tolist()))
+
+    # Read once: a server takes documents to domains all day.
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path / "tokenizer.json")
+
+    @functools.cached_property
+    def _embedder(self) -> Embedder:
+        return load_embedder(self.path)
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return inputs.read_tensors(self.path / "centroids.safetensors")
 
     def copy_to(self, folder: pathlib.Path) -> None:
         """Write the folder that `open_map` reads, whole or not at all."""

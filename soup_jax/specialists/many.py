@@ -20,7 +20,7 @@ from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.errors import DamagedError, UserError
 from soup_jax.evaluation.sample import read_sample
 from soup_jax.evaluation.score import total
-from soup_jax.specialists import export
+from soup_jax.specialists import export, stored
 from soup_jax.specialists.entries import Entry, read_entries
 from soup_jax.specialists.open import load
 from soup_jax.specialists.search import search
@@ -83,7 +83,9 @@ def instantiate_many(
     size = tree.num_bytes([s for n, s in soup.arrays.shapes.items() if n.startswith("shared/")])
     files.check_room(out, len(entries) * size, f"{len(entries)} specialists in {out}")
     missing = [w for w in wanted if not _there(soup, out, w)]
-    group = max(_GROUP_BYTES // max(size, 1), 1)
+    group = min(max(_GROUP_BYTES // max(size, 1), 1), max(len(missing), 1))
+    need = stored.merge_bytes(soup.arrays, group)
+    say(f"merging {group} at a time takes about {need / 1e6:,.0f} MB, beside the program's own")
     for start in range(0, len(missing), group):
         soup = _make(soup, missing[start : start + group], out)
     made = {w.entry.name for w in missing}

@@ -225,6 +225,25 @@ def held(arrays: Arrays) -> Arrays:
     return _Held(arrays) if tree.num_bytes(arrays.shapes) <= HELD_BYTES else arrays
 
 
+def merge_bytes(arrays: Arrays, num_models: int) -> int:
+    """About what `merge` holds at most: the models, the sums of a leaf, and a block in three
+    copies (as it is read, on the device, and as a product wants it)."""
+    shared, bank = _nested(arrays, "shared"), _nested(arrays, "bank")
+    models = num_models * tree.num_bytes([arrays.shapes[n] for n in tree.flatten(shared).values()])
+    groups = -(-num_models // _TOGETHER)
+    most = 0
+    for part in bank.values():
+        for path, stacks in by_leaf(part, shared).items():
+            leaf = math.prod(arrays.shapes[f"shared/{path}"].shape) * 4
+            block = sum(
+                min(_rows(arrays, name), arrays.shapes[name].shape[0])
+                * _row_bytes(arrays.shapes[name])
+                for name in jax.tree.leaves(stacks)
+            )
+            most = max(most, (groups + 1) * _TOGETHER * leaf + 3 * block)
+    return models + most
+
+
 def _row_bytes(shape: jax.ShapeDtypeStruct) -> int:
     return math.prod(shape.shape[1:]) * shape.dtype.itemsize
 

@@ -41,6 +41,7 @@ from soup_jax.specialists.serve.engine import Described, Engine, Refused
 from soup_jax.storage import nulled
 
 _BODY_SECONDS = 30.0
+_SCORED_TOGETHER = 8
 _PAGES = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 _HEADERS = {
@@ -190,6 +191,8 @@ class _Service:
             await _body(request), num_domains=soup.num_domains, num_experts=soup.num_experts
         )
         begin = time.monotonic()
+        if texts := asked.pop("texts", ()):
+            asked["histogram"] = await run_in_threadpool(self._engine.histogram, texts)
         made = await self._on_engine(lambda: self._engine.make(**asked))
         seconds = time.monotonic() - begin
         return JSONResponse({**self._shown(made), "seconds": seconds}, 201)
@@ -219,7 +222,10 @@ class _Service:
     async def score(self, request: Request) -> Response:
         """Losses of documents."""
         name, texts = protocol.scored(await _body(request))
-        scores = await self._on_engine(self._engine.score, name, texts)
+        scores: list[Score] = []
+        for start in range(0, len(texts), _SCORED_TOGETHER):  # texts under way go on in between
+            part = texts[start : start + _SCORED_TOGETHER]
+            scores += await self._on_engine(self._engine.score, name, part)
         result = {
             "object": "score",
             "model": name,
@@ -250,7 +256,9 @@ class _Service:
         """Continue prompts."""
         asked = protocol.completion(await _body(request))
         await self._on_engine(self._engine.find, asked.model)
-        texts = _Texts(self._engine, asked)
+        encode = self._engine.tokenizer.encode_batch
+        prompts = await run_in_threadpool(encode, asked.prompts)
+        texts = _Texts(self._engine, asked, prompts)
         if asked.stream:
             return StreamingResponse(texts.events(), media_type="text/event-stream")
         return JSONResponse(await texts.whole(request))
@@ -259,7 +267,9 @@ class _Service:
 class _Texts:
     # The texts of one request, as they come.
 
-    def __init__(self, engine: Engine, asked: protocol.Completion):
+    def __init__(
+        self, engine: Engine, asked: protocol.Completion, prompts: Sequence[Sequence[int]]
+    ):
         self._asked = asked
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, str, str, int]] = asyncio.Queue()
@@ -270,17 +280,15 @@ class _Texts:
             "created": int(time.time()),
             "model": asked.model,
         }
-        self._prompt_tokens = 0
         self._tokens: dict[int, int] = {}
         eos_id = engine.soup.map.eos_id
-        prompts = [[eos_id, *engine.tokenizer.encode(prompt)] for prompt in asked.prompts]
         self._num = len(prompts) * asked.n
-        self._prompt_tokens = sum(len(ids) - 1 for ids in prompts)
+        self._prompt_tokens = sum(map(len, prompts))
         try:
             for index in range(self._num):
                 seed = (asked.sampling.seed + index) % (1 << 32)
                 sampling = dataclasses.replace(asked.sampling, seed=seed)
-                ids = prompts[index // asked.n]
+                ids = [eos_id, *prompts[index // asked.n]]
                 text = TextRequest(ids, asked.max_tokens, sampling, asked.stop)
                 self._cancels.append(engine.complete(asked.model, text, self._listener(index)))
         except Refused:

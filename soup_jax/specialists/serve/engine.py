@@ -134,6 +134,14 @@ class Engine:
         self.complete(GENERIC, Request([self.soup.map.eos_id], max_tokens=2), listen)
         ended.wait()
 
+    def histogram(self, texts: Sequence[str]) -> DocumentHistogram:
+        """Of documents; for any thread, as nothing on the devices is needed for it.
+
+        Raises:
+          UserError: no documents.
+        """
+        return document_histogram(self.soup.map, texts)
+
     def close(self) -> None:
         """End the thread; texts under way end where they are."""
         self._jobs.put(None)
@@ -181,19 +189,18 @@ class Engine:
         self,
         *,
         name: str = "",
-        texts: Sequence[str] = (),
+        histogram: DocumentHistogram | None = None,
         h_K: np.ndarray | None = None,
         alpha_E: np.ndarray | None = None,
     ) -> Described:
-        """A specialist of documents, of domain weights or of coefficients; an older one of that
-        name is replaced.
+        """A specialist of documents' histogram, of domain weights or of coefficients; an older one
+        of that name is replaced.
 
         Raises:
           Refused: the name of one that is always there.
         """
         if name in (GENERIC, SHARED):
             raise Refused(400, f"the name {name!r} is taken by the soup itself", param="name")
-        histogram = document_histogram(self.soup.map, texts) if texts else None
         weights_K = histogram.h_K if histogram else h_K
         if weights_K is None:
             weights_K = self.soup.map.domain_frequencies
@@ -285,7 +292,7 @@ class Engine:
         def submit() -> None:
             try:
                 self._ready(name).batch.submit(number, request)
-            except Refused as e:
+            except Exception as e:
                 self._end()
                 listen(str(e), "error", 0)
                 return

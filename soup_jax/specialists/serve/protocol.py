@@ -14,6 +14,7 @@ from soup_jax.specialists.serve.engine import Refused
 
 MAX_BODY_BYTES = 8 << 20
 MAX_DOCUMENTS = 1000
+MAX_SCORED_BYTES = 256 << 10
 MAX_PROMPTS = 16
 MAX_CHOICES = 8
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -189,4 +190,7 @@ def scored(body: bytes) -> tuple[str, list[str]]:
     """
     value = parse(body, ("model", "documents"))
     texts = _texts(value.get("documents"), "documents", MAX_DOCUMENTS, empty=False)
+    if sum(len(text.encode()) for text in texts) > MAX_SCORED_BYTES:
+        most = MAX_SCORED_BYTES >> 10
+        raise Refused(400, f"documents: at most {most} KiB are scored at a time", param="documents")
     return model_name(value), texts
