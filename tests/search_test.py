@@ -132,5 +132,10 @@ def test_by_command_and_from_its_recipe_again(trained, tiny_text, tmp_path, caps
     assert not np.allclose(made.alpha_E, trained.coefficients(made.h_K[None])[0])
     (again,) = trained.make(made.h_K[None], made.alpha_E[None])
     jax.tree.map(np.testing.assert_array_equal, made.params, again.params)
+    assert main.run(["instantiate", *flags, f"--out={tmp_path}/h", "--method=search_h"]) == 0
+    weights = Specialist.load(tmp_path / "h")
+    assert weights.recipe["search"]["steps"] > 0
+    assert not np.allclose(weights.h_K, made.h_K)
+    np.testing.assert_allclose(weights.alpha_E, trained.coefficients(weights.h_K[None])[0])
     with pytest.raises(UserError, match="method 'magic' is none of histogram, search"):
         trained.instantiate(["butter"], method="magic")

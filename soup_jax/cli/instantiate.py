@@ -42,8 +42,9 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_enum(
         "method",
         "histogram",
-        ["histogram", "search"],
-        "from documents to coefficients: their domains, or a search from there",
+        ["histogram", "search", "search_h"],
+        "from documents to coefficients: their domains, or a search from there, over coefficients "
+        "or over domain weights",
         flag_values=values,
     )
     flags.DEFINE_bool(

@@ -23,7 +23,7 @@ from soup_jax.evaluation.score import total
 from soup_jax.specialists import export, stored
 from soup_jax.specialists.entries import Entry, read_entries
 from soup_jax.specialists.open import load
-from soup_jax.specialists.search import search
+from soup_jax.specialists.search import OVER, search
 from soup_jax.specialists.specialist import Specialist
 from soup_jax.specialists.trained import Soup
 
@@ -222,12 +222,12 @@ def _make(soup: Soup, wanted: Sequence[_Wanted], out: pathlib.Path) -> Soup:
         for m, w in enumerate(wanted):
             if w.alpha_E is not None:
                 alpha_ME[m] = w.alpha_E
-        searched = [m for m, w in enumerate(wanted) if w.texts and w.entry.method == "search"]
         found: list[Any] = [None] * len(wanted)
-        if searched:
-            results = search(soup, [wanted[m].texts for m in searched], h_MK[searched])
-            for m, result in zip(searched, results):
-                found[m], alpha_ME[m] = result, result.alpha_E
+        for method, over in OVER.items():
+            chosen = [m for m, w in enumerate(wanted) if w.texts and w.entry.method == method]
+            texts = [wanted[m].texts for m in chosen]
+            for m, result in zip(chosen, search(soup, texts, h_MK[chosen], over=over)):
+                found[m], alpha_ME[m], h_MK[m] = result, result.alpha_E, result.h_K
         made = soup.make(h_MK, alpha_ME, histograms=[w.histogram for w in wanted], found=found)
     except DamagedError as e:
         return _make(soup.earlier(e), wanted, out)

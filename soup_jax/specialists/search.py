@@ -32,6 +32,8 @@ from soup_jax.soup import SoupConfig
 from soup_jax.specialists import stored
 from soup_jax.specialists.stored import Arrays
 
+# By the name of a method: what is moved.
+OVER = {"search": "alpha", "search_h": "h"}
 FOLDS = 3
 STEPS = 24
 LEARNING_RATE = 0.05
@@ -108,7 +110,6 @@ class _Alpha:
 
     def __init__(self, soup: Searchable, h_MK: np.ndarray):
         self.rate = LEARNING_RATE
-        self._soup = soup
         self.start = soup.coefficients(h_MK).astype(np.float64)
 
     def alpha(self, at: np.ndarray) -> np.ndarray:
@@ -175,6 +176,8 @@ def search(
     Raises:
       DamagedError: an array of the bank is not what was saved.
     """
+    if not texts:
+        return []
     shapes = soup.arrays.shapes
     size = 2 * tree.num_bytes([s for n, s in shapes.items() if n.startswith("shared/")])
     group = max(_GROUP_BYTES // max(FOLDS * size, 1), 1)

@@ -23,7 +23,7 @@ from soup_jax.shapes import Array, Params
 from soup_jax.soup import SoupConfig, merge
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists import stored
-from soup_jax.specialists.search import Found, search
+from soup_jax.specialists.search import OVER, Found, search
 from soup_jax.specialists.specialist import Specialist
 from soup_jax.specialists.stored import Arrays
 from soup_jax.storage import nulled
@@ -34,7 +34,7 @@ from soup_jax.training.state import state_shardings
 
 _log = logging.getLogger(__name__)
 
-METHODS = ("histogram", "search")
+METHODS = ("histogram", *OVER)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -125,7 +125,8 @@ class Soup:
 
         Args:
           method: "histogram": the merge at their histogram h, Theta(h); "search": at coefficients
-            that predict the documents better, found from there (see `search`).
+            that predict the documents better, found from there (see `search`); "search_h": at
+            domain weights that do so.
 
         Raises:
           UserError: no documents, or no such method.
@@ -137,9 +138,10 @@ class Soup:
         try:
             alpha_ME = self.coefficients(h_MK)
             found = None
-            if method == "search":
-                found = search(self, documents, h_MK)
+            if method in OVER:
+                found = search(self, documents, h_MK, over=OVER[method])
                 alpha_ME = np.stack([f.alpha_E for f in found])
+                h_MK = np.stack([f.h_K for f in found])
             return self.make(h_MK, alpha_ME, histograms=histograms, found=found)
         except DamagedError as e:
             return self.earlier(e).instantiate_each(documents, method=method)
