@@ -243,6 +243,8 @@ class Bench:
             "optimizer.eps": 1e-5,
             "checkpoint.every_steps": SAVE_EVERY,
             "log.every_steps": 1,
+            # Of a process that is killed before it has joined nobody can tell that it is not late.
+            "distributed.init_timeout_secs": 45,
             "evaluate.max_windows": 8,
             "evaluate.specialists": (str(self.documents),),
         }

@@ -90,9 +90,9 @@ def test_documents_are_split_by_hash_into_three_parts(tiny_text, trained, monkey
         assert sorted(seen["h"] + seen["scored"]) == sorted(texts)
 
 
-def _pack(corpus, texts):
+def _pack(corpus, texts, max_windows=0):
     settings = {"eos_id": corpus.eos_id, "seq_len": corpus.seq_len}
-    return sets.pack(corpus.tokenizer(), texts, max_windows=0, **settings)
+    return sets.pack(corpus.tokenizer(), texts, max_windows=max_windows, **settings)
 
 
 def test_every_token_is_scored_once(corpus):
@@ -138,7 +138,7 @@ def test_bytes_are_those_of_the_texts(corpus, texts):
 
 def test_bytes_of_characters_cut_by_windows(corpus):
     text = "\u65e5\u672c\u8a9e\u3067\u3059" * 60
-    packed = sets.pack(corpus, [text], max_windows=0)
+    packed = _pack(corpus, [text])
     assert len(packed.tokens) > 10
     assert packed.num_bytes == len(text.encode())
 
@@ -146,7 +146,7 @@ def test_bytes_of_characters_cut_by_windows(corpus):
 def test_limit_keeps_windows_spread_over_the_set(corpus):
     texts = [conftest.topic_text("algebra", i) for i in range(8)]
     whole = _pack(corpus, texts)
-    part = sets.pack(corpus, texts, max_windows=4)
+    part = _pack(corpus, texts, 4)
     kept = (np.arange(4) * len(whole.tokens)) // 4
     np.testing.assert_array_equal(part.tokens, whole.tokens[kept])
     np.testing.assert_array_equal(part.num_targets, whole.num_targets[kept])
