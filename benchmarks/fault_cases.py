@@ -47,7 +47,7 @@ specialists:
   topic: {text: wind harbour keel, formats: [hf]}
   blended: {blend: {searched: 1, topic: 1}}
 """
-TIMES = ("step_ms", "data_wait_ms", "tokens_per_second")
+TIMES = ("step_ms", "data_wait_ms", "tokens_per_second", "crc32")
 STEP = re.compile(r" step \d+/\d+ ")
 
 

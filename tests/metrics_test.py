@@ -130,6 +130,23 @@ def test_a_killed_run_is_read_without_its_half_line(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
+def test_a_line_in_which_a_digit_was_changed_is_dropped(tmp_path, capsys):
+    w = writer(tmp_path)
+    values = {"loss": 2.25, "ratio": 1 / 3, "name": "ü", "broken": float("nan"), "n": [1, 2.5e-30]}
+    for step in (1, 2, 3):
+        w.write(step, values)
+    w.close()
+    path = tmp_path / "metrics.jsonl"
+    assert [v["ratio"] for v in metrics.read_metrics(path)] == [1 / 3] * 3
+    text = path.read_text()
+    path.write_text(text.replace("2.25", "2.26", 1))
+    assert [v["step"] for v in metrics.read_metrics(path)] == [2, 3]
+    assert "damaged" in capsys.readouterr().err
+    write_steps(tmp_path, 3, (4,))
+    assert steps_of(tmp_path) == [2, 3, 4]
+    assert not capsys.readouterr().err.count("damaged") > 1
+
+
 def test_kinds_are_read_apart_and_a_missing_file_has_none(tmp_path):
     w = writer(tmp_path)
     w.write(1, {"loss": 2.0})

@@ -7,6 +7,7 @@ import hashlib
 import json
 import pathlib
 import sys
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,7 +81,7 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         kept = [v for v in _read_lines(path) if v["step"] <= start_step]
         self._kept = {(v["step"], v["kind"]) for v in kept}
-        write_text(path, "".join(json.dumps(v) + "\n" for v in kept))
+        write_text(path, "".join(_as_line(v) for v in kept))
         self._file = path.open("a", encoding="utf-8")
         self._trackers = Trackers(cfg, workdir=workdir, start_step=start_step)
 
@@ -88,7 +89,7 @@ class MetricsWriter:
         """One JSON line {"step", "kind", ...}; its numbers also go to the trackers."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._file.write(_as_line({"step": step, "kind": kind, **values}))
         self._file.flush()
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if numbers:
@@ -103,6 +104,15 @@ class MetricsWriter:
         if self._file is not None:
             self._file.close()
             self._trackers.close()
+
+
+def _as_line(value: Mapping[str, Any]) -> str:
+    return json.dumps({**value, "crc32": _crc32(value)}) + "\n"
+
+
+def _crc32(value: Mapping[str, Any]) -> int:
+    # Of the text without it; Python reads back the numbers that it writes.
+    return zlib.crc32(json.dumps(value).encode())
 
 
 def count_lines(path: pathlib.Path) -> tuple[int, int]:
@@ -123,6 +133,9 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
                 # A crash may leave any bytes, and half a line.
                 value: Any = json.loads(data) if data.endswith(b"\n") else None
                 check_structure(value, _LINE, path)
+                expected = value.pop("crc32", None)  # earlier versions wrote none
+                if expected not in (None, _crc32(value)):
+                    raise ValueError("changed since it was written")
                 lines.append(value)
             except (ValueError, RecursionError):  # UserError is one
                 print(f"{path}: dropped a damaged line", file=sys.stderr)
