@@ -83,10 +83,11 @@ def instantiate_many(
     size = tree.num_bytes([s for n, s in soup.arrays.shapes.items() if n.startswith("shared/")])
     files.check_room(out, len(entries) * size, f"{len(entries)} specialists in {out}")
     missing = [w for w in wanted if not _there(soup, out, w)]
-    group = min(max(_GROUP_BYTES // max(size, 1), 1), max(len(missing), 1))
-    need = stored.merge_bytes(soup.arrays, group)
-    say(f"merging {group} at a time takes about {need / 1e6:,.0f} MB, beside the program's own")
-    for start in range(0, len(missing), group):
+    group = min(max(_GROUP_BYTES // max(size, 1), 1), len(missing))
+    if missing:
+        need = stored.merge_bytes(soup.arrays, group)
+        say(f"merging {group} at a time takes about {need / 1e6:,.0f} MB, beside the program's own")
+    for start in range(0, len(missing), max(group, 1)):
         soup = _make(soup, missing[start : start + group], out)
     made = {w.entry.name for w in missing}
     generic = soup.generic() if score else None
@@ -244,18 +245,18 @@ def _line(
     out: pathlib.Path, wanted: _Wanted, generic: Specialist | None, there: bool
 ) -> dict[str, Any]:
     folder, histogram = out / wanted.entry.name, wanted.histogram
-    specialist = Specialist.load(folder, model=generic.model if generic else None)
     line = {
         "name": wanted.entry.name,
         "folder": str(folder),
         "there": there,
         "documents": histogram.num_documents if histogram else 0,
         "warnings": histogram.warnings() if histogram else [],
-        "search": specialist.recipe.get("search"),
+        "search": inputs.read_json(folder / "recipe.json").get("search"),
         "loss": None,
         "generic": None,
     }
     if generic is not None and wanted.texts:
+        specialist = Specialist.load(folder, model=generic.model)
         texts = _first(wanted.texts, generic)
         line["loss"] = total(specialist.score(texts)).loss
         line["generic"] = total(generic.score(texts)).loss
