@@ -250,6 +250,7 @@ COMMANDS = [
     (["finetune", "--model=made", "--documents=d", "--out=file"], "no folder"),
     (["finetune", "--model=made", "--documents=lines.jsonl", "--out=corpus"], "not a specialist"),
     (["finetune", "--model=made", "--documents=d", "--out=o", "--rank=-1"], "rank"),
+    (["finetune", "--model=made", "--documents=d", "--out=o", f"--seed={1 << 63}"], "seed"),
     (["finetune", "--model=made", "--documents=s3://b/d", "--out=o"], "s3://b/d is an address"),
     (["serve"], "--run=RUN is required"),
     (["serve", "--run=gone"], "is not a run"),

@@ -205,7 +205,7 @@ def test_several_files_are_one_specialist_and_what_was_read_is_said(
         f"read {tmp_path}/c.txt: 1 document",
         "one specialist of 3 files",
         "6 exact duplicates dropped",
-        "merging takes about 1 MB of memory, beside the program's own",
+        "merging holds about 1 MB of arrays, beside the program and its code",
     ]
     assert not caplog.messages  # of orbax neither
     assert _bytes(tmp_path / "out") == _bytes(made)

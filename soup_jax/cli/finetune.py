@@ -31,7 +31,14 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer(
         "rank", 0, "of LoRA; 0 trains all parameters", lower_bound=0, flag_values=values
     )
-    flags.DEFINE_integer("seed", 0, "of the order of windows", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "of the order of windows, and of low-rank factors",
+        lower_bound=0,
+        upper_bound=(1 << 32) - 1,
+        flag_values=values,
+    )
 
 
 def run(values: flags.FlagValues) -> int:

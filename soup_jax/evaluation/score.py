@@ -44,6 +44,15 @@ class Score:
         """Comparable between tokenizers; NaN of an empty text."""
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
+    def numbers(self) -> dict[str, float]:
+        """For JSON: "loss", "bits_per_byte", "tokens" and "bytes"."""
+        return {
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.num_tokens,
+            "bytes": self.num_bytes,
+        }
+
 
 def total(scores: Sequence[Score]) -> Score:
     """All documents as if they were one: longer ones weigh more."""
@@ -178,19 +187,11 @@ def as_json(
 ) -> dict[str, Any]:
     """{"documents": [...], "total": {...}}; what is known of each document, and its scores."""
 
-    def numbers(score: Score) -> dict[str, float]:
-        return {
-            "loss": score.loss,
-            "bits_per_byte": score.bits_per_byte,
-            "tokens": score.num_tokens,
-            "bytes": score.num_bytes,
-        }
-
     rows = [
-        {**known, **{name: numbers(scores[i]) for name, scores in columns.items()}}
+        {**known, **{name: scores[i].numbers() for name, scores in columns.items()}}
         for i, known in enumerate(documents)
     ]
     return {
         "documents": rows,
-        "total": {name: numbers(total(scores)) for name, scores in columns.items()},
+        "total": {name: total(scores).numbers() for name, scores in columns.items()},
     }

@@ -50,7 +50,7 @@ def instantiate_to(
     for line in sample.summary():
         say(line)
     size = stored.merge_bytes(soup.arrays, 1)
-    say(f"merging takes about {size / 1e6:,.0f} MB of memory, beside the program's own")
+    say(f"merging holds about {size / 1e6:,.0f} MB of arrays, beside the program and its code")
     try:
         trained_on = soup.corpus.trained_on([d.hash for d in sample.documents])
     except UserError:  # it is needed for nothing else here

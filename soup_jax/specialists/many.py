@@ -86,7 +86,8 @@ def instantiate_many(
     group = min(max(_GROUP_BYTES // max(size, 1), 1), len(missing))
     if missing:
         need = stored.merge_bytes(soup.arrays, group)
-        say(f"merging {group} at a time takes about {need / 1e6:,.0f} MB, beside the program's own")
+        arrays = f"about {need / 1e6:,.0f} MB of arrays"
+        say(f"merging {group} at a time holds {arrays}, beside the program and its code")
     for start in range(0, len(missing), max(group, 1)):
         soup = _make(soup, missing[start : start + group], out)
     made = {w.entry.name for w in missing}

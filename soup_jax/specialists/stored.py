@@ -226,8 +226,9 @@ def held(arrays: Arrays) -> Arrays:
 
 
 def merge_bytes(arrays: Arrays, num_models: int) -> int:
-    """About what `merge` holds at most: the models, the sums of a leaf, and a block in three
-    copies (as it is read, on the device, and as a product wants it)."""
+    """About what arrays of `merge` take at most: the models, the sums of a leaf, and a block in
+    three copies (as it is read, on the device, and as a product wants it). What is compiled for
+    each shape of a leaf is not in it, and is more for a small network."""
     shared, bank = _nested(arrays, "shared"), _nested(arrays, "bank")
     models = num_models * tree.num_bytes([arrays.shapes[n] for n in tree.flatten(shared).values()])
     groups = -(-num_models // _TOGETHER)

@@ -226,8 +226,8 @@ class _Service:
         result = {
             "object": "score",
             "model": name,
-            "documents": [_as_loss(s) for s in scores],
-            "total": _as_loss(total(scores)),
+            "documents": [s.numbers() for s in scores],
+            "total": total(scores).numbers(),
         }
         return JSONResponse(nulled(result))
 
@@ -285,15 +285,6 @@ def _as_model(found: Described) -> dict[str, Any]:
         "object": "model",
         "created": found.created,
         "owned_by": "soup_jax",
-    }
-
-
-def _as_loss(score: Score) -> dict[str, Any]:
-    return {
-        "loss": score.loss,
-        "bits_per_byte": score.bits_per_byte,
-        "tokens": score.num_tokens,
-        "bytes": score.num_bytes,
     }
 
 
