@@ -56,18 +56,17 @@ def test_no_position_sees_the_future():
 
 def test_cached_decoding_equals_the_full_forward(tokens):
     params = init()
-    full = forward(CONFIG, params, tokens[:1])
-    apply = jax.jit(llama.Llama(CONFIG, cache_len=32).apply, static_argnames="mutable")
-    logits, state = apply({"params": params}, tokens[:1, :5], mutable="cache")
+    full = forward(CONFIG, params, tokens[:2])
+    decode = jax.jit(functools.partial(llama.base_model(CONFIG, seq_len=L).decode, cache_len=32))
+    logits, cache = decode(params, tokens[:2, :5], jnp.zeros(2, jnp.int32), None)
     np.testing.assert_allclose(logits, full[:, :5], atol=2e-5)
-    for i in range(5, L):
-        logits, state = apply(
-            {"params": params, **state},
-            tokens[:1, i : i + 1],
-            jnp.full((1, 1), i),
-            mutable="cache",
-        )
-        np.testing.assert_allclose(logits[:, 0], full[:, i], atol=2e-5)
+    # The second row is one token ahead of the first.
+    _, ahead = decode(params, tokens[:2, :6], jnp.zeros(2, jnp.int32), None)
+    cache = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), cache, ahead)
+    for i in range(5, L - 1):
+        at = jnp.array([i, i + 1])
+        logits, cache = decode(params, tokens[[0, 1], at][:, None], at, cache)
+        np.testing.assert_allclose(logits[:, 0], full[jnp.arange(2), at], atol=2e-5)
 
 
 @pytest.mark.parametrize("chunk", [4, 8])

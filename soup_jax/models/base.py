@@ -33,9 +33,10 @@ class BaseModel:
         sum(weights) over the whole batch.
       logits: (parameters, int32 tokens [rows, L]) -> float32 [rows, L, V], each position a function
         of the tokens up to it; None if the network is no language model.
-      decode: (parameters, tokens [rows, L], position of the first, cache, *, cache_len) -> (logits,
-        cache): the same with a cache of what came before, None at first, for `cache_len` positions.
-        None if the network has no cache; text is generated without, then.
+      decode: (parameters, tokens [rows, L], int32 position [rows] of the first of each, cache, *,
+        cache_len) -> (logits, cache): the same with a cache of what came before, None at first, for
+        `cache_len` positions; its leaves have a leading row dimension. None if the network has no
+        cache; text is generated without, then.
       flops_per_row: floating-point operations of forward and backward of one row, for MFU; 0 if
         unknown.
       layers: how the paths of the leaves begin that are stacked by layer and used one at a time.

@@ -7,6 +7,7 @@ the layout `x @ w`; the rotary embedding rotates the two halves of a head, as Hu
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.nn.initializers import normal, ones
 
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel, ModelSettings, Rows, num_target_mask
-from soup_jax.models.ops import attend, logits, look_up, matmul, token_losses
+from soup_jax.models.ops import attend, attend_cached, logits, look_up, matmul, token_losses
 from soup_jax.shapes import Array, Params
 
 # Results of products by weights, which `remat = "dots"` keeps for the backward pass. By name: jax's
@@ -133,17 +134,19 @@ class Attention(nn.Module):
         return checkpoint_name(matmul(y, out.astype(x.dtype)), "attention_out")
 
     def _cached(self, query: Array, key: Array, value: Array, position_BL: Array) -> Array:
-        # Positions are the same for all rows: rows of one call are written at one place.
-        shape = (key.shape[0], self.cache_len, *key.shape[2:])
+        # By row and head, positions last but one: a step's sums read each head's keys in one run.
+        rows, _, num_heads, size = key.shape
+        shape = (rows, num_heads, self.cache_len, size)
         cached_key = self.variable("cache", "key", jnp.zeros, shape, key.dtype)
         cached_value = self.variable("cache", "value", jnp.zeros, shape, value.dtype)
-        start = (0, position_BL[0, 0], 0, 0)
-        cached_key.value = jax.lax.dynamic_update_slice(cached_key.value, key, start)
-        cached_value.value = jax.lax.dynamic_update_slice(cached_value.value, value, start)
-        visible = jnp.arange(self.cache_len)[None, None, :] <= position_BL[:, :, None]
-        return jax.nn.dot_product_attention(
-            query, cached_key.value, cached_value.value, mask=visible[:, None]
+        write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
+        for cached, new in ((cached_key, key), (cached_value, value)):
+            cached.value = write(cached.value, new.swapaxes(1, 2), position_BL[:, 0])
+        visible_BTS = (
+            jnp.arange(self.cache_len)
+            <= jnp.tile(position_BL, (1, query.shape[2] // num_heads))[:, :, None]
         )
+        return attend_cached(query, cached_key.value, cached_value.value, visible_BTS)
 
 
 class Mlp(nn.Module):
@@ -186,39 +189,30 @@ class Llama(nn.Module):
     """Tokens to logits; `gather` gets a layer's parameters where they are used."""
 
     cfg: LlamaConfig
-    cache_len: int = 0
     gather: Callable[[Params], Params] | None = None
 
     @nn.compact
-    def __call__(
-        self,
-        token_BL: Array,
-        position_BL: Array | None = None,
-        *,
-        target_BL: Array | None = None,
-    ) -> Array:
+    def __call__(self, token_BL: Array, *, target_BL: Array | None = None) -> Array:
         """Logits, or the losses of given targets.
 
         Args:
           token_BL: int32.
-          position_BL: default 0..L-1.
           target_BL: int32. Given, the logits are never all held at once (see `token_losses`).
 
         Returns:
           float32 logits [B, L, V], or with targets cross-entropies in nats [B, L].
         """
         c = self.cfg
-        if position_BL is None:
-            position_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]), token_BL.shape)
+        position_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]), token_BL.shape)
         embedding_VD = self.param("embedding", normal(0.02), (c.vocab_size, c.dim))
         x = look_up(embedding_VD.astype(c.dtype), token_BL)
         x, _ = nn.scan(
             self._block(),
-            variable_axes={"params": 0, "cache": 0},
+            variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.num_layers,
-        )(c, self.cache_len, name="layers")(x, position_BL)
+        )(c, name="layers")(x, position_BL)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
         if c.tie_embeddings:
             head_DV = embedding_VD.T
@@ -268,6 +262,32 @@ def llama_flops(cfg: LlamaConfig, *, seq_len: int) -> float:
     return 6.0 * seq_len * (matmuls + scores)
 
 
+def _decode(
+    cfg: LlamaConfig,
+    params: Params,
+    token_BL: Array,
+    position_B: Array,
+    cache: list[Any] | None,
+    *,
+    cache_len: int,
+) -> tuple[Array, list[Any]]:
+    # `BaseModel.decode`. Layer by layer and not scanned: a scan copies each layer's weights and
+    # cache before it uses them, which here is most of what a step would do.
+    x: Any = look_up(params["embedding"].astype(cfg.dtype), token_BL)
+    position_BL = position_B[:, None] + jnp.arange(token_BL.shape[1])
+    block, caches = Block(cfg, cache_len), []
+    for n in range(cfg.num_layers):
+        variables = {"params": jax.tree.map(lambda leaf: leaf[n], params["layers"])}  # noqa: B023
+        if cache is not None:
+            variables["cache"] = cache[n]
+        found: Any = block.apply(variables, x, position_BL, mutable="cache")
+        x = found[0][0]
+        caches.append(found[1]["cache"])
+    x = RMSNorm(cfg.norm_eps).apply({"params": params["final_norm"]}, x)
+    head_DV = params["embedding"].T if cfg.tie_embeddings else params["head"]
+    return logits(x, head_DV.astype(cfg.dtype)), caches
+
+
 def base_model(
     cfg: LlamaConfig, *, seq_len: int, gather: Callable[[Params], Params] | None = None
 ) -> BaseModel:
@@ -282,15 +302,6 @@ def base_model(
         losses: Any = module.apply({"params": params}, tokens[:, :-1], target_BL=tokens[:, 1:])
         return losses, num_target_mask(rows["num_targets"], tokens.shape[1] - 1)
 
-    def decode(
-        params: Params, token_BL: Array, position: Array, cache: Any, *, cache_len: int
-    ) -> tuple[Array, Any]:
-        position_BL = jnp.broadcast_to(position + jnp.arange(token_BL.shape[1]), token_BL.shape)
-        variables = {"params": params} if cache is None else {"params": params, "cache": cache}
-        network = Llama(cfg, cache_len=cache_len)
-        found: Any = network.apply(variables, token_BL, position_BL, mutable="cache")
-        return found[0], found[1]["cache"]
-
     def logits(params: Params, token_BL: Array) -> Array:
         found: Any = module.apply({"params": params}, token_BL)
         return found
@@ -299,7 +310,7 @@ def base_model(
         init,
         example_losses,
         logits=logits,
-        decode=decode,
+        decode=functools.partial(_decode, cfg),
         flops_per_row=llama_flops(cfg, seq_len=seq_len),
         layers="layers/",
         with_gather=lambda function: base_model(cfg, seq_len=seq_len, gather=function),

@@ -181,6 +181,22 @@ def _attention_forward(query: Array, key: Array, value: Array) -> tuple[Array, A
     return _by_position(y_PTH, query.shape), saved
 
 
+def attend_cached(query: Array, key_BGSH: Array, value_BGSH: Array, visible_BTS: Array) -> Array:
+    """Attention of query [B, L, H, head_dim] to a cache of S positions.
+
+    Args:
+      key_BGSH: [B, KV, S, head_dim], as `value_BGSH`.
+      visible_BTS: [B, H / KV * L, S]: which positions each query of a key's head sees.
+    """
+    rows, heads = key_BGSH.shape[:2]
+    q_PTH = _by_head(query * query.shape[-1] ** -0.5, heads)
+    k_PSH, v_PSH = (x.reshape(rows * heads, *x.shape[2:]) for x in (key_BGSH, value_BGSH))
+    scores = jnp.einsum("PTH,PSH->PTS", q_PTH, k_PSH, preferred_element_type=jnp.float32)
+    p_PTS = jax.nn.softmax(jnp.where(visible_BTS.repeat(heads, 0), scores, -jnp.inf), axis=-1)
+    y_PTH = jnp.einsum("PTS,PSH->PTH", p_PTS.astype(v_PSH.dtype), v_PSH)
+    return _by_position(y_PTH, query.shape)
+
+
 def _attention_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array]:
     # As flash attention does it: the scores again, which is faster than keeping them.
     q_PTH, k_PSH, v_PSH, y_PTH, log_sum_PT1 = saved

@@ -24,6 +24,7 @@ from soup_jax.shapes import Array, Params
 STEPS = 8
 _SHORTEST = 16  # prompts are padded to this, or a power of four times as much
 _SHORTEST_CACHE = 128
+_BLOCK = 64  # tokens that are summed first when one is drawn
 
 
 class _Network(NamedTuple):
@@ -33,27 +34,31 @@ class _Network(NamedTuple):
     cache_len: int
     nucleus: bool  # whether any row asks for top_p: it takes a sort of all logits
 
-    def prefill(self, params: Params, tokens_L: Array, length: Array) -> tuple[Any, Array]:
-        """(cache, logits [V] after the prompt) of a padded prompt."""
+    def prefill(self, params: Params, tokens_RL: Array, length_R: Array) -> tuple[Any, Array]:
+        """(cache, logits [R, V] after each prompt) of padded prompts."""
+        cache: Any = (tokens_RL, length_R)
         if self.decode is not None:
-            # Causal attention never sees the padding behind the prompt, and decoding overwrites it.
-            logits, cache = self.decode(params, tokens_L[None], 0, None, cache_len=self.cache_len)
-            return cache, logits[0, length - 1]
-        assert self.logits is not None
-        return (tokens_L, length), self.logits(params, tokens_L[None])[0, length - 1]
+            # Causal attention never sees the padding behind a prompt, and decoding overwrites it.
+            start_R = jnp.zeros_like(length_R)
+            logits, cache = self.decode(params, tokens_RL, start_R, None, cache_len=self.cache_len)
+        else:
+            assert self.logits is not None
+            logits = self.logits(params, tokens_RL)
+        return cache, logits[jnp.arange(len(length_R)), length_R - 1]
 
-    def next(self, params: Params, cache: Any, token: Array, at: Array) -> tuple[Any, Array]:
-        """(cache, logits [V]) after one more token, which is the `at`-th of its row."""
+    def next(self, params: Params, cache: Any, token_R: Array, at_R: Array) -> tuple[Any, Array]:
+        """(cache, logits [R, V]) after one more token of each row, which is its `at`-th."""
         if self.decode is not None:
             logits, cache = self.decode(
-                params, token[None, None], at, cache, cache_len=self.cache_len
+                params, token_R[:, None], at_R, cache, cache_len=self.cache_len
             )
-            return cache, logits[0, -1]
-        tokens_L, length = cache
-        full = length == self.cache_len
-        tokens_L = jnp.where(full, jnp.roll(tokens_L, -1), tokens_L)
-        length = jnp.minimum(length + 1, self.cache_len)
-        return self.prefill(params, tokens_L.at[length - 1].set(token), length)
+            return cache, logits[:, -1]
+        tokens_RL, length_R = cache
+        full_R = length_R == self.cache_len
+        tokens_RL = jnp.where(full_R[:, None], jnp.roll(tokens_RL, -1, axis=1), tokens_RL)
+        length_R = jnp.minimum(length_R + 1, self.cache_len)
+        tokens_RL = tokens_RL.at[jnp.arange(len(length_R)), length_R - 1].set(token_R)
+        return self.prefill(params, tokens_RL, length_R)
 
 
 class _Rows(NamedTuple):
@@ -76,17 +81,25 @@ def _sample(network: _Network, logits_V: Array, row: Any) -> Array:
         before_V = jnp.cumsum(p_V[order]) - p_V[order]
         kept_V = (before_V < row.top_p * p_V.sum()) | (row.top_p >= 1)
         p_V = p_V * jnp.zeros_like(scaled, bool).at[order].set(kept_V.at[0].set(True))
-    # One number for a draw: to draw one for each token took a small network half of its time.
-    below_V = jnp.cumsum(p_V)
-    number = jax.random.uniform(jax.random.fold_in(row.key, row.number))
-    drawn = jnp.minimum(jnp.sum(below_V <= number * below_V[-1]), len(p_V) - 1)
+    # One number for a draw: to draw one for each token took a small network half of its time. The
+    # sum that reaches it is found among blocks of tokens, then in one: a sum along all is slow.
+    p_NC = jnp.pad(p_V, (0, -len(p_V) % _BLOCK)).reshape(-1, _BLOCK)
+    below_N = jnp.cumsum(p_NC.sum(axis=1))
+    uniform = jax.random.uniform(jax.random.fold_in(row.key, row.number))
+    number = uniform * below_N[-1]
+    block = jnp.minimum(jnp.sum(below_N <= number), len(below_N) - 1)
+    below_C = jnp.where(block > 0, below_N[block - 1], 0.0) + jnp.cumsum(p_NC[block])
+    # By rounding the sum of the last block may stay below the number.
+    last = jnp.max(jnp.where(p_NC[block] > 0, jnp.arange(_BLOCK), 0))
+    drawn = block * _BLOCK + jnp.minimum(jnp.sum(below_C <= number), last)
     return jnp.where(row.temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(network: _Network, params: Params, tokens_L: Array, row: _Rows) -> _Rows:
-    cache, logits_V = network.prefill(params, tokens_L, row.at)
-    token = _sample(network, logits_V, row)
+    cache, logits_RV = network.prefill(params, tokens_L[None], row.at[None])
+    token = _sample(network, logits_RV[0], row)
+    cache = jax.tree.map(lambda x: x[0], cache)
     return row._replace(cache=cache, token=token, number=row.number + 1)
 
 
@@ -102,17 +115,14 @@ def _reorder(rows: _Rows, indices: Array) -> _Rows:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _advance(network: _Network, params: Params, rows: _Rows) -> tuple[_Rows, Array]:
-    last = network.cache_len - 1
-
-    def one(row: _Rows) -> _Rows:
-        # Rows that are done go on without use, at the cache's last place.
-        cache, logits_V = network.next(params, row.cache, row.token, jnp.minimum(row.at, last))
-        token = _sample(network, logits_V, row)
-        return row._replace(cache=cache, token=token, at=row.at + 1, number=row.number + 1)
-
     def step(rows: _Rows, _: None) -> tuple[_Rows, Array]:
-        rows = jax.vmap(one)(rows)
-        return rows, rows.token
+        # Rows that are done go on without use, at the cache's last place.
+        at_R = jnp.minimum(rows.at, network.cache_len - 1)
+        cache, logits_RV = network.next(params, rows.cache, rows.token, at_R)
+        drawn = rows._replace(cache=None)
+        token_R = jax.vmap(lambda logits_V, row: _sample(network, logits_V, row))(logits_RV, drawn)
+        rows = rows._replace(cache=cache, token=token_R, at=rows.at + 1, number=rows.number + 1)
+        return rows, token_R
 
     return jax.lax.scan(step, rows, length=STEPS)
 
@@ -225,5 +235,5 @@ def cache_bytes(model: BaseModel, params: Params, length: int) -> int:
     if model.decode is None:
         return 4 * length
     decode = functools.partial(model.decode, cache_len=length)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return tree.num_bytes(jax.eval_shape(lambda p: decode(p, tokens, 0, None)[1], params))
+    tokens, start = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
+    return tree.num_bytes(jax.eval_shape(lambda p: decode(p, tokens, start, None)[1], params))

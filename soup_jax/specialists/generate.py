@@ -14,19 +14,21 @@ import numpy as np
 from soup_jax.data.tokenizer import Tokenizer
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
-from soup_jax.shapes import Params
+from soup_jax.shapes import Array, Params
 from soup_jax.specialists.decoding import (
     DEFAULT_SAMPLING,
     Decoder,
     Sampling,
+    cache_bytes,
     cache_length,
     num_rows_for,
 )
 
 # The cache, and on some devices the program, is as long as the text.
 MAX_TOKENS = 1 << 16
-# Decoded together: more rows take more memory and, on a CPU, hardly less time a token.
-MAX_ROWS = 16
+# Decoded together, a power of four, as many as have caches of so many bytes.
+MAX_ROWS = 64
+_CACHE_BYTES = 1 << 30
 _MAX_STOPS = 16
 
 
@@ -131,6 +133,9 @@ class _Lane:
         self._decoder, self._params = decoder, params
         self._max_rows, self._eos_id = max_rows, eos_id
         self._rows: list[tuple[int, int]] = []  # number of the request, tokens that it still wants
+        # What the devices are at: first tokens by row, and the next of all rows.
+        self._first: dict[int, Array] = {}
+        self._more: Array | None = None
 
     def drop(self, number: int) -> None:
         self._rows = [(n, 0 if n == number else left) for n, left in self._rows]
@@ -140,19 +145,25 @@ class _Lane:
     def busy(self) -> bool:
         return bool(self.waiting) or any(left for _, left in self._rows)
 
-    def advance(self) -> list[tuple[int, list[int], bool]]:
+    def start(self) -> None:
+        # Hands the devices their work; nothing here waits for them.
         self._fit()
-        found: dict[int, list[int]] = {}  # by row
+        self._first, self._more = {}, None
         while self.waiting and len(self._rows) < self._max_rows:
             number, request = self.waiting.popleft()
             index = len(self._rows)
-            token = self._decoder.admit(self._params, request.prompt_ids, request.sampling, index)
-            found[index] = [int(token)]
+            self._first[index] = self._decoder.admit(
+                self._params, request.prompt_ids, request.sampling, index
+            )
             self._rows.append((number, request.max_tokens))
-        if any(left > len(found.get(i, ())) for i, (_, left) in enumerate(self._rows)):
-            token_SR = np.asarray(self._decoder.advance(self._params))
-            for index in range(len(self._rows)):
-                found.setdefault(index, []).extend(token_SR[:, index].tolist())
+        if any(left > (i in self._first) for i, (_, left) in enumerate(self._rows)):
+            self._more = self._decoder.advance(self._params)
+
+    def finish(self) -> list[tuple[int, list[int], bool]]:
+        found = {index: [int(token)] for index, token in self._first.items()}  # by row
+        if self._more is not None:
+            for index, ids in enumerate(np.asarray(self._more).T[: len(self._rows)].tolist()):
+                found[index] = found.get(index, []) + ids
         result = []
         for index, (number, left) in enumerate(self._rows):
             ids = found[index][:left]
@@ -197,6 +208,7 @@ class Batch:
         self._model, self._params, self._seq_len = model, params, seq_len
         self._max_rows, self._eos_id = max_rows, eos_id
         self._lanes: dict[int, _Lane] = {}
+        self._started: list[_Lane] = []
 
     def submit(self, number: int, request: Request) -> None:
         """Queue a request under a number of the caller's choice.
@@ -221,11 +233,22 @@ class Batch:
         """Whether any request waits or is in a row."""
         return any(lane.busy for lane in self._lanes.values())
 
-    def advance(self) -> list[tuple[int, list[int], bool]]:
+    def start(self) -> None:
+        """Let the devices add some tokens to every text, and go on; `finish` gets them."""
+        self._started = [lane for lane in self._lanes.values() if lane.busy]
+        for lane in self._started:
+            lane.start()
+
+    def finish(self) -> list[tuple[int, list[int], bool]]:
         """(number, its next ids, whether it ends by them) of every request in a row."""
-        found = [found for lane in self._lanes.values() if lane.busy for found in lane.advance()]
+        found = [found for lane in self._started for found in lane.finish()]
         self._lanes = {length: lane for length, lane in self._lanes.items() if lane.busy}
         return found
+
+    def advance(self) -> list[tuple[int, list[int], bool]]:
+        """`start` and `finish`."""
+        self.start()
+        return self.finish()
 
 
 def _batch(
@@ -237,7 +260,12 @@ def _batch(
 ) -> Batch:
     for request in requests:
         check(request)
-    batch = Batch(model, params, max_rows=MAX_ROWS, seq_len=seq_len, eos_id=eos_id)
+    longest = max((len(r.prompt_ids[-seq_len:]) + r.max_tokens for r in requests), default=1)
+    length = cache_length(model, seq_len=seq_len, text_len=longest)
+    max_rows = MAX_ROWS
+    while max_rows > 1 and max_rows * cache_bytes(model, params, length) > _CACHE_BYTES:
+        max_rows //= 4
+    batch = Batch(model, params, max_rows=max_rows, seq_len=seq_len, eos_id=eos_id)
     for index, request in enumerate(requests):
         if request.max_tokens:
             batch.submit(index, request)

@@ -33,7 +33,8 @@ from starlette.routing import Route
 from soup_jax.errors import UserError
 from soup_jax.evaluation.score import Score, total
 from soup_jax.specialists.serve import protocol
-from soup_jax.specialists.serve.engine import Described, Engine, Refused
+from soup_jax.specialists.serve.engine import Described, Engine
+from soup_jax.specialists.serve.protocol import Refused
 from soup_jax.specialists.serve.texts import Texts
 from soup_jax.storage import nulled
 

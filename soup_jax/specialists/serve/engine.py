@@ -28,20 +28,13 @@ from soup_jax.evaluation.score import Score, score_texts
 from soup_jax.shapes import Params
 from soup_jax.specialists.decoding import cache_bytes, cache_length
 from soup_jax.specialists.generate import Batch, Request, Text, check
+from soup_jax.specialists.serve.protocol import Refused
 from soup_jax.specialists.specialist import Specialist
 from soup_jax.specialists.trained import Soup
 
 _log = logging.getLogger(__name__)
 
 GENERIC, SHARED = "generic", "shared"  # specialists that are always there
-
-
-class Refused(Exception):
-    """A request that is not served, as an HTTP status and a sentence."""
-
-    def __init__(self, status: int, message: str, *, code: str = "", param: str = ""):
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,16 +320,23 @@ class Engine:
                     return
                 job()
                 busy = [name for name, merged in self._merged.items() if merged.batch.busy]
-            for name in busy:
-                try:
-                    self._advance(name)
-                except Exception as e:  # the service goes on
-                    _log.exception("decoding with %s failed", name)
-                    self._drop(name, str(e))
+            # All of them are started before the first is waited for: the devices do not idle.
+            for step in (self._start, self._collect):
+                for name in busy:
+                    try:
+                        step(name)
+                    except Exception as e:  # the service goes on
+                        _log.exception("decoding with %s failed", name)
+                        self._drop(name, str(e))
 
-    def _advance(self, name: str) -> None:
+    def _start(self, name: str) -> None:
+        self._merged[name].batch.start()
+
+    def _collect(self, name: str) -> None:
+        if name not in self._merged:
+            return
         merged, eos_id = self._merged[name], self.soup.map.eos_id
-        for number, ids, ended in merged.batch.advance():
+        for number, ids, ended in merged.batch.finish():
             asked = self._asked.get(number)
             if asked is None:
                 continue

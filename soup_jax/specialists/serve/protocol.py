@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from soup_jax.specialists.decoding import Sampling
-from soup_jax.specialists.serve.engine import Refused
 
 MAX_BODY_BYTES = 8 << 20
 MAX_DOCUMENTS = 1000
@@ -30,6 +29,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
 }
 _IGNORED = ("user",)
+
+
+class Refused(Exception):
+    """A request that is not served, as an HTTP status and a sentence."""
+
+    def __init__(self, status: int, message: str, *, code: str = "", param: str = ""):
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

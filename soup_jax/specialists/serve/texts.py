@@ -13,7 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from soup_jax.specialists.generate import Request as TextRequest
 from soup_jax.specialists.serve import protocol
-from soup_jax.specialists.serve.engine import Engine, Refused
+from soup_jax.specialists.serve.engine import Engine
+from soup_jax.specialists.serve.protocol import Refused
 
 
 class Texts:
