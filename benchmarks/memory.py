@@ -38,6 +38,8 @@ LARGE = {
     "batch_size": 1,
     "evaluate.specialists": (),
 }
+# Without these glibc keeps the memory of freed blocks of experts, in an arena for each thread.
+HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
 GROUP = pathlib.Path("/sys/fs/cgroup/memory/soup_jax_benchmark")
 RUN = """
 import resource, sys
@@ -86,6 +88,7 @@ def limited(arguments: list[str], limit: int) -> tuple[int, float, int]:
     done = subprocess.run(
         [sys.executable, "-c", RUN, *arguments],
         preexec_fn=enter,
+        env=os.environ | HEAP,
         capture_output=True,
         text=True,
     )

@@ -87,11 +87,14 @@ def main() -> None:
                 body = {"name": name, "documents": documents}
                 client.post("/specialists", body=body, cast_to=object)
                 made.append(time.monotonic() - begin)
-            for name, prompt, seed in work[: 2 * len(texts)]:  # compiles
-                ask(client, name, prompt, given.tokens, seed)
+
+            def ask_all(some: list) -> list[tuple[float, int]]:
+                with concurrent.futures.ThreadPoolExecutor(given.clients) as pool:
+                    return list(pool.map(lambda w: ask(client, *w[:2], given.tokens, w[2]), some))
+
+            ask_all(work[: 2 * given.clients])  # compiles
             begin = time.monotonic()
-            with concurrent.futures.ThreadPoolExecutor(given.clients) as pool:
-                answers = list(pool.map(lambda w: ask(client, *w[:2], given.tokens, w[2]), work))
+            answers = ask_all(work)
             seconds = time.monotonic() - begin
         finally:
             server.terminate()
@@ -99,7 +102,7 @@ def main() -> None:
     served = sum(tokens for _, tokens in answers) / seconds
     first = np.percentile([1000 * t for t, _ in answers], [50, 90, 99])
     specialists = {name: soup.instantiate(documents) for name, documents in texts.items()}
-    for name, prompt, seed in work[: 2 * len(texts)]:
+    for name, prompt, seed in work[: 2 * given.clients]:  # compiles
         specialists[name].generate(prompt, max_tokens=given.tokens, temperature=1.0, seed=seed)
     part = work[: max(given.requests // 4, 1)]
     begin, tokens = time.monotonic(), 0

@@ -57,7 +57,9 @@ def test_no_position_sees_the_future():
 def test_cached_decoding_equals_the_full_forward(tokens):
     params = init()
     full = forward(CONFIG, params, tokens[:2])
-    decode = jax.jit(functools.partial(llama.base_model(CONFIG, seq_len=L).decode, cache_len=32))
+    model = llama.base_model(CONFIG, seq_len=L)
+    decode = jax.jit(functools.partial(model.decode, cache_len=32))
+    params = model.decode_params(params)
     logits, cache = decode(params, tokens[:2, :5], jnp.zeros(2, jnp.int32), None)
     np.testing.assert_allclose(logits, full[:, :5], atol=2e-5)
     # The second row is one token ahead of the first.

@@ -37,6 +37,8 @@ class BaseModel:
         cache_len) -> (logits, cache): the same with a cache of what came before, None at first, for
         `cache_len` positions; its leaves have a leading row dimension. None if the network has no
         cache; text is generated without, then.
+      decode_params: parameters -> those that `decode` takes, made once for some calls of it; None
+        if it takes them as they are.
       flops_per_row: floating-point operations of forward and backward of one row, for MFU; 0 if
         unknown.
       layers: how the paths of the leaves begin that are stacked by layer and used one at a time.
@@ -48,6 +50,7 @@ class BaseModel:
     example_losses: Callable[[Params, Rows], tuple[Array, Array]]
     logits: Callable[[Params, Array], Array] | None = None
     decode: Callable[..., tuple[Array, Any]] | None = None
+    decode_params: Callable[[Params], Any] | None = None
     flops_per_row: float = 0.0
     layers: str = ""
     with_gather: "Callable[[Callable[[Params], Params]], BaseModel] | None" = None

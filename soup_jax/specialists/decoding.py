@@ -30,11 +30,17 @@ _BLOCK = 64  # tokens that are summed first when one is drawn
 class _Network(NamedTuple):
     # What compiled functions are made for; they are shared by all decoders with the same.
     decode: Callable[..., Any] | None
+    decode_params: Callable[[Params], Any] | None
     logits: Callable[[Params, Array], Array] | None
     cache_len: int
     nucleus: bool  # whether any row asks for top_p: it takes a sort of all logits
 
-    def prefill(self, params: Params, tokens_RL: Array, length_R: Array) -> tuple[Any, Array]:
+    def prepared(self, params: Params) -> Any:
+        if self.decode is None or self.decode_params is None:
+            return params
+        return self.decode_params(params)
+
+    def prefill(self, params: Any, tokens_RL: Array, length_R: Array) -> tuple[Any, Array]:
         """(cache, logits [R, V] after each prompt) of padded prompts."""
         cache: Any = (tokens_RL, length_R)
         if self.decode is not None:
@@ -46,7 +52,7 @@ class _Network(NamedTuple):
             logits = self.logits(params, tokens_RL)
         return cache, logits[jnp.arange(len(length_R)), length_R - 1]
 
-    def next(self, params: Params, cache: Any, token_R: Array, at_R: Array) -> tuple[Any, Array]:
+    def next(self, params: Any, cache: Any, token_R: Array, at_R: Array) -> tuple[Any, Array]:
         """(cache, logits [R, V]) after one more token of each row, which is its `at`-th."""
         if self.decode is not None:
             logits, cache = self.decode(
@@ -97,7 +103,8 @@ def _sample(network: _Network, logits_V: Array, row: Any) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(network: _Network, params: Params, tokens_L: Array, row: _Rows) -> _Rows:
-    cache, logits_RV = network.prefill(params, tokens_L[None], row.at[None])
+    prepared = network.prepared(params)
+    cache, logits_RV = network.prefill(prepared, tokens_L[None], row.at[None])
     token = _sample(network, logits_RV[0], row)
     cache = jax.tree.map(lambda x: x[0], cache)
     return row._replace(cache=cache, token=token, number=row.number + 1)
@@ -115,10 +122,12 @@ def _reorder(rows: _Rows, indices: Array) -> _Rows:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _advance(network: _Network, params: Params, rows: _Rows) -> tuple[_Rows, Array]:
+    prepared = network.prepared(params)
+
     def step(rows: _Rows, _: None) -> tuple[_Rows, Array]:
         # Rows that are done go on without use, at the cache's last place.
         at_R = jnp.minimum(rows.at, network.cache_len - 1)
-        cache, logits_RV = network.next(params, rows.cache, rows.token, at_R)
+        cache, logits_RV = network.next(prepared, rows.cache, rows.token, at_R)
         drawn = rows._replace(cache=None)
         token_R = jax.vmap(lambda logits_V, row: _sample(network, logits_V, row))(logits_RV, drawn)
         rows = rows._replace(cache=cache, token=token_R, at=rows.at + 1, number=rows.number + 1)
@@ -165,7 +174,9 @@ class Decoder:
         if model.decode is None and model.logits is None:
             raise UserError("this network cannot generate: its BaseModel has no `logits`")
         self._seq_len = seq_len
-        self._network = _Network(model.decode, model.logits, length, nucleus=False)
+        self._network = _Network(
+            model.decode, model.decode_params, model.logits, length, nucleus=False
+        )
         self._rows: _Rows | None = None
         self.num_rows = 0
 
@@ -230,10 +241,16 @@ def num_rows_for(number: int) -> int:
     return _up(number, 1)
 
 
-def cache_bytes(model: BaseModel, params: Params, length: int) -> int:
+@functools.lru_cache(maxsize=256)
+def cache_bytes(model: BaseModel, length: int) -> int:
     """Of one row."""
     if model.decode is None:
         return 4 * length
     decode = functools.partial(model.decode, cache_len=length)
     tokens, start = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
-    return tree.num_bytes(jax.eval_shape(lambda p: decode(p, tokens, start, None)[1], params))
+    prepared = model.decode_params or (lambda params: params)
+
+    def cache(key: Array) -> Any:
+        return decode(prepared(model.init(key)), tokens, start, None)[1]
+
+    return tree.num_bytes(jax.eval_shape(cache, jax.random.key(0)))

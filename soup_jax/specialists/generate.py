@@ -263,7 +263,7 @@ def _batch(
     longest = max((len(r.prompt_ids[-seq_len:]) + r.max_tokens for r in requests), default=1)
     length = cache_length(model, seq_len=seq_len, text_len=longest)
     max_rows = MAX_ROWS
-    while max_rows > 1 and max_rows * cache_bytes(model, params, length) > _CACHE_BYTES:
+    while max_rows > 1 and max_rows * cache_bytes(model, length) > _CACHE_BYTES:
         max_rows //= 4
     batch = Batch(model, params, max_rows=max_rows, seq_len=seq_len, eos_id=eos_id)
     for index, request in enumerate(requests):

@@ -116,16 +116,22 @@ class Engine:
         self._warm()
 
     def _warm(self) -> None:
-        # Compile what the first text would wait for; prompts of other lengths compile once each.
-        ended = threading.Event()
+        # Compile what the first texts would wait for, for each number of rows; prompts of other
+        # lengths compile once each.
+        request, number = Request([self.soup.map.eos_id], max_tokens=2), 1
+        while number <= min(self.limits.rows, self.limits.requests):
+            ended = threading.Semaphore(0)
 
-        def listen(piece: str, reason: str, tokens: int) -> None:
-            del piece, tokens
-            if reason:
-                ended.set()
+            def listen(piece: str, reason: str, tokens: int) -> None:
+                del piece, tokens
+                if reason:
+                    ended.release()  # noqa: B023
 
-        self.complete(GENERIC, Request([self.soup.map.eos_id], max_tokens=2), listen)
-        ended.wait()
+            for _ in range(number):
+                self.complete(GENERIC, request, listen)
+            for _ in range(number):
+                ended.acquire()
+            number *= 4
 
     def histogram(self, texts: Sequence[str]) -> DocumentHistogram:
         """Of documents; for any thread, as nothing on the devices is needed for it.
@@ -368,17 +374,17 @@ class Engine:
                 seq_len=self.soup.cfg.seq_len,
                 eos_id=self.soup.map.eos_id,
             )
-            num_bytes = tree.num_bytes(params) + self._cache_bytes(params)
+            num_bytes = tree.num_bytes(params) + self._cache_bytes()
             self._merged[name] = _Merged(params=params, batch=batch, num_bytes=num_bytes)
         self._merged.move_to_end(name)
         self._make_room(name)
         return self._merged[name]
 
-    def _cache_bytes(self, params: Params) -> int:
+    def _cache_bytes(self) -> int:
         # Of all rows at their longest, whether they are in use or not.
         model, seq_len = self.soup.model, self.soup.cfg.seq_len
         length = cache_length(model, seq_len=seq_len, text_len=self.text_len)
-        return self.limits.rows * cache_bytes(model, params, length)
+        return self.limits.rows * cache_bytes(model, length)
 
     def _make_room(self, kept: str) -> None:
         # Those with texts under way stay, and so can hold more than the limit for a while.
