@@ -63,8 +63,8 @@ class Described:
     name: str
     h_K: np.ndarray
     alpha_E: np.ndarray
-    histogram: DocumentHistogram | None
-    created: int
+    histogram: DocumentHistogram | None = None
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -108,9 +108,7 @@ class Engine:
         frequencies_K = self.soup.map.domain_frequencies
         alpha_E = self.soup.coefficients(frequencies_K[None])[0]
         for name, alpha in ((GENERIC, alpha_E), (SHARED, np.zeros_like(alpha_E))):
-            self._known[name] = Described(
-                name=name, h_K=frequencies_K, alpha_E=alpha, histogram=None, created=_now()
-            )
+            self._known[name] = Described(name=name, h_K=frequencies_K, alpha_E=alpha)
         self._thread = threading.Thread(target=self._run, name="soup", daemon=True)
         self._thread.start()
         self._warm()
@@ -118,15 +116,15 @@ class Engine:
     def _warm(self) -> None:
         # Compile what the first texts would wait for, for each number of rows; prompts of other
         # lengths compile once each.
-        request, number = Request([self.soup.map.eos_id], max_tokens=2), 1
+        request = Request([self.soup.map.eos_id], max_tokens=2)
+        ended = threading.Semaphore(0)
+
+        def listen(_: str, reason: str, __: int) -> None:
+            if reason:
+                ended.release()
+
+        number = 1
         while number <= min(self.limits.rows, self.limits.requests):
-            ended = threading.Semaphore(0)
-
-            def listen(piece: str, reason: str, tokens: int) -> None:
-                del piece, tokens
-                if reason:
-                    ended.release()  # noqa: B023
-
             for _ in range(number):
                 self.complete(GENERIC, request, listen)
             for _ in range(number):
@@ -211,7 +209,6 @@ class Engine:
             h_K=weights_K,
             alpha_E=alpha_E,
             histogram=histogram,
-            created=_now(),
         )
         if made.name in self._merged and self._known[made.name].alpha_E.tobytes() != (
             alpha_E.tobytes()
@@ -327,16 +324,13 @@ class Engine:
                 job()
                 busy = [name for name, merged in self._merged.items() if merged.batch.busy]
             # All of them are started before the first is waited for: the devices do not idle.
-            for step in (self._start, self._collect):
+            for step in (lambda name: self._merged[name].batch.start(), self._collect):
                 for name in busy:
                     try:
                         step(name)
                     except Exception as e:  # the service goes on
                         _log.exception("decoding with %s failed", name)
                         self._drop(name, str(e))
-
-    def _start(self, name: str) -> None:
-        self._merged[name].batch.start()
 
     def _collect(self, name: str) -> None:
         if name not in self._merged:
@@ -399,7 +393,3 @@ class Engine:
         self._merged.pop(name, None)
         for number in [n for n, asked in self._asked.items() if asked.name == name]:
             self._finish(number, reason, "error")
-
-
-def _now() -> int:
-    return int(time.time())
