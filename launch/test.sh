@@ -83,7 +83,7 @@ fi
 
 if [[ -n "$hf" ]]; then
   environment .venv-test-hf "$python" test,hf,gguf,lm_eval
-  tests .venv-test-hf tests/hf_test.py tests/gguf_test.py tests/lm_eval_test.py ${arguments[@]+"${arguments[@]}"}
+  tests .venv-test-hf tests/{hf,gguf,lm_eval,minilm}_test.py ${arguments[@]+"${arguments[@]}"}
   exit
 fi
 

@@ -21,6 +21,9 @@ from soup_jax.registry import Registry
 class Embedder(Protocol):
     """Texts to unit vectors.
 
+    A class may have a class method `check(cfg)`, which `prepare` calls before it reads anything: it
+    raises a UserError where `fit` would.
+
     Attributes:
       name: tells the kind and the revision; embedders of one name give the same vectors.
       dim: of a vector.
@@ -58,7 +61,11 @@ class Embedder(Protocol):
 
 
 EMBEDDERS: Registry[type[Embedder]] = Registry(
-    "embedder", {"tfidf_svd": "soup_jax.data.embed.tfidf_svd:TfidfSvd"}
+    "embedder",
+    {
+        "tfidf_svd": "soup_jax.data.embed.tfidf_svd:TfidfSvd",
+        "minilm": "soup_jax.data.embed.minilm:MiniLm",
+    },
 )
 
 

@@ -1,6 +1,7 @@
 """Jobs in processes of their own, for code that holds the GIL, such as scikit-learn's."""
 
 import os
+import sys
 import threading
 import time
 import warnings
@@ -46,6 +47,9 @@ _watched: set[int] = set()
 
 def _in_worker(function: Callable[..., Any], job: tuple, parent: int) -> Any:
     os.environ["RAYON_NUM_THREADS"] = "1"  # of `tokenizers`, read at its first use
+    if "jax" in sys.modules:  # an accelerator belongs to one process
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"
     if parent not in _watched:
         _watched.add(parent)
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -158,7 +158,8 @@ def check(cfg: Any) -> None:
         vocabulary does not fit the tokenizer, or the sample the domains.
     """
     config_lib.check_lengths(cfg)
-    EMBEDDERS.get(cfg.embed.kind)
+    if hasattr(embedder := EMBEDDERS.get(cfg.embed.kind), "check"):
+        embedder.check(cfg.embed)
     if cfg.tokenizer.path:
         size = tokenizer_lib.load_tokenizer(cfg.tokenizer.path).vocab_size
         if size > cfg.vocab_size:
