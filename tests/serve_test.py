@@ -4,6 +4,8 @@ import concurrent.futures
 import io
 import json
 import pathlib
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -127,6 +129,27 @@ def test_a_folder_for_transformers(client, texts):
     with zipfile.ZipFile(io.BytesIO(answer.content)) as folder:
         assert {"zipped/config.json", "zipped/tokenizer.json"} <= set(folder.namelist())
     assert client.get("/v1/specialists/none/download").status_code == 404
+
+
+KILLED = """
+import os, signal
+from soup_jax.specialists.serve import app
+with app.temporary_folder(app._DOWNLOADS):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_downloads_leave_nothing_and_a_start_removes_those_of_the_killed(
+    soup, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    subprocess.run([sys.executable, "-c", KILLED], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with TestClient(make_app(Engine(soup)), base_url="http://localhost") as client:
+        assert not list(tmp_path.iterdir())
+        assert client.get("/v1/specialists/generic/download").status_code == 200
+    assert not list(tmp_path.iterdir())
 
 
 BAD = [
