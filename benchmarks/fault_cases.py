@@ -22,6 +22,8 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+import fault_serve
+
 from soup_jax.cli import main as cli
 from soup_jax.inputs import sha256_file
 
@@ -100,6 +102,19 @@ class Running:
         took = time.monotonic() - self.begin
         out, log = (path.read_text(errors="replace") for path in (self._out, self._log))
         return Done(status, out, log, took, self.first_step)
+
+
+class Served(Running):
+    """A server that is asked once and then interrupted; the answers are its last line."""
+
+    def __init__(self, process: Any, out: pathlib.Path, log: pathlib.Path, documents: pathlib.Path):
+        super().__init__(process, out, log)
+        given = (process, out, log, documents)
+        threading.Thread(target=fault_serve.ask, args=given, daemon=True).start()
+
+    def wait(self, seconds: float = HANGS) -> Done:
+        done = super().wait(seconds)
+        return dataclasses.replace(done, status=0) if done.status == 130 else done
 
 
 class Forked:
@@ -202,6 +217,7 @@ class Bench:
             "score": [f"--model={self.made}", f"--documents={self.documents}"],
             "verify": [str(self.run)],
             "plan": [config, "--chip=H200", "--num_devices=1"],
+            "serve": [f"--run={self.run}", "--port=0"],
         }
         self.writes = {
             "prepare": self.corpus,
@@ -273,6 +289,8 @@ class Bench:
         command = [sys.executable, "-m", "soup_jax.cli", *arguments]
         with out.open("ab") as stdout, log.open("ab") as stderr:
             process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env)
+        if name == "serve":
+            return Served(process, out, log, self.documents)
         return Running(process, out, log)
 
     def finish(self, name: str, *more: str, **how: Any) -> Done:
@@ -305,7 +323,7 @@ class Bench:
             folder = self.writes[name]
             files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
             return {str(p.relative_to(folder)): sha256_file(p) for p in files}
-        return done.out
+        return json.loads(done.out.splitlines()[-1]) if name == "serve" else done.out
 
     def leftovers(self) -> set[str]:
         """Temporary files and folders of ours and of orbax, and whatever is in the TMPDIR."""

@@ -1,6 +1,6 @@
 """Injects faults into the commands, runs them again, and compares what comes of it.
 
-    python benchmarks/faults.py kills --number=100 --seed=0
+    python benchmarks/faults.py kills --number=108 --seed=0
     python benchmarks/faults.py processes --number=20 --seed=0
     python benchmarks/faults.py storage --seed=0
 
@@ -10,7 +10,8 @@ artefacts by hash, printed text, checkpoints by their checksums, metrics line by
 Every eighth kill of train is followed by one by SIGTERM, which is not counted in the number. Train
 is killed half of the times at any moment of its life and half of the times at a random step;
 every third time it goes on on another number of devices, where batches must be the same and losses
-nearly so. generate, score, verify and plan must change no file.
+nearly so. generate, score, verify, plan and serve must change no file. A server is asked for a
+specialist, a completion and a download; its result is what it answers.
 
 `processes` does the same to four processes that train together: one of them is killed, or all, and
 the others must end by themselves with a reason. `storage` is described in `fault_storage.py`.
@@ -53,6 +54,7 @@ SHARES = {
     "score": 3,
     "verify": 2,
     "plan": 2,
+    "serve": 8,
 }
 DEVICES = (1, 2, 4)
 # Of a loss in nats, on another mesh: that of tests/topology_test.py.
