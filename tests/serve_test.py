@@ -4,6 +4,8 @@ import concurrent.futures
 import io
 import json
 import pathlib
+import re
+import socket
 import subprocess
 import sys
 import zipfile
@@ -13,7 +15,9 @@ import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("httpx")
+pytest.importorskip("uvicorn")
 
+import uvicorn
 from starlette.testclient import TestClient
 
 from soup_jax.cli import main
@@ -300,6 +304,20 @@ def test_a_stream_that_nobody_reads_is_cancelled(soup):
     assert engine._open == 0
     assert not engine._asked
     engine.close()
+
+
+def test_who_is_told_the_address_can_connect(tiny_run, capsys, monkeypatch):
+    def connect(server, sockets):
+        port = int(re.search(r"serving on http://127.0.0.1:(\d+)", capsys.readouterr().out)[1])
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+        server.should_exit = True
+        serve(server, sockets)
+
+    serve = uvicorn.Server.run
+    monkeypatch.setattr("uvicorn.Server.run", connect)
+    # Of uvicorn, which would close pytest's own handlers.
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
+    assert main.run(["serve", f"--run={tiny_run}", "--port=0"]) == 0
 
 
 @pytest.mark.parametrize(
