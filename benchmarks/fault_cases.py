@@ -188,6 +188,7 @@ class Bench:
         self.many, self.soup, self.tuned, self.exported = more
         self.recipe = here / "many.yaml"
         self.config, self.documents = here / "config.py", here / "cooking.jsonl"
+        self.temporary = here / "tmp"
         self._count = 0
         for name in ("tmp", "cache", "logs", disk):
             (here / name).mkdir(exist_ok=True)
@@ -301,7 +302,7 @@ class Bench:
         """The environment of a command."""
         flags = f"--xla_force_host_platform_device_count={devices}"
         flags += " --xla_backend_optimization_level=0"  # much is compiled, little computed
-        mine = {"TMPDIR": str(self.here / "tmp"), "XDG_CACHE_HOME": str(self.here / "cache")}
+        mine = {"TMPDIR": str(self.temporary), "XDG_CACHE_HOME": str(self.here / "cache")}
         return {**os.environ, **mine, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **more}
 
     def clean(self, name: str) -> None:
@@ -329,7 +330,7 @@ class Bench:
         """Temporary files and folders of ours and of orbax, and whatever is in the TMPDIR."""
         names = ("*.tmp", "*.old", "*orbax-checkpoint-tmp*", ".work", ".secret")
         found = {p for name in names for p in self.here.rglob(name)}
-        found |= set((self.here / "tmp").iterdir())
+        found |= set(self.temporary.iterdir())
         return {re.sub(r"\d+", "N", str(p.relative_to(self.here))) for p in found}
 
     def contents(self) -> dict[str, str]:
