@@ -35,6 +35,8 @@ def test_one_client_makes_completes_and_streams(client, tiny_text):
     whole = client.completions.create(**asked)
     assert whole.choices[0].text
     assert whole.usage.completion_tokens > 1
+    _make(client, name="again", alpha=made["alpha"])
+    assert client.completions.create(**asked | {"model": "again"}).choices == whole.choices
     options = {"stream": True, "stream_options": {"include_usage": True}}
     *events, last = client.completions.create(**asked, **options)
     assert "".join(e.choices[0].text for e in events) == whole.choices[0].text
