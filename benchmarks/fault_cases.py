@@ -22,6 +22,8 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+import fault_serve
+
 from soup_jax.cli import main as cli
 from soup_jax.inputs import sha256_file
 
@@ -102,6 +104,19 @@ class Running:
         return Done(status, out, log, took, self.first_step)
 
 
+class Served(Running):
+    """A server that is asked once and then interrupted; the answers are its last line."""
+
+    def __init__(self, process: Any, out: pathlib.Path, log: pathlib.Path, documents: pathlib.Path):
+        super().__init__(process, out, log)
+        given = (process, out, log, documents)
+        threading.Thread(target=fault_serve.ask, args=given, daemon=True).start()
+
+    def wait(self, seconds: float = HANGS) -> Done:
+        done = super().wait(seconds)
+        return dataclasses.replace(done, status=0) if done.status == 130 else done
+
+
 class Forked:
     """A command in a fork of this process, which has imported the package already."""
 
@@ -173,6 +188,7 @@ class Bench:
         self.many, self.soup, self.tuned, self.exported = more
         self.recipe = here / "many.yaml"
         self.config, self.documents = here / "config.py", here / "cooking.jsonl"
+        self.temporary = here / "tmp"
         self._count = 0
         for name in ("tmp", "cache", "logs", disk):
             (here / name).mkdir(exist_ok=True)
@@ -202,6 +218,7 @@ class Bench:
             "score": [f"--model={self.made}", f"--documents={self.documents}"],
             "verify": [str(self.run)],
             "plan": [config, "--chip=H200", "--num_devices=1"],
+            "serve": [f"--run={self.run}", "--port=0"],
         }
         self.writes = {
             "prepare": self.corpus,
@@ -273,6 +290,8 @@ class Bench:
         command = [sys.executable, "-m", "soup_jax.cli", *arguments]
         with out.open("ab") as stdout, log.open("ab") as stderr:
             process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env)
+        if name == "serve":
+            return Served(process, out, log, self.documents)
         return Running(process, out, log)
 
     def finish(self, name: str, *more: str, **how: Any) -> Done:
@@ -283,7 +302,7 @@ class Bench:
         """The environment of a command."""
         flags = f"--xla_force_host_platform_device_count={devices}"
         flags += " --xla_backend_optimization_level=0"  # much is compiled, little computed
-        mine = {"TMPDIR": str(self.here / "tmp"), "XDG_CACHE_HOME": str(self.here / "cache")}
+        mine = {"TMPDIR": str(self.temporary), "XDG_CACHE_HOME": str(self.here / "cache")}
         return {**os.environ, **mine, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **more}
 
     def clean(self, name: str) -> None:
@@ -305,13 +324,13 @@ class Bench:
             folder = self.writes[name]
             files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
             return {str(p.relative_to(folder)): sha256_file(p) for p in files}
-        return done.out
+        return json.loads(done.out.splitlines()[-1]) if name == "serve" else done.out
 
     def leftovers(self) -> set[str]:
         """Temporary files and folders of ours and of orbax, and whatever is in the TMPDIR."""
         names = ("*.tmp", "*.old", "*orbax-checkpoint-tmp*", ".work", ".secret")
         found = {p for name in names for p in self.here.rglob(name)}
-        found |= set((self.here / "tmp").iterdir())
+        found |= set(self.temporary.iterdir())
         return {re.sub(r"\d+", "N", str(p.relative_to(self.here))) for p in found}
 
     def contents(self) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Injects faults into the commands, runs them again, and compares what comes of it.
 
-    python benchmarks/faults.py kills --number=100 --seed=0
+    python benchmarks/faults.py kills --number=108 --seed=0
     python benchmarks/faults.py processes --number=20 --seed=0
     python benchmarks/faults.py storage --seed=0
 
@@ -10,7 +10,9 @@ artefacts by hash, printed text, checkpoints by their checksums, metrics line by
 Every eighth kill of train is followed by one by SIGTERM, which is not counted in the number. Train
 is killed half of the times at any moment of its life and half of the times at a random step;
 every third time it goes on on another number of devices, where batches must be the same and losses
-nearly so. generate, score, verify and plan must change no file.
+nearly so. generate, score, verify, plan and serve must change no file. A server is asked for a
+specialist, a completion and a download, and about half of its kills come while it makes the last;
+its result is what it answers.
 
 `processes` does the same to four processes that train together: one of them is killed, or all, and
 the others must end by themselves with a reason. `storage` is described in `fault_storage.py`.
@@ -20,6 +22,7 @@ A line of JSON for each fault goes to --log, and a table in Markdown to stdout.
 
 import argparse
 import collections
+import glob
 import json
 import pathlib
 import random
@@ -53,6 +56,7 @@ SHARES = {
     "score": 3,
     "verify": 2,
     "plan": 2,
+    "serve": 8,
 }
 DEVICES = (1, 2, 4)
 # Of a loss in nats, on another mesh: that of tests/topology_test.py.
@@ -93,6 +97,9 @@ def kill(
         if in_training:
             running.await_step(rng.randrange(1, NUM_STEPS))
             time.sleep(rng.random() * 0.1)  # about a step and its share of a save
+        elif name == "serve" and rng.random() < 0.5:
+            while running.process.poll() is None and not glob.glob(f"{bench.temporary}/.*/*.zip"):
+                time.sleep(0.001)
         else:
             time.sleep(rng.random() * usual.seconds)
         if running.process.poll() is None:
@@ -110,9 +117,11 @@ def disturb(bench: Bench, name: str, kills: int, rng: random.Random, log: Any) -
     for number in range(kills):
         before = bench.contents()
         killed = kill(bench, name, rng, usual)
+        left = sorted(bench.leftovers())
         changed = name not in bench.writes and bench.contents() != before
         done = bench.finish(name)
-        row = {"command": name, "number": number, "killed": killed.status, "status": done.status}
+        row = {"command": name, "number": number, "killed": killed.status, "left by it": left}
+        row["status"] = done.status
         row["differs"] = done.status == 0 and bench.result(name, done) != expected
         row |= {"changed": changed, "left": sorted(bench.leftovers()), "seconds": done.seconds}
         rows.append(row)

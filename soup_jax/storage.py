@@ -16,15 +16,17 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from soup_jax.errors import UserError
 
-_numbers = itertools.count()
+_FIRST = time.time_ns()  # above the numbers of an earlier process with this one's pid
+_numbers = itertools.count(_FIRST)
 
 
-_TEMPORARY = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.\d+\.tmp")
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.(?P<number>\d+)\.tmp")
 
 
 def json_text(value: Any) -> str:
@@ -94,12 +96,27 @@ def recover_folder(path: str | os.PathLike) -> None:
             os.replace(left, path)
 
 
+@contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[pathlib.Path]:
+    """A new folder among the temporary files of the system, for the block.
+
+    Folders of this name that killed processes left are removed before.
+    """
+    folder = _temporary(pathlib.Path(tempfile.gettempdir(), name))
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _temporary(path: pathlib.Path) -> pathlib.Path:
     for left in _leftovers(path, ".tmp"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another user's, perhaps
+                left.unlink()
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{next(_numbers)}.tmp")
 
 
@@ -110,7 +127,7 @@ def files_in(folder: str | os.PathLike) -> list[pathlib.Path]:
         if not path.is_file():
             continue
         if match := _TEMPORARY.fullmatch(path.name):
-            if match["host"] == _host() and not _alive(int(match["pid"])):
+            if match["host"] == _host() and _is_left(match["pid"], match["number"]):
                 path.unlink(missing_ok=True)
         else:
             found.append(path)
@@ -121,26 +138,28 @@ def _leftovers(path: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
     # Of processes of this machine that are no more; another machine's may be at work.
     if not path.parent.is_dir():
         return
-    prefix = f".{path.name}.{_host()}."
+    prefix = re.escape(f".{path.name}.{_host()}.")
     for entry in list(path.parent.iterdir()):
-        if entry.name.startswith(prefix) and entry.suffix == suffix:
-            pid = entry.name.removeprefix(prefix).split(".")[0]
-            if pid.isdigit() and not _alive(int(pid)):
-                yield entry
+        match = re.fullmatch(rf"{prefix}(\d+)\.(\d+)\{suffix}", entry.name)
+        if match and _is_left(*match.groups()):
+            yield entry
 
 
 def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def _alive(pid: int) -> bool:
+def _is_left(pid: str, number: str) -> bool:
+    # In a container every start of a program tends to have the same pid.
+    if int(pid) == os.getpid():
+        return int(number) < _FIRST
     try:
-        os.kill(pid, 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
-        return False
+        return True
     except OSError:
         pass
-    return True
+    return False
 
 
 def _sync(path: pathlib.Path) -> None:

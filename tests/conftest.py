@@ -11,7 +11,11 @@ import os
 import pathlib
 import platform
 import re
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -244,3 +248,22 @@ def generic_run(tiny_corpus: str, tmp_path_factory: pytest.TempPathFactory) -> p
     return made_once(
         tmp_path_factory, "generic", lambda folder: train.train(tiny_config(**fields), folder)
     )
+
+
+@pytest.fixture(scope="module")
+def address(tiny_run: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a server process of `tiny_run` answers."""
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [sys.executable, "-m", "soup_jax.cli", "serve", f"--run={tiny_run}", "--port=0"]
+    with log.open("w") as f:
+        server = subprocess.Popen(command, stdout=f, stderr=f)
+    try:
+        for _ in range(600):
+            found = [x for x in log.read_text().splitlines() if x.startswith("serving on ")]
+            if found:
+                break
+            time.sleep(0.2)
+        yield found[0].split()[2]
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)

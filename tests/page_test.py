@@ -6,10 +6,6 @@ Slow; needs `pip install selenium`, and chromium and chromedriver on the PATH.
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -23,24 +19,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def address(tiny_run, tmp_path_factory):
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [sys.executable, "-m", "soup_jax.cli", "serve", f"--run={tiny_run}", "--port=0"]
-    with log.open("w") as f:
-        server = subprocess.Popen(command, stdout=f, stderr=f)
-    try:
-        for _ in range(600):
-            found = [x for x in log.read_text().splitlines() if x.startswith("serving on ")]
-            if found:
-                break
-            time.sleep(0.2)
-        yield found[0].split()[2]
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(30)
 
 
 @pytest.fixture

@@ -4,6 +4,10 @@ import concurrent.futures
 import io
 import json
 import pathlib
+import re
+import socket
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -11,7 +15,9 @@ import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("httpx")
+pytest.importorskip("uvicorn")
 
+import uvicorn
 from starlette.testclient import TestClient
 
 from soup_jax.cli import main
@@ -127,6 +133,27 @@ def test_a_folder_for_transformers(client, texts):
     with zipfile.ZipFile(io.BytesIO(answer.content)) as folder:
         assert {"zipped/config.json", "zipped/tokenizer.json"} <= set(folder.namelist())
     assert client.get("/v1/specialists/none/download").status_code == 404
+
+
+KILLED = """
+import os, signal
+from soup_jax.specialists.serve import app
+with app.temporary_folder(app._DOWNLOADS):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_downloads_leave_nothing_and_a_start_removes_those_of_the_killed(
+    soup, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    subprocess.run([sys.executable, "-c", KILLED], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with TestClient(make_app(Engine(soup)), base_url="http://localhost") as client:
+        assert not list(tmp_path.iterdir())
+        assert client.get("/v1/specialists/generic/download").status_code == 200
+    assert not list(tmp_path.iterdir())
 
 
 BAD = [
@@ -277,6 +304,20 @@ def test_a_stream_that_nobody_reads_is_cancelled(soup):
     assert engine._open == 0
     assert not engine._asked
     engine.close()
+
+
+def test_who_is_told_the_address_can_connect(tiny_run, capsys, monkeypatch):
+    def connect(server, sockets):
+        port = int(re.search(r"serving on http://127.0.0.1:(\d+)", capsys.readouterr().out)[1])
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+        server.should_exit = True
+        serve(server, sockets)
+
+    serve = uvicorn.Server.run
+    monkeypatch.setattr("uvicorn.Server.run", connect)
+    # Of uvicorn, which would close pytest's own handlers.
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
+    assert main.run(["serve", f"--run={tiny_run}", "--port=0"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from soup_jax.errors import UserError, explain
 KILLED = """
 import os, signal, sys
 from soup_jax import storage
-with storage.atomic_{kind}(sys.argv[1]) as new:
+with storage.{kind}(sys.argv[1]) as new:
     if {folder}:
         (new / "half").write_text("half")
     else:
@@ -24,7 +24,7 @@ with storage.atomic_{kind}(sys.argv[1]) as new:
 
 
 def kill_while_writing(kind, path):
-    code = KILLED.format(kind=kind, folder=kind == "folder")
+    code = KILLED.format(kind=kind, folder=kind.endswith("folder"))
     subprocess.run([sys.executable, "-c", code, str(path)], check=False)
 
 
@@ -35,7 +35,7 @@ def names(folder):
 def test_a_killed_write_leaves_the_old_file_and_the_next_one_tidies(tmp_path):
     path = tmp_path / "x.json"
     storage.write_text(path, "old")
-    kill_while_writing("path", path)
+    kill_while_writing("atomic_path", path)
     assert path.read_text() == "old"
     assert len(names(tmp_path)) == 2
     storage.write_text(path, "new")
@@ -46,7 +46,7 @@ def test_a_killed_folder_leaves_the_old_one_and_the_next_one_tidies(tmp_path):
     path = tmp_path / "made"
     with storage.atomic_folder(path) as new:
         (new / "a").write_text("old")
-    kill_while_writing("folder", path)
+    kill_while_writing("atomic_folder", path)
     assert names(path) == ["a"]
     with storage.atomic_folder(path) as new:
         (new / "b").write_text("new")
@@ -64,6 +64,29 @@ def test_a_folder_moved_away_by_a_killed_process_comes_back(tmp_path):
     assert (names(path), names(tmp_path)) == (["a"], ["made"])
 
 
+def test_a_killed_process_of_the_same_number_is_another(tmp_path):
+    # Which is the rule where each container starts one program.
+    left = f".made.{storage._host()}.{os.getpid()}.0.tmp"
+    (tmp_path / left).mkdir()
+    with storage.atomic_folder(tmp_path / "made"):
+        pass
+    (tmp_path / "made" / left).write_text("half")
+    assert storage.files_in(tmp_path) == []
+    assert (names(tmp_path), names(tmp_path / "made")) == (["made"], [])
+
+
+def test_a_temporary_folder_goes_at_once_or_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    kill_while_writing("temporary_folder", "x")
+    (left,) = names(tmp_path)
+    with storage.temporary_folder("x") as folder:
+        assert names(tmp_path) == [folder.name] != [left]
+        with storage.temporary_folder("x"):
+            assert folder.exists()
+    assert names(tmp_path) == []
+
+
 def test_what_a_living_process_writes_is_left_alone(tmp_path):
     path = tmp_path / "x"
     with storage.atomic_path(path) as first:
@@ -75,7 +98,7 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
 
 def test_files_are_listed_without_temporary_ones_and_those_of_the_dead_go(tmp_path):
     storage.write_text(tmp_path / "made" / "x.json", "x")
-    kill_while_writing("path", tmp_path / "made" / "y.json")
+    kill_while_writing("atomic_path", tmp_path / "made" / "y.json")
     with storage.atomic_path(tmp_path / "z") as alive:
         alive.write_text("half")
         assert storage.files_in(tmp_path) == [tmp_path / "made" / "x.json"]

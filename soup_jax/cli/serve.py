@@ -104,7 +104,8 @@ def run(values: flags.FlagValues) -> int:
     server = uvicorn.Server(config)
     try:
         sockets = [config.bind_socket()]
-    except SystemExit as e:
+        sockets[0].listen()  # whoever reads the line below may connect at once
+    except (SystemExit, OSError) as e:
         raise UserError(f"--host={values.host} --port={values.port}: the port is taken") from e
     port = sockets[0].getsockname()[1]
     name = f"[{values.host}]" if ":" in values.host else values.host

@@ -15,7 +15,6 @@ import hmac
 import importlib.resources
 import pathlib
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -36,7 +35,7 @@ from soup_jax.specialists.serve import protocol
 from soup_jax.specialists.serve.engine import Described, Engine
 from soup_jax.specialists.serve.protocol import Refused
 from soup_jax.specialists.serve.texts import Texts
-from soup_jax.storage import nulled
+from soup_jax.storage import nulled, temporary_folder
 
 _BODY_SECONDS = 30.0
 _SCORED_TOGETHER = 8
@@ -48,6 +47,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+_DOWNLOADS = "soup_jax-download"
 _ERRORS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -80,6 +80,8 @@ def make_app(engine: Engine, *, token: str = "", hosts: Sequence[str] = ("*",)) 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         del app
+        with contextlib.suppress(OSError), temporary_folder(_DOWNLOADS):
+            pass  # those of killed servers are gone
         yield
         await run_in_threadpool(engine.close)
 
@@ -236,19 +238,19 @@ class _Service:
         """A specialist's folder in the format "hf", zipped."""
         name = request.path_params["name"]
         found = await self._on_engine(self._engine.specialist, name)
-        async with self._downloads:
-            folder = pathlib.Path(tempfile.mkdtemp(prefix="soup_jax-"))
-            try:
-                path = await run_in_threadpool(_zipped, found, folder, name)
-            except UserError as e:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise Refused(400, str(e)) from e
-        return FileResponse(
-            path,
-            media_type="application/zip",
-            filename=f"{name}.zip",
-            background=BackgroundTask(shutil.rmtree, folder, ignore_errors=True),
-        )
+        with contextlib.ExitStack() as stack:
+            async with self._downloads:
+                folder = stack.enter_context(temporary_folder(_DOWNLOADS))
+                try:
+                    path = await run_in_threadpool(_zipped, found, folder, name)
+                except UserError as e:
+                    raise Refused(400, str(e)) from e
+            return FileResponse(
+                path,
+                media_type="application/zip",
+                filename=f"{name}.zip",
+                background=BackgroundTask(stack.pop_all().close),
+            )
 
     async def complete(self, request: Request) -> Response:
         """Continue prompts."""
