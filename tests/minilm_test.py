@@ -139,6 +139,8 @@ def test_a_changed_weight_is_another_encoder(folder, encoder, tmp_path):
         ("config.json", '"bert"', '"roberta"', "only bert with gelu"),
         ("config.json", '"hidden_size"', '"hidden"', "hidden_size"),
         ("1_Pooling/config.json", "mean_tokens", "max_tokens", "it pools by"),
+        ("config.json", '"num_attention_heads": 4', '"num_attention_heads": 3', "must divide"),
+        ("1_Pooling/config.json", "{", "[{", "JSON"),
         ("sentence_bert_config.json", "max_seq_length", "length", "max_seq_length"),
     ],
 )
@@ -157,6 +159,19 @@ def test_weights_that_do_not_fit_the_sizes_are_refused(tmp_path):
     path = tmp_path / "bert" / "config.json"
     path.write_text(path.read_text().replace('"hidden_size": 16', '"hidden_size": 8'))
     with pytest.raises(UserError, match=r"is not the network of its config.json: .* expected"):
+        MiniLm.fit(settings(tmp_path / "bert"), [])
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
+    write_bert(tmp_path / "bert")
+    path = tmp_path / "bert" / "tokenizer.json"
+    value = json.loads(path.read_text())
+    value["model"]["vocab"]["more"] = len(WORDS)
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match="has 23 word pieces, more than the network's 22"):
+        MiniLm.fit(settings(tmp_path / "bert"), [])
+    path.write_text("{}")
+    with pytest.raises(UserError, match="is no tokenizer"):
         MiniLm.fit(settings(tmp_path / "bert"), [])
 
 

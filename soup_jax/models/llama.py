@@ -298,6 +298,12 @@ def _decode(
     return logits(x, head_DV.astype(cfg.dtype)), caches
 
 
+@functools.cache
+def _decoding(cfg: LlamaConfig) -> tuple[Any, Any]:
+    # The same functions for networks of one config: what is compiled for one serves the others.
+    return functools.partial(_decode, cfg), functools.partial(_by_layer, cfg)
+
+
 def base_model(
     cfg: LlamaConfig, *, seq_len: int, gather: Callable[[Params], Params] | None = None
 ) -> BaseModel:
@@ -316,12 +322,13 @@ def base_model(
         found: Any = module.apply({"params": params}, token_BL)
         return found
 
+    decode, decode_params = _decoding(cfg)
     return BaseModel(
         init,
         example_losses,
         logits=logits,
-        decode=functools.partial(_decode, cfg),
-        decode_params=functools.partial(_by_layer, cfg),
+        decode=decode,
+        decode_params=decode_params,
         flops_per_row=llama_flops(cfg, seq_len=seq_len),
         layers="layers/",
         with_gather=lambda function: base_model(cfg, seq_len=seq_len, gather=function),

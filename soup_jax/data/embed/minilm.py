@@ -10,7 +10,6 @@ rows have the same bits with any texts beside them, in any number of processes.
 
 import functools
 import importlib.util
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -106,11 +105,15 @@ def _parameters(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarra
 
 @functools.cache
 def _apply(encoder: Encoder) -> Any:
-    # Sums of several threads would have other bits than those of one.
+    # Sums of several threads would have other bits than those of one. Accelerators would multiply
+    # with fewer bits than a CPU, and find other domains.
     options = {"xla_cpu_multi_thread_eigen": False} if jax.default_backend() == "cpu" else None
-    return jax.jit(
-        lambda params, *batch: encoder.apply({"params": params}, *batch), compiler_options=options
-    )
+
+    def apply(params: Any, token_BL: Array, mask_BL: Array) -> Any:
+        with jax.default_matmul_precision("float32"):
+            return encoder.apply({"params": params}, token_BL, mask_BL)
+
+    return jax.jit(apply, compiler_options=options)
 
 
 class MiniLm:
@@ -183,16 +186,17 @@ class MiniLm:
             for name, value in tensors.items()
             if not name.endswith("position_ids") and "pooler" not in name
         }
-        made = cls(
-            {
-                "max_chars": cfg.max_chars,
-                "max_tokens": max_tokens,
-                "network": settings,
-                "pooling": pooling,
-                "tokenizer": inputs.read_text(folder / "tokenizer.json"),
-            },
-            tensors,
-        )
+        contents = {
+            "max_chars": cfg.max_chars,
+            "max_tokens": max_tokens,
+            "network": settings,
+            "pooling": pooling,
+            "tokenizer": inputs.read_text(folder / "tokenizer.json"),
+        }
+        try:
+            made = cls(contents, tensors)
+        except Exception as e:  # of this type the library of the tokenizer raises
+            raise UserError(f"{folder}/tokenizer.json is no tokenizer: {e}") from e
         _check_shapes(made, folder)
         return made
 
@@ -233,7 +237,9 @@ def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], str, int]:
             f"{folder}/config.json is {config['model_type']!r} with {act!r} and {positions} "
             "positions, which cannot be taken: only bert with gelu and absolute positions"
         )
-    pooled = json.loads(inputs.read_text(folder / "1_Pooling" / "config.json"))
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise UserError(f"{folder}/config.json: num_attention_heads must divide hidden_size")
+    pooled = inputs.read_json(folder / "1_Pooling" / "config.json", {})
     modes = [name for name, value in pooled.items() if name.startswith("pooling_mode") and value]
     kinds = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(modes) != 1 or modes[0] not in kinds:
@@ -251,6 +257,11 @@ def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], str, int]:
 
 
 def _check_shapes(made: MiniLm, folder: pathlib.Path) -> None:
+    size, vocab_size = made._tokenizer.get_vocab_size(), made._settings["network"]["vocab_size"]
+    if size > vocab_size:
+        raise UserError(
+            f"{folder}/tokenizer.json has {size} word pieces, more than the network's {vocab_size}"
+        )
     batch = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
     expected = jax.eval_shape(made._encoder.init, jax.random.key(0), *batch)["params"]
     wanted = {f"{m}/{leaf}": x.shape for m, part in expected.items() for leaf, x in part.items()}
