@@ -168,7 +168,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     value = json.loads(path.read_text())
     value["model"]["vocab"]["more"] = len(WORDS)
     path.write_text(json.dumps(value))
-    with pytest.raises(UserError, match="has 23 word pieces, more than the network's 22"):
+    with pytest.raises(UserError, match="has 24 word pieces, more than the network's 23"):
         MiniLm.fit(settings(tmp_path / "bert"), [])
     path.write_text("{}")
     with pytest.raises(UserError, match="is no tokenizer"):
