@@ -144,7 +144,7 @@ def test_what_cannot_be_fitted_or_loaded_is_a_user_error(embedder, tmp_path):
         base.load_embedder(tmp_path)
     files.write_json(tmp_path / "embedder.json", {"kind": "new", "name": "x", "dim": 1})
     with pytest.raises(
-        UserError, match=r"embedder.json: unknown embedder 'new'; known are tfidf_svd"
+        UserError, match=r"embedder.json: unknown embedder 'new'; known are minilm, tfidf_svd"
     ):
         base.load_embedder(tmp_path)
 
