@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from soup_jax.data.embed.minilm import MiniLm, _folder
+from soup_jax.data.embed.minilm import MiniLm, weights_folder
 from soup_jax.data.embed.tfidf_svd import TfidfSvd
 from soup_jax.evaluation.sample import read_sample
 from soup_jax.evaluation.sets import document_sets
@@ -39,7 +39,10 @@ def main() -> None:
         for document in read_sample([path], text_field="text").documents[:each]
     ][: given.number]
     ours, words = MiniLm.fit(cfg, texts), TfidfSvd.fit(cfg, texts)
-    theirs, cores = SentenceTransformer(str(_folder("")), device="cpu"), torch.get_num_threads()
+    theirs, cores = (
+        SentenceTransformer(str(weights_folder("")), device="cpu"),
+        torch.get_num_threads(),
+    )
 
     def encode(threads: int) -> np.ndarray:
         torch.set_num_threads(threads)

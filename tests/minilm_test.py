@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import types
 
 import numpy as np
@@ -47,7 +48,10 @@ def write_bert(folder: pathlib.Path) -> None:
     (folder / "1_Pooling").mkdir(parents=True)
     act = {"model_type": "bert", "hidden_act": "gelu"}
     (folder / "config.json").write_text(json.dumps(SIZES | act))
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 48}')
+    limits = {"max_seq_length": 48, "do_lower_case": False}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(limits))
+    modules = [{"type": f"sentence_transformers.models.{t}"} for t in ("Transformer", "Pooling")]
+    (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     word_piece = models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(word_piece)
@@ -142,6 +146,8 @@ def test_a_changed_weight_is_another_encoder(folder, encoder, tmp_path):
         ("config.json", '"num_attention_heads": 4', '"num_attention_heads": 3', "must divide"),
         ("1_Pooling/config.json", "{", "[{", "JSON"),
         ("sentence_bert_config.json", "max_seq_length", "length", "max_seq_length"),
+        ("sentence_bert_config.json", "false", "true", "do_lower_case cannot be taken"),
+        ("modules.json", "models.Pooling", "models.Dense", "Transformer, Dense cannot be taken"),
     ],
 )
 def test_a_model_that_is_another_is_refused_before_anything_is_read(
@@ -182,6 +188,12 @@ def test_without_weights_the_extra_is_named(tmp_path, monkeypatch):
         prepare(cfg)
 
 
+def test_a_path_that_nothing_would_read_is_refused(folder, tmp_path):
+    fields = {"corpus.dir": str(tmp_path / "corpus"), "embed.path": str(folder)}
+    with pytest.raises(UserError, match="kind=minilm, or leave the path out"):
+        prepare(tiny_config(**fields))
+
+
 def test_from_text_to_a_specialist(folder, tiny_text, tmp_path):
     fields = {"corpus.dir": str(tmp_path / "corpus"), "corpus.sources": (str(tiny_text),)}
     fields |= {"embed.kind": "minilm", "embed.path": str(folder), "num_steps": 3}
@@ -192,6 +204,14 @@ def test_from_text_to_a_specialist(folder, tiny_text, tmp_path):
     again.corpus.dir, again.corpus.num_workers = str(tmp_path / "again"), 2
     prepare(again)
     assert open_corpus(tmp_path / "again").fingerprint == open_corpus(made.path).fingerprint
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    cfg.embed.path = str(moved)
+    prepare(cfg)  # the same weights elsewhere: the corpus is there
+    tensors = load_file(moved / "model.safetensors")
+    tensors["embeddings.word_embeddings.weight"][5] += 1
+    save_file(tensors, moved / "model.safetensors")
+    with pytest.raises(UserError, match=r"embed.weights: \w+, now"):
+        prepare(cfg)
     train(cfg, tmp_path / "run")
     specialist, domains = instantiate_to(
         tmp_path / "run", str(tiny_text / "cooking.jsonl"), tmp_path / "out"

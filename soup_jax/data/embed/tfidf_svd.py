@@ -67,6 +67,19 @@ class TfidfSvd:
         return cls(settings["vocabulary"], max_chars=settings["max_chars"], **tensors)
 
     @classmethod
+    def check(cls, cfg: Any) -> None:
+        """Refuse a setting that nothing would read.
+
+        Raises:
+          UserError: `cfg.path` is set.
+        """
+        if cfg.path:
+            raise UserError(
+                f"embed.path = {cfg.path!r} is not read by embed.kind = 'tfidf_svd': set "
+                "--config.embed.kind=minilm, or leave the path out"
+            )
+
+    @classmethod
     def fit(cls, cfg: Any, texts: Sequence[str], *, num_workers: int = 1) -> "TfidfSvd":
         """Vocabulary, IDF and SVD of `texts`; `cfg` is the config's `embed` section.
 

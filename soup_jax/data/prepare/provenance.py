@@ -45,7 +45,11 @@ def make_request(
     parameters = {name: getattr(cfg, name) for name in ("num_domains", "vocab_size", "seq_len")}
     parameters |= {f"corpus.{name}": getattr(cfg.corpus, name) for name in names}
     parameters |= {f"tokenizer.{name}": value for name, value in tokenizer.items()}
-    parameters |= {f"embed.{name}": value for name, value in cfg.embed.items()}
+    embed = dict(cfg.embed.items())
+    if hasattr(embedder := EMBEDDERS.get(cfg.embed.kind), "source_hash"):
+        del embed["path"]  # weights are the same wherever they lie
+        embed["weights"] = embedder.source_hash(cfg.embed)
+    parameters |= {f"embed.{name}": value for name, value in embed.items()}
     before = {entry["path"]: entry for entry in known}
     found = [_stamp(source.path) for source in sources]
     changed = []
