@@ -26,7 +26,8 @@ DTYPES = ("float32", "bfloat16")
 FIELDS = (
     free("name", "base", "of the run, in logs and recipes"),
     fixed("seed", 0, "of the model's init and of the sampling plan; not of the corpus", at_least=0),
-    fixed("num_domains", 16, "K, clusters the corpus is cut into", at_least=1),
+    fixed("num_domains", 16, "K, clusters the corpus is cut into, or those of a coarser level",
+          at_least=1),
     fixed("num_experts", 8, "E; 0 is the generic model through the same code", at_least=0),
     fixed("num_mixtures", 1, "M, domain-weight vectors per step; divides batch_size", at_least=1),
     # 256 bytes and the end-of-text token are the least.
@@ -49,6 +50,17 @@ FIELDS = (
     fixed("corpus.min_chars", 1, "shorter documents are dropped, counted and reported", at_least=0),
     fixed("corpus.max_chars", 1_000_000, "longer documents are cut into pieces of this size",
           at_least=1),
+    fixed("corpus.levels", (), "fewer domains, ascending, that `prepare` cuts first and then these "
+          "into num_domains; a training may take a level. (): none, or sqrt(K) above K = 1024"),
+    fixed("corpus.near_duplicates", 0.0,
+          "of two documents whose word 5-grams have this Jaccard similarity, estimated, the later "
+          "is dropped; 0: not looked for; 0.8 is usual, below 0.7 many are missed",
+          at_least=0, at_most=1),
+    free("corpus.evaluation", (),
+         "files of documents to score specialists on, which must not be trained on, as `sources`"),
+    fixed("corpus.contaminated", "drop",
+          "what happens to documents that share half of the word 8-grams of one of them",
+          choices=("drop", "report")),
     free("corpus.num_workers", 0, "processes that tokenise and embed; 0: one per CPU core",
          at_least=0),
 

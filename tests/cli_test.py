@@ -69,6 +69,7 @@ def test_unknown_flag(name, capsys):
 @pytest.mark.parametrize("name", [*main.SUBCOMMANDS])
 def test_positional_rubbish(name, capsys):
     config = [CONFIG] if name in ("prepare", "train") else []
+    config += ["--corpus=corpus"] if name == "histogram" else []
     assert "rubbish" in _error(capsys, [name, *config, "rubbish"])
 
 

@@ -21,7 +21,8 @@ def blobs(num: int, num_blobs: int, dim: int = 16, seed: int = 0) -> tuple[np.nd
 
 def test_separate_blobs_become_domains():
     rows, blob = blobs(300, 6)
-    centroids = domains.fit_centroids(rows, 6)
+    tree = domains.fit_tree(rows, 6)
+    (centroids,) = tree.centroids
     assert centroids.shape == (6, 16)
     assert centroids.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-6)
@@ -31,17 +32,60 @@ def test_separate_blobs_become_domains():
 
 
 @pytest.mark.parametrize("num_domains", [1, 2, 30, 60])
-@pytest.mark.parametrize("flat", [1000, 1])
-def test_every_domain_has_a_document(num_domains, flat, monkeypatch):
-    monkeypatch.setattr(domains, "FLAT_DOMAINS", flat)
+@pytest.mark.parametrize("levels", [(), (1,), (7,), (3, 8)])
+def test_every_domain_has_a_document(num_domains, levels):
+    levels = tuple(size for size in levels if size < num_domains)
     rows, _ = blobs(60, 7)
     # Heavy duplication tempts k-means into centroids that nobody is nearest to.
     rows = np.concatenate([rows, np.repeat(rows[:2], 500, axis=0), np.zeros((5, 16), np.float32)])
-    centroids = domains.fit_centroids(rows, num_domains)
-    assert centroids.shape == (num_domains, 16)
-    nearest, _ = domains.assign(rows[:-5], centroids)
+    tree = domains.fit_tree(rows, num_domains, levels)
+    assert tree.sizes == (*levels, num_domains)
+    nearest, similarity = tree.assign(rows[:-5])
     assert set(nearest) == set(range(num_domains))
-    np.testing.assert_array_equal(domains.fit_centroids(rows, num_domains), centroids)
+    assert similarity.shape == (len(rows) - 5, len(tree.sizes))
+    again = domains.fit_tree(rows, num_domains, levels)
+    for one, other in zip(tree.centroids, again.centroids, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_tree_is_walked_down_and_its_levels_are_flat_ones():
+    rows, _ = blobs(2000, 40)
+    tree = domains.fit_tree(rows, 40, (5,))
+    assert [b.tolist()[0] for b in tree.begins] == [0]
+    assert tree.begins[0][-1] == 40
+    nearest, similarity = tree.assign(rows)
+    top, cosine = domains.assign(rows, tree.centroids[0])
+    np.testing.assert_array_equal(similarity[:, 0], cosine)
+    ranges = tree.ranges(0)
+    np.testing.assert_array_equal(np.searchsorted(ranges, nearest, side="right") - 1, top)
+    for c in range(5):
+        own = slice(ranges[c], ranges[c + 1])
+        expected = domains.assign(rows[top == c], tree.centroids[1][own])
+        np.testing.assert_array_equal(nearest[top == c] - ranges[c], expected[0])
+        np.testing.assert_array_equal(similarity[top == c, 1], expected[1])
+    # The coarse level is the tree of that size: nothing below it moved it.
+    flat = domains.fit_tree(rows, 5)
+    np.testing.assert_array_equal(tree.cut(5).centroids[0], flat.centroids[0])
+    np.testing.assert_array_equal(tree.cut(5).assign(rows)[0], top)
+    kept = domains.Tree.of(tree.tensors())
+    np.testing.assert_array_equal(kept.assign(rows)[0], nearest)
+    np.testing.assert_array_equal(kept.ranges(1), np.arange(41))
+    # What is not allowed is nobody's, and the others keep theirs.
+    allowed = np.ones(40, bool)
+    allowed[own] = False
+    elsewhere, _ = tree.assign(rows, allowed)
+    assert allowed[elsewhere].all()
+    np.testing.assert_array_equal(elsewhere[top != 4], nearest[top != 4])
+    # Three levels are walked like two.
+    deep = domains.fit_tree(rows, 40, (2, 8))
+    np.testing.assert_array_equal(deep.ranges(0), deep.begins[1][deep.begins[0]])
+
+
+def test_many_domains_have_a_level_above_by_themselves(monkeypatch):
+    monkeypatch.setattr(domains, "FLAT_DOMAINS", 20)
+    assert domains.level_sizes(20) == ()
+    assert domains.level_sizes(21) == (5,)
+    assert domains.level_sizes(30, (3, 9)) == (3, 9)
 
 
 # A continued `prepare` comes here without having used scikit-learn. With two threads its sums have
@@ -55,7 +99,7 @@ def kmeans(rows, num_clusters):
     seen.update((p["user_api"], p["num_threads"]) for p in threadpoolctl.threadpool_info())
     return rows[:num_clusters]
 domains._kmeans = kmeans
-domains.fit_centroids(np.eye(4, dtype=np.float32), 2)
+domains.fit_tree(np.eye(4, dtype=np.float32), 2)
 assert seen == {("blas", 1), ("openmp", 1)}, seen
 """
 
@@ -78,9 +122,11 @@ def test_holes_are_filled_without_opening_others():
 def test_too_few_documents_or_different_ones_are_a_user_error():
     rows, _ = blobs(5, 5)
     with pytest.raises(UserError, match=r"only 5 train documents .*num_domains"):
-        domains.fit_centroids(np.concatenate([rows, np.zeros_like(rows)]), 6)
+        domains.fit_tree(np.concatenate([rows, np.zeros_like(rows)]), 6)
     with pytest.raises(UserError, match="only 5 of 8"):
-        domains.fit_centroids(np.repeat(rows, 10, axis=0), 8)
+        domains.fit_tree(np.repeat(rows, 10, axis=0), 8)
+    with pytest.raises(UserError, match="only 5 of 7 domains can be told apart"):
+        domains.fit_tree(np.repeat(rows, 10, axis=0), 7, (2,))
 
 
 def test_assign_is_the_nearest_by_cosine():
@@ -107,14 +153,25 @@ def test_histogram():
 def test_shares_are_fair_and_possible():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        size = rng.integers(0, 100, 12)
-        total = int(rng.integers(1, size.sum() + 1))
-        share = domains.shares(size, total)
+        size = rng.integers(1, 100, 12)
+        most = np.minimum(size, rng.integers(1, 100, 12))
+        total = int(rng.integers(12, most.sum() + 1))
+        share = domains.shares(size, total, most=most)
         assert share.sum() == total
-        assert (share >= 0).all()
-        assert (share <= size).all()
-        assert (np.abs(share - size * total / size.sum()) < 12).all()
-    np.testing.assert_array_equal(domains.shares(np.array([80, 15, 5]), 10), [9, 1, 0])
+        assert (share >= 1).all()
+        assert (share <= most).all()
+        unbound = domains.shares(size, total, most=size) if total <= size.sum() else share
+        assert (np.abs(unbound - size * total / size.sum()) < 12).all()
+    sizes = np.array([80, 15, 5])
+    np.testing.assert_array_equal(domains.shares(sizes, 10, most=sizes), [8, 1, 1])
+
+
+def test_gini_coefficient():
+    assert domains.gini(np.full(9, 3)) == pytest.approx(0, abs=1e-12)
+    assert domains.gini(np.array([0, 0, 0, 8])) == pytest.approx(0.75)
+    sizes = np.array([1.0, 2, 3, 10])
+    gaps = np.abs(sizes[:, None] - sizes).sum()  # its definition
+    assert domains.gini(sizes) == pytest.approx(gaps / (2 * 4 * 4 * sizes.mean()))
 
 
 def test_labels_name_what_sets_a_domain_apart():

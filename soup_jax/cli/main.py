@@ -1,6 +1,8 @@
 """The console command: `soup-jax SUBCOMMAND ...`, also `python -m soup_jax.cli SUBCOMMAND ...`.
 
     soup-jax prepare     --config=FILE.py                       raw text -> prepared corpus
+    soup-jax domains     --corpus=DIR                           what a corpus is made of
+    soup-jax histogram   --documents=F --corpus=DIR             which domains documents lie in
     soup-jax plan        --config=FILE.py --topology=v5e:4x4    memory, traffic and time of a run
     soup-jax train       --config=FILE.py --workdir=RUN         corpus -> trained soup
     soup-jax evaluate    --workdir=RUN --specialists='DIR/*'    losses of specialists and baselines
@@ -29,10 +31,12 @@ from absl import flags
 
 from soup_jax.cli import (
     config_flag,
+    domains,
     evaluate,
     export,
     finetune,
     generate,
+    histogram,
     instantiate,
     pack,
     plan,
@@ -48,6 +52,8 @@ from soup_jax.errors import UserError, explain
 # to import when it acts, so that --help and mistakes are answered at once.
 SUBCOMMANDS = {
     "prepare": prepare,
+    "domains": domains,
+    "histogram": histogram,
     "plan": plan,
     "train": train,
     "evaluate": evaluate,

@@ -39,6 +39,8 @@ def run(values: flags.FlagValues) -> int:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
+    from soup_jax.data import domain_report
+    from soup_jax.data.corpus import open_corpus
     from soup_jax.planning import text
     from soup_jax.planning.plan import make_plan
     from soup_jax.planning.target import find_target
@@ -48,6 +50,11 @@ def run(values: flags.FlagValues) -> int:
     )
     plan = make_plan(cfg, target)
     print(text.to_text(plan))
+    if (pathlib.Path(cfg.corpus.dir) / "manifest.json").exists():
+        corpus = open_corpus(cfg.corpus.dir, num_domains=cfg.num_domains)
+        fits = corpus.num_domains == cfg.num_domains
+        if fits and (warning := domain_report.repetition_warning(cfg, corpus)):
+            print(f"warning: {warning}")
     if values.json:
         write_json(pathlib.Path(values.json), text.to_json(plan))
     return 0 if plan.fits else 1

@@ -7,9 +7,12 @@ Folder (`prepare` writes it, `open_corpus` reads it):
                              feature "tokens" [L + 1]
     offsets.safetensors      offsets/<split> int64 [K + 1], pad/<split> int64 [K]
     domains.json             K entries: label, terms, documents, windows and tokens per split
-    centroids.safetensors    centroids float32 [K, dim], similarity_quantiles float32 [3]
+    levels.json              such entries of each coarser level, by its number of domains, if any
+    centroids.safetensors    tensors of `domains.Tree`; similarity_quantiles float32 [3], and of
+                             each coarser level similarity_quantiles/K_l
     tokenizer.json, embedder.json, embedder.safetensors
     train_hashes.safetensors hashes uint64 [n], sorted: of the train documents, by `short_hashes`
+    dropped.json             near duplicates and contaminated documents, if they were looked for
     report.json              what was damaged in the sources, and where
     manifest.json            counts, parameters, sizes and SHA-256 of all of the above; comes last
 
@@ -36,10 +39,11 @@ from soup_jax.errors import UserError
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "held_out")
+LEVELS = "levels.json"
 # Not among what the fingerprint hashes; corpora of earlier versions have none.
 TRAIN_HASHES = "train_hashes.safetensors"
 # What every reader stands on; small, so that their hashes are compared whenever a corpus is opened.
-_SMALL = ("offsets.safetensors", *domain_map.FILES)
+_SMALL = ("offsets.safetensors", LEVELS, *domain_map.FILES)
 _MANIFEST = {
     "format": int,
     "fingerprint": str,
@@ -52,6 +56,8 @@ _MANIFEST = {
     "extras?": {...: {"bytes": int, "sha256": str}},
     "request": {"parameters": dict, "sources": [{"path": str}]},
 }
+# Counts of a manifest whose corpus was cleaned, in words.
+CLEANED = {"near_duplicates": "near duplicates", "contaminated": "in corpus.evaluation"}
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random reads
 _READER_BUFFER = 4096  # bytes: about one record
 
@@ -102,7 +108,10 @@ class Corpus(DomainMap):
     manifest: dict[str, Any]
     seq_len: int  # L
     offsets: dict[str, np.ndarray]  # split -> int64 [K + 1], first record of each domain
-    pad: dict[str, np.ndarray]  # split -> int64 [K], filling targets in a domain's last window
+    # Of the finest domains, whatever the level: their offsets, and filling targets in the last
+    # window of each, int64 [K_finest].
+    finest: dict[str, np.ndarray]
+    pad: dict[str, np.ndarray]
     _records: dict[str, _Records] = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
@@ -156,6 +165,32 @@ class Corpus(DomainMap):
         data = data.reshape(len(ids), -1)[:, -dtype.itemsize * (self.seq_len + 1) :]
         return np.ascontiguousarray(data).view(dtype).astype(np.int32)
 
+    def num_targets(self, split: str, record_ids: np.ndarray) -> np.ndarray:
+        """int32 [n]: targets of each window that are text; a finest domain's last has fewer."""
+        finest = self.finest[split]
+        domain = np.searchsorted(finest, record_ids, side="right") - 1
+        pad = np.where(record_ids == finest[domain + 1] - 1, self.pad[split][domain], 0)
+        return (self.seq_len - pad).astype(np.int32)
+
+    def level(self, num_domains: int) -> "Corpus":
+        """The same windows by the domains of a coarser level; ValueError if there is none.
+
+        Its fingerprint is another: weights of these domains mean nothing to those.
+        """
+        tree = self.tree()
+        begins = tree.ranges(tree.sizes.index(num_domains))
+        described = inputs.read_json(self.path / LEVELS, {...: [{"label": str}]})
+        offsets = {split: offsets[begins] for split, offsets in self.offsets.items()}
+        windows_K = np.diff(offsets["train"])
+        of_level = f"{self.fingerprint}/{num_domains}"
+        return dataclasses.replace(
+            self,
+            domains=described[str(num_domains)],
+            offsets=offsets,
+            domain_frequencies=windows_K / windows_K.sum(),
+            fingerprint=files.sha256_bytes(of_level.encode()),
+        )
+
     def summary(self) -> list[str]:
         """Lines on what was read, dropped and damaged, and what came of it."""
         counts = self.manifest["counts"]
@@ -164,11 +199,15 @@ class Corpus(DomainMap):
             f"duplicates and {counts['too_short']:,} too short ones dropped, {counts['cut']:,} "
             f"long ones cut; {self.num_domains} domains, vocabulary of {self.vocab_size:,}"
         ]
+        found = [f"{counts[name]:,} {words}" for name, words in CLEANED.items() if name in counts]
+        if found:
+            lines.append(f"  found, and told in dropped.json: {', '.join(found)}")
         for split, count in counts["splits"].items():
             lines.append(
                 f"  {split}: {count['documents']:,} documents, {count['bytes'] / 1e6:,.1f} MB, "
                 f"{count['tokens']:,} tokens, {count['windows']:,} windows of {self.seq_len}"
             )
+        lines.append(f"  {self.balance()}")
         report = inputs.read_json(self.path / "report.json", REPORT)
         damage = Report(report).lines()
         lines.append(
@@ -195,8 +234,11 @@ class Corpus(DomainMap):
             )
 
 
-def open_corpus(directory: str | os.PathLike) -> Corpus:
+def open_corpus(directory: str | os.PathLike, *, num_domains: int = 0) -> Corpus:
     """Open a prepared corpus and check that its files are there, with their sizes.
+
+    Args:
+      num_domains: of the level to open; default, and where there is no such level: the finest.
 
     Raises:
       UserError: not a corpus, an unfinished or incomplete one, or one of another version.
@@ -225,7 +267,7 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
     splits = [split for split in SPLITS if f"offsets/{split}" in tensors]
     offsets = {split: tensors[f"offsets/{split}"] for split in splits}
     windows_K = np.diff(offsets["train"])
-    return Corpus(
+    corpus = Corpus(
         path=path,
         manifest=manifest,
         domains=inputs.read_json(path / "domains.json", [{"label": str}]),
@@ -234,10 +276,14 @@ def open_corpus(directory: str | os.PathLike) -> Corpus:
         eos_id=manifest["eos_id"],
         max_chars=manifest["request"]["parameters"].get("corpus.max_chars", 1 << 62),
         offsets=offsets,
+        finest=offsets,
         pad={split: tensors[f"pad/{split}"] for split in splits},
         domain_frequencies=windows_K / windows_K.sum(),
         fingerprint=manifest["fingerprint"],
     )
+    if num_domains in (0, corpus.num_domains) or num_domains not in corpus.tree().sizes:
+        return corpus
+    return corpus.level(num_domains)
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:

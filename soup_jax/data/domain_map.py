@@ -4,7 +4,8 @@ A corpus has it, and whatever makes specialists needs no more of a corpus: a run
 keep a copy, in a folder of its own:
 
     domains.json             an entry per domain, with its label and train windows
-    centroids.safetensors, tokenizer.json, embedder.json, embedder.safetensors
+    centroids.safetensors    a tree of centroids (`domains.Tree`), quantiles of similarity to them
+    tokenizer.json, embedder.json, embedder.safetensors
     map.json                 what else is known of the corpus, and the SHA-256 of these files
 """
 
@@ -15,10 +16,11 @@ import shutil
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from soup_jax import inputs
 from soup_jax import storage as files
-from soup_jax.data import domains
+from soup_jax.data.domains import QUANTILES, Tree, gini
 from soup_jax.data.embed.base import Embedder, load_embedder
 from soup_jax.data.tokenizer import Tokenizer, load_tokenizer
 from soup_jax.errors import UserError
@@ -73,6 +75,16 @@ class DomainMap:
         """A few words that tell what the documents of a domain are about."""
         return self.domains[domain]["label"]
 
+    def balance(self) -> str:
+        """One sentence on how unequal the domains are, by train windows."""
+        windows_K = np.array([entry["windows"]["train"] for entry in self.domains])
+        low, middle, high = np.quantile(windows_K, (0.05, 0.5, 0.95), method="nearest")
+        return (
+            f"{self.num_domains} domains of {windows_K.min():,} to {windows_K.max():,} train "
+            f"windows, median {middle:,}, nine in ten from {low:,} to {high:,}; Gini coefficient "
+            f"{gini(windows_K):.2f} (0: all equal)"
+        )
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the windows."""
         return self._tokenizer
@@ -81,13 +93,19 @@ class DomainMap:
         """The embedder that the centroids were made with."""
         return self._embedder
 
+    def tree(self) -> Tree:
+        """The centroids of the domains, and those above them."""
+        return Tree.of(self._tensors).cut(self.num_domains)
+
     def centroids(self) -> np.ndarray:
         """float32 [K, dim], unit rows."""
-        return self._tensors["centroids"]
+        return self.tree().centroids[-1]
 
     def similarity_quantiles(self) -> dict[float, float]:
-        """Quantiles of the similarity of train documents to their own centroid."""
-        return dict(zip(domains.QUANTILES, self._tensors["similarity_quantiles"].tolist()))
+        """Quantiles of the similarity of the corpus's documents to the centroid of their domain."""
+        coarse = f"similarity_quantiles/{self.num_domains}"
+        found = self._tensors.get(coarse, self._tensors["similarity_quantiles"])
+        return dict(zip(QUANTILES, found.tolist()))
 
     # Read once: a server takes documents to domains all day.
 
@@ -108,6 +126,11 @@ class DomainMap:
         with files.atomic_folder(folder) as new:
             for name in FILES:
                 shutil.copyfile(self.path / name, new / name)
+            if self.num_domains != len(self._tensors["centroids"]):  # a coarser level of a tree
+                files.write_json(new / "domains.json", self.domains)
+                quantiles = np.array([*self.similarity_quantiles().values()], np.float32)
+                tensors = {**self.tree().tensors(), "similarity_quantiles": quantiles}
+                safetensors.numpy.save_file(tensors, new / "centroids.safetensors")
             described = {
                 "format": FORMAT,
                 "fingerprint": self.fingerprint,

@@ -1,17 +1,22 @@
-"""Domains: k-means centroids of document embeddings, nearest centroid, histogram, labels.
+"""Domains: a tree of k-means centroids of document embeddings, nearest centroid, labels.
 
-1. `fit_centroids` unit embeddings [n, dim]     -> centroids [K, dim], unit rows
-2. `assign`        embeddings, centroids        -> nearest domain and cosine similarity per row
+1. `fit_tree`      unit embeddings [n, dim]     -> Tree of centroids, unit rows
+2. `Tree.assign`   embeddings                   -> nearest domain and cosine similarities per row
 3. `histogram`     nearest domains [n]          -> h [K], the domain weights of these documents
 4. `top_terms`     texts, their domains         -> words that tell a domain from the others
+
+A tree has one level or several: 64 clusters, say, each cut into its share of 4,096. A document goes
+down it, to the nearest centroid of the first level and to the nearest of that one's own, so that
+the coarser level is what it would be without the finer one, and a domain of it is a range of those.
 
 A document without a direction (a row of zeros) has similarity 0 and falls to domain 0, as every
 document of a corpus must lie somewhere; `domain_histogram` counts it for none. This module knows
 neither files nor tokens.
 """
 
+import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import threadpoolctl
@@ -20,7 +25,7 @@ from soup_jax.data.embed.base import unit_rows
 from soup_jax.data.embed.tfidf_svd import weigh
 from soup_jax.errors import UserError
 
-# Above this many domains k-means is done in two levels.
+# Above this many domains, the levels of a tree are made where none are asked for.
 FLAT_DOMAINS = 1024
 QUANTILES = (0.01, 0.05, 0.5)
 LABEL_CHARS = 2_000  # of a document; its beginning says what it is about
@@ -28,13 +33,89 @@ _LABEL_FEATURES = 20_000
 _ROWS = 4096
 
 
-def fit_centroids(embeddings: np.ndarray, num_domains: int) -> np.ndarray:
-    """Unit centroids float32 [K, dim] by k-means on unit embeddings [n, dim]; deterministic.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tree:
+    """Centroids in levels, from coarse to fine; those of the last level are the domains.
 
-    Every centroid is the nearest one of at least one row. Above FLAT_DOMAINS two levels are used:
-    about sqrt(K) clusters, each cut into a share of the K in proportion to its rows. Flat k-means
-    costs n * K * dim per iteration and, with thousands of seeds, leaves many in a few dense spots;
-    two levels cost about n * sqrt(K) * dim and spread them.
+    Attributes:
+      centroids: of each level, float32 [K_l, dim], unit rows.
+      begins: of each level but the last, int64 [K_l + 1]: the centroids of the next level that
+        belong to centroid c are `begins[c]` to `begins[c + 1]`, without the last.
+    """
+
+    centroids: tuple[np.ndarray, ...]
+    begins: tuple[np.ndarray, ...] = ()
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, np.ndarray]) -> "Tree":
+        """The tree whose `tensors` these are; others among them are passed over."""
+        coarse = sorted(int(name[10:]) for name in tensors if name.startswith("centroids/"))
+        return cls(
+            (*(tensors[f"centroids/{size}"] for size in coarse), tensors["centroids"]),
+            tuple(tensors[f"begins/{size}"] for size in coarse),
+        )
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What `of` takes, by names for a file: of the last level, `centroids`."""
+        *coarse, fine = self.centroids
+        named = {f"centroids/{len(c)}": c for c in coarse}
+        return named | {f"begins/{len(b) - 1}": b for b in self.begins} | {"centroids": fine}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """K_l of each level; the last is K."""
+        return tuple(map(len, self.centroids))
+
+    def cut(self, num_domains: int) -> "Tree":
+        """The tree down to the level that has so many centroids; ValueError if there is none."""
+        levels = self.sizes.index(num_domains) + 1
+        return Tree(self.centroids[:levels], self.begins[: levels - 1])
+
+    def ranges(self, level: int) -> np.ndarray:
+        """int64 [K_l + 1]: the domains below centroid c of a level are [c] to [c + 1]."""
+        ends = np.arange(self.sizes[level] + 1)
+        for begins in self.begins[level:]:
+            ends = begins[ends]
+        return ends
+
+    def assign(
+        self, embeddings: np.ndarray, allowed_K: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(nearest int32 [n], similarity float32 [n, levels]) of embeddings [n, dim].
+
+        Similarity is the cosine to the centroid of each level; among equals the lowest wins.
+
+        Args:
+          allowed_K: bool, the domains that there are; default all.
+        """
+        nearest = np.zeros(len(embeddings), np.int32)
+        similarity = np.zeros((len(embeddings), len(self.centroids)), np.float32)
+        for level, centroids in enumerate(self.centroids):
+            begins = self.begins[level - 1] if level else np.array([0, len(centroids)])
+            allowed = np.ones(len(centroids), bool)
+            if allowed_K is not None:
+                ranges = self.ranges(level)
+                allowed = np.logical_or.reduceat(allowed_K, ranges[:-1])
+            parents, nearest = nearest, np.zeros_like(nearest)
+            for parent in np.unique(parents):
+                rows = np.flatnonzero(parents == parent)
+                own = np.arange(begins[parent], begins[parent + 1])
+                own = own[allowed[own]]
+                found, similarity[rows, level] = assign(embeddings[rows], centroids[own])
+                nearest[rows] = own[found]
+        return nearest, similarity
+
+
+def fit_tree(embeddings: np.ndarray, num_domains: int, levels: Sequence[int] = ()) -> Tree:
+    """A tree of k-means on unit embeddings [n, dim], with `num_domains` at its end; deterministic.
+
+    Every centroid is the nearest one of at least one row. A level cuts each cluster of the one
+    before into a share of its size in proportion to the cluster's rows. Flat k-means costs
+    n * K * dim per iteration and, with thousands of seeds, leaves many in a few dense spots; two
+    levels cost about n * sqrt(K) * dim and spread them.
+
+    Args:
+      levels: sizes of the levels before, ascending; default: none, or sqrt(K) above FLAT_DOMAINS.
 
     Raises:
       UserError: fewer rows, or fewer different rows, than domains.
@@ -49,18 +130,44 @@ def fit_centroids(embeddings: np.ndarray, num_domains: int) -> np.ndarray:
     # imported below it, scikit-learn would bring an OpenMP of as many threads as there are cores.
     import sklearn.cluster  # noqa: F401
 
+    centroids: list[np.ndarray] = []
+    begins: list[np.ndarray] = []
+    clusters = [rows]
     with threadpoolctl.threadpool_limits(1):
-        if num_domains <= FLAT_DOMAINS:
-            centroids = _kmeans(rows, num_domains)
-        else:
-            centroids = _two_levels(rows, num_domains)
-        return _fill_empty(rows, unit_rows(centroids))
+        for size in (*level_sizes(num_domains, levels), num_domains):
+            share = np.array([size])
+            if centroids:
+                different = np.array([len(np.unique(c, axis=0)) for c in clusters])
+                if different.sum() < size:
+                    raise _too_alike(int(different.sum()), size)
+                share = shares(np.array(list(map(len, clusters))), size, most=different)
+                begins.append(np.concatenate([[0], np.cumsum(share)]))
+            found = [
+                _fill_empty(cluster, unit_rows(_kmeans(cluster, number)))
+                for cluster, number in zip(clusters, share.tolist())
+            ]
+            centroids.append(np.concatenate(found))
+            if size < num_domains:
+                nearest = [assign(cluster, own)[0] for cluster, own in zip(clusters, found)]
+                clusters = [
+                    cluster[near == c]
+                    for cluster, near, own in zip(clusters, nearest, found)
+                    for c in range(len(own))
+                ]
+    return Tree(tuple(centroids), tuple(begins))
+
+
+def level_sizes(num_domains: int, levels: Sequence[int] = ()) -> tuple[int, ...]:
+    """The sizes of the levels before the last."""
+    if not levels and num_domains > FLAT_DOMAINS:
+        return (round(num_domains**0.5),)
+    return tuple(levels)
 
 
 def assign(embeddings: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(nearest int32 [n], similarity float32 [n]) of embeddings [n, dim] to centroids [K, dim].
+    """(nearest int32 [n], similarity float32 [n]) of embeddings [n, dim] to centroids [c, dim].
 
-    Similarity is the cosine; among equals the lowest domain wins.
+    Similarity is the cosine; among equals the lowest centroid wins.
     """
     nearest = np.zeros(len(embeddings), np.int32)
     similarity = np.zeros(len(embeddings), np.float32)
@@ -70,6 +177,13 @@ def assign(embeddings: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, n
         nearest[part] = cosine.argmax(axis=1)
         similarity[part] = cosine[np.arange(len(cosine)), nearest[part]]
     return nearest, similarity
+
+
+def gini(sizes: np.ndarray) -> float:
+    """How unequal sizes are: 0 if all are the same, towards 1 if one has all."""
+    ordered = np.sort(np.asarray(sizes, np.float64))
+    rank = np.arange(1, len(ordered) + 1)
+    return float(2 * (rank * ordered).sum() / (len(ordered) * ordered.sum()) - 1 - 1 / len(ordered))
 
 
 def histogram(nearest: np.ndarray, num_domains: int) -> np.ndarray:
@@ -132,24 +246,16 @@ def _kmeans(rows: np.ndarray, num_clusters: int) -> np.ndarray:
         return kmeans.fit(rows).cluster_centers_
 
 
-def _two_levels(rows: np.ndarray, num_domains: int) -> np.ndarray:
-    top = unit_rows(_kmeans(rows, round(num_domains**0.5)))
-    nearest, _ = assign(rows, top)
-    size = np.bincount(nearest, minlength=len(top))
-    share = shares(size, num_domains)
-    parts = [_kmeans(rows[nearest == c], share[c]) for c in range(len(top)) if share[c]]
-    return np.concatenate(parts)
+def shares(size: np.ndarray, total: int, *, most: np.ndarray) -> np.ndarray:
+    """int [c] that add up to `total`, about in proportion to `size`, each from 1 to its `most`.
 
-
-def shares(size: np.ndarray, total: int) -> np.ndarray:
-    """int [c] that add up to `total`, in proportion to `size`, none larger than its size.
-
-    `total` must not exceed the sum of sizes.
+    `total` must be from the number of sizes to the sum of `most`.
     """
-    share = np.minimum(size * total // size.sum(), size)
+    share = np.clip(size * total // size.sum(), 1, most)
     while share.sum() < total:  # the rest goes where the most rows stand behind one share
-        c = np.argmax(np.where(share < size, size / (share + 1), -1))
-        share[c] += 1
+        share[np.argmax(np.where(share < most, size / (share + 1), -1))] += 1
+    while share.sum() > total:  # those of 1 that had less
+        share[np.argmin(np.where(share > 1, size / share, np.inf))] -= 1
     return share
 
 
@@ -166,7 +272,11 @@ def _fill_empty(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
         _, first = np.unique(rows[worst], axis=0, return_index=True)
         worst = worst[np.sort(first)][: len(empty)]
         centroids[empty[: len(worst)]] = rows[worst]
-    raise UserError(
-        f"only {len(np.unique(assign(rows, centroids)[0]))} of {len(centroids)} domains can be "
-        "told apart: the train documents are too few or too alike. Lower --config.num_domains"
+    raise _too_alike(len(np.unique(assign(rows, centroids)[0])), len(centroids))
+
+
+def _too_alike(found: int, wanted: int) -> UserError:
+    return UserError(
+        f"only {found} of {wanted} domains can be told apart: the train documents are too few or "
+        "too alike. Lower --config.num_domains"
     )

@@ -43,18 +43,11 @@ class BatchSource:
         return Batch(
             rows={
                 "tokens": self._corpus.read_windows("train", record),
-                "num_targets": num_targets(self._corpus, "train", domain, window),
+                "num_targets": self._corpus.num_targets("train", record),
             },
             h_MK=plan.h_MK.astype(np.float32),
             domain_B=domain.astype(np.int32),
         )
-
-
-def num_targets(corpus: Corpus, split: str, domain: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """int32 [n]: targets of each window that are text; only a domain's last window has fewer."""
-    size = np.diff(corpus.offsets[split])[domain]
-    pad = np.where(window == size - 1, np.asarray(corpus.pad[split])[domain], 0)
-    return (corpus.seq_len - pad).astype(np.int32)
 
 
 def process_rows(batch_sharding: NamedSharding, batch_size: int) -> np.ndarray:
@@ -110,7 +103,8 @@ def check_corpus(corpus: Corpus, *, num_domains: int, seq_len: int, vocab_size: 
     """
     problems = []
     if corpus.num_domains != num_domains:
-        problems.append(f"num_domains is {num_domains}, the corpus has {corpus.num_domains}")
+        has = " or ".join(map(str, reversed(corpus.tree().sizes)))
+        problems.append(f"num_domains is {num_domains}, the corpus has {has}")
     if corpus.seq_len != seq_len:
         problems.append(f"seq_len is {seq_len}, the corpus has windows of {corpus.seq_len}")
     if corpus.vocab_size > vocab_size:

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from soup_jax import storage as files
 from soup_jax.data.corpus import Corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
-from soup_jax.data.loader import num_targets
 from soup_jax.data.sources import hash_fraction
 from soup_jax.data.tokenizer import Tokenizer
 from soup_jax.errors import UserError
@@ -168,17 +167,15 @@ def validation_set(corpus: Corpus, *, max_windows: int) -> TokenSet:
     Raises:
       UserError: the corpus has no validation windows.
     """
-    offsets = corpus.offsets["validation"]
-    total = int(offsets[-1])
+    total = int(corpus.offsets["validation"][-1])
     if not total:
         raise UserError(
             f"{corpus.path} has no validation windows; prepare with a larger "
             "corpus.validation_fraction"
         )
     ids = _spread(total, max_windows)
-    domain = np.searchsorted(offsets, ids, side="right") - 1
     tokens = corpus.read_windows("validation", ids)
-    real = num_targets(corpus, "validation", domain, ids - offsets[domain])
+    real = corpus.num_targets("validation", ids)
     return _token_set(corpus.tokenizer(), tokens, real, 0)
 
 

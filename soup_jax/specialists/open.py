@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from soup_jax.config import schema as config_lib
 from soup_jax.data import domain_map
-from soup_jax.data.corpus import Corpus
+from soup_jax.data.corpus import Corpus, open_corpus
+from soup_jax.data.domain_map import DomainMap
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.specialists import folder as folder_lib
@@ -54,9 +55,10 @@ def load(
     if (copy / "map.json").exists():
         domains = domain_map.open_map(copy)
         if corpus_dir:
-            open_corpus_of(corpus_dir, workdir, domains.fingerprint)
+            open_corpus_of(corpus_dir, workdir, domains.fingerprint, num_domains=cfg.num_domains)
     else:
-        domains = open_corpus_of(corpus_dir or cfg.corpus.dir, workdir, None)
+        folder = corpus_dir or cfg.corpus.dir
+        domains = open_corpus_of(folder, workdir, None, num_domains=cfg.num_domains)
     model = model or build.base_model(cfg)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         abstract = jax.eval_shape(build.initial_state(cfg, model, domains)).params
@@ -129,7 +131,27 @@ def corpus_of(workdir: str | pathlib.Path, *, corpus_dir: str = "") -> Corpus:
       UserError: no run there, or its corpus is gone.
     """
     workdir = pathlib.Path(workdir)
-    return open_corpus_of(corpus_dir or _config(workdir).corpus.dir, workdir, None)
+    cfg = _config(workdir)
+    folder = corpus_dir or cfg.corpus.dir
+    return open_corpus_of(folder, workdir, None, num_domains=cfg.num_domains)
+
+
+def map_of(*, run: str = "", corpus_dir: str = "", num_domains: int = 0) -> DomainMap:
+    """The domains of a run or soup folder, or of a corpus, perhaps at a coarser level of it.
+
+    Raises:
+      UserError: none of these is there, or the corpus has no such level.
+    """
+    if run:
+        workdir = pathlib.Path(run)
+        if (workdir / "domains" / "map.json").exists():
+            return domain_map.open_map(workdir / "domains")
+        return corpus_of(workdir)  # a run of an earlier version
+    corpus = open_corpus(corpus_dir, num_domains=num_domains)
+    if num_domains not in (0, corpus.num_domains):
+        sizes = ", ".join(map(str, corpus.tree().sizes))
+        raise UserError(f"{corpus_dir} has no level of {num_domains} domains; it has {sizes}")
+    return corpus
 
 
 def _config(workdir: pathlib.Path) -> ConfigDict:

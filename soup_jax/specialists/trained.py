@@ -94,7 +94,9 @@ class Soup:
         Raises:
           UserError: gone, or another one.
         """
-        return open_corpus_of(self.corpus_dir, self.workdir, self.map.fingerprint)
+        return open_corpus_of(
+            self.corpus_dir, self.workdir, self.map.fingerprint, num_domains=self.num_domains
+        )
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -317,14 +319,16 @@ def _coefficients(router: Params, h_MK: Array, config: SoupConfig) -> Array:
 _merge = jax.jit(merge.merge)
 
 
-def open_corpus_of(directory: str, workdir: pathlib.Path, fingerprint: str | None) -> Corpus:
-    """The corpus in a folder, which that of a run or soup folder must be.
+def open_corpus_of(
+    directory: str, workdir: pathlib.Path, fingerprint: str | None, *, num_domains: int
+) -> Corpus:
+    """The corpus in a folder, at the level of a run or soup folder, whose it must be.
 
     Raises:
       UserError: it is gone, or another one than the fingerprint says; None takes any.
     """
     try:
-        corpus = open_corpus(directory)
+        corpus = open_corpus(directory, num_domains=num_domains)
     except UserError as e:
         raise UserError(
             f"{e}. If the corpus of {workdir} lies elsewhere, make a link to it there, or give its "

@@ -111,7 +111,7 @@ def setup(
     new = not (workdir / "config.json").exists()
     _check_new(new, config_lib.check_start, cfg)
     trackers.find(cfg.log.trackers)
-    corpus = open_corpus(cfg.corpus.dir)
+    corpus = open_corpus(cfg.corpus.dir, num_domains=cfg.num_domains)
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
     )

@@ -8,51 +8,91 @@ from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.data import domains, windows
 from soup_jax.data import tokenizer as tokenizer_lib
-from soup_jax.data.corpus import FORMAT_VERSION, TRAIN_HASHES, fingerprint_of
+from soup_jax.data.corpus import FORMAT_VERSION, LEVELS, TRAIN_HASHES, fingerprint_of
 from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import load_embedder
 from soup_jax.data.prepare import shards
+from soup_jax.data.prepare.clean import DROPPED
 from soup_jax.data.prepare.work import Work
 from soup_jax.data.readers import short_hashes
 from soup_jax.errors import UserError
 
+# The least number of validation documents whose similarities to centroids are taken as typical.
+_FOR_QUANTILES = 200
+
 
 def describe_domains(work: Work, layout: windows.Layout) -> None:
-    """Write domains.json, and the centroids with the quantiles of similarity.
+    """Write domains.json and levels.json, and the centroids with the quantiles of similarity.
 
     Raises:
       UserError: a domain has no train documents.
     """
     if (work.final / "domains.json").exists():
         return
-    cfg, similarity = work.cfg, []
-    documents = np.zeros((len(work.splits), work.cfg.num_domains), np.int64)
-    for source, path in zip(work.shards("documents"), work.shards("grouped")):
+    cfg = work.cfg
+    train: list[np.ndarray] = []
+    validation: list[np.ndarray] = []
+    documents = np.zeros((len(work.splits), cfg.num_domains), np.int64)
+    for source, path in zip(work.documents, work.shards("grouped")):
         grouped = shards.load(path, "documents", "similarity")
         documents = documents + grouped["documents"].reshape(len(work.splits), -1)
-        similarity.append(grouped["similarity"][shards.load(source, "split")["split"] == 0])
-    quantiles = np.quantile(np.concatenate(similarity), domains.QUANTILES).astype(np.float32)
-    centroids = shards.load(work.path / "centroids.safetensors")["centroids"]
-    tensors = {"centroids": centroids, "similarity_quantiles": quantiles}
+        split = shards.load(source, "split")["split"]
+        similarity = grouped["similarity"]
+        if similarity.ndim == 1:  # of unfinished work of an earlier version
+            similarity = similarity[:, None]
+        # Of those that neither embedder nor centroids were fitted on, as documents to come.
+        validation.append(similarity[split == 1])
+        train.append(similarity[split == 0])
+    tensors = shards.load(work.path / "centroids.safetensors")
+    tree, similarity = domains.Tree.of(tensors), np.concatenate(validation)
+    if len(similarity) < _FOR_QUANTILES:
+        similarity = np.concatenate(train)
+    for level, size in enumerate(tree.sizes):
+        name = "similarity_quantiles" + f"/{size}" * (size != tree.sizes[-1])
+        quantiles = np.quantile(similarity[:, level], domains.QUANTILES)
+        tensors[name] = quantiles.astype(np.float32)
     shards.save(work.final / "centroids.safetensors", tensors)
-    rows = shards.choose(work.shards("documents"), num_documents=cfg.embed.fit_documents)
-    texts = list(shards.chosen_texts(work.shards("documents"), rows, domains.LABEL_CHARS))
+    rows = shards.choose(work.documents, num_documents=cfg.embed.fit_documents)
+    texts = list(shards.chosen_texts(work.documents, rows, domains.LABEL_CHARS))
     nearest = shards.chosen_rows(work.shards("grouped"), rows, "nearest")
-    described = []
-    for k, terms in enumerate(domains.top_terms(texts, nearest, cfg.num_domains)):
-        label = " ".join(terms[:3]) or f"domain {k}"
-        entry: dict[str, Any] = {"domain": k, "label": label, "terms": terms}
-        entry |= {name: {} for name in ("documents", "windows", "tokens")}
-        for i, split in enumerate(work.splits):
-            num_windows = int(np.diff(layout.offsets[split])[k])
-            entry["documents"][split] = int(documents[i, k])
-            entry["windows"][split] = num_windows
-            entry["tokens"][split] = num_windows * layout.seq_len - int(layout.pad[split][k])
-        described.append(entry)
+    terms = domains.top_terms(texts, nearest, cfg.num_domains)
+    described = _entries(work, layout, terms, documents, np.arange(cfg.num_domains + 1))
     empty = [entry["domain"] for entry in described if not entry["windows"]["train"]]
     if empty:
         raise UserError(f"domains {empty} have no train documents: lower --config.num_domains")
+    levels = {}
+    for level, size in enumerate(tree.sizes[:-1]):
+        ranges = tree.ranges(level)
+        coarse = np.searchsorted(ranges, nearest, side="right") - 1
+        terms = domains.top_terms(texts, coarse, size)
+        levels[str(size)] = _entries(work, layout, terms, documents, ranges)
+    if levels:
+        files.write_json(work.final / LEVELS, levels)
     files.write_json(work.final / "domains.json", described)
+
+
+def _entries(
+    work: Work,
+    layout: windows.Layout,
+    terms: list[list[str]],
+    documents: np.ndarray,
+    ranges: np.ndarray,
+) -> list[dict[str, Any]]:
+    # Of the domains of a level: the c-th is ranges[c] to ranges[c + 1] of the finest.
+    described = []
+    for k, of_domain in enumerate(terms):
+        label = " ".join(of_domain[:3]) or f"domain {k}"
+        entry: dict[str, Any] = {"domain": k, "label": label, "terms": of_domain}
+        entry |= {name: {} for name in ("documents", "windows", "tokens")}
+        finest = slice(ranges[k], ranges[k + 1])
+        for i, split in enumerate(work.splits):
+            num_windows = int(np.diff(layout.offsets[split])[finest].sum())
+            entry["documents"][split] = int(documents[i, finest].sum())
+            entry["windows"][split] = num_windows
+            padding = int(layout.pad[split][finest].sum())
+            entry["tokens"][split] = num_windows * layout.seq_len - padding
+        described.append(entry)
+    return described
 
 
 def write_train_hashes(work: Work) -> None:
@@ -61,7 +101,7 @@ def write_train_hashes(work: Work) -> None:
     if path.exists():
         return
     parts = []
-    for source in work.shards("documents"):
+    for source in work.documents:
         shard = shards.load(source, "split", "hash")
         parts.append(short_hashes(shard["hash"][shard["split"] == 0]))
     shards.save(path, {"hashes": np.unique(np.concatenate(parts))})
@@ -78,7 +118,7 @@ def write_manifest(
     for path in files.files_in(final):
         name = path.relative_to(final).as_posix()
         artefacts[name] = {"bytes": path.stat().st_size, "sha256": inputs.sha256_file(path)}
-    extras = {TRAIN_HASHES: artefacts.pop(TRAIN_HASHES)}
+    extras = {n: artefacts.pop(n) for n in (TRAIN_HASHES, DROPPED) if n in artefacts}
     described = inputs.read_json(final / "domains.json")
     splits = {
         split: {
@@ -87,7 +127,7 @@ def write_manifest(
         }
         for split in work.splits
     }
-    for source in work.shards("documents"):
+    for source in work.documents:
         shard = shards.load(source, "offsets", "split")
         size = np.bincount(shard["split"], np.diff(shard["offsets"]), len(work.splits))
         for split, num_bytes in zip(work.splits, size):

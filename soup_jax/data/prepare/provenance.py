@@ -13,6 +13,7 @@ from soup_jax.config import schema as config_lib
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.data.corpus import FORMAT_VERSION, Corpus
+from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import EMBEDDERS
 from soup_jax.errors import UserError
 
@@ -44,6 +45,13 @@ def make_request(
     names = ("text_field", "validation_fraction", "held_out_fraction", "min_chars", "max_chars")
     parameters = {name: getattr(cfg, name) for name in ("num_domains", "vocab_size", "seq_len")}
     parameters |= {f"corpus.{name}": getattr(cfg.corpus, name) for name in names}
+    if cfg.corpus.near_duplicates or cfg.corpus.evaluation:
+        parameters["corpus.near_duplicates"] = cfg.corpus.near_duplicates
+        parameters["corpus.contaminated"] = cfg.corpus.contaminated
+        paths = cfg.corpus.evaluation
+        scored = corpus_lib.find_files(paths, Report()) if paths else []
+        parameters["evaluation"] = [inputs.sha256_file(source.path) for source in scored]
+    parameters["corpus.levels"] = list(cfg.corpus.levels)
     parameters |= {f"tokenizer.{name}": value for name, value in tokenizer.items()}
     embed = dict(cfg.embed.items())
     if hasattr(embedder := EMBEDDERS.get(cfg.embed.kind), "source_hash"):
@@ -80,11 +88,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     result = []
     # What an earlier version did not record is what held then.
     parameters = config_lib.translated(old["parameters"])
-    earlier = {
-        name: config_lib.FIELDS[name].old for name in new["parameters"] if name in config_lib.FIELDS
-    }
     for name in sorted(parameters | new["parameters"]):
-        before, now = parameters.get(name, earlier.get(name)), new["parameters"].get(name)
+        before, now = (_value(found, name) for found in (parameters, new["parameters"]))
         if before != now:
             result.append(f"{name}: {before}, now {now}")
     before = {source["path"]: source["sha256"] for source in old["sources"]}
@@ -102,6 +107,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return result
 
 
+def _value(found: Mapping[str, Any], name: str) -> Any:
+    field = config_lib.FIELDS.get(name)
+    if field is None:
+        return found.get(name)
+    return field.from_json(found.get(name, field.old))
+
+
 def check_against(cfg: Any, corpus: Corpus) -> list[str]:
     """Refuse fields of a training's config that say what its corpus is not; returns warnings.
 
@@ -115,9 +127,9 @@ def check_against(cfg: Any, corpus: Corpus) -> list[str]:
     asked |= {f"embed.{name}": value for name, value in cfg.embed.items()}
     asked |= {"tokenizer.train_bytes": cfg.tokenizer.train_bytes}
     differ = [
-        f"{name} = {value!r}, prepared with {made[name]!r}"
+        f"{name} = {value!r}, prepared with {_value(made, name)!r}"
         for name, value in asked.items()
-        if name in made and value != made[name] and value != config_lib.FIELDS[name].default
+        if name in made and value not in (_value(made, name), config_lib.FIELDS[name].default)
     ]
     if cfg.tokenizer.path:
         found = tokenizer_lib.load_tokenizer(cfg.tokenizer.path).hash
@@ -175,6 +187,12 @@ def check(cfg: Any) -> None:
         raise UserError(
             f"vocab_size is {cfg.vocab_size}; the byte-level tokenizer that is trained needs at "
             f"least {tokenizer_lib.MIN_VOCAB_SIZE}"
+        )
+    sizes = (*cfg.corpus.levels, cfg.num_domains)
+    if any(type(size) is not int for size in sizes) or list(sizes) != sorted(set(sizes)):
+        raise UserError(
+            f"corpus.levels = {cfg.corpus.levels!r} must be ascending numbers of domains below "
+            f"num_domains = {cfg.num_domains}"
         )
     if cfg.num_domains > cfg.embed.fit_documents:
         raise UserError(

@@ -198,11 +198,11 @@ def group_shard(
     num_splits: int,
 ) -> None:
     """Tokens of a shard -> tokens sorted by (split, domain), document order kept."""
-    centroids = load(centroids_path)["centroids"]
+    tree = domains.Tree.of(load(centroids_path))
     shard, data = load(source, "split"), load(encoded)
-    nearest, similarity = domains.assign(data["embeddings"], centroids)
-    num_cells = num_splits * len(centroids)
-    cell = shard["split"].astype(np.int64) * len(centroids) + nearest
+    nearest, similarity = tree.assign(data["embeddings"])
+    num_cells = num_splits * tree.sizes[-1]
+    cell = shard["split"].astype(np.int64) * tree.sizes[-1] + nearest
     order = np.argsort(cell, kind="stable")
     begins = np.concatenate([[0], data["ends"]])[:-1]
     lengths = data["ends"] - begins

@@ -1,6 +1,7 @@
 """Prepare a corpus: source files to token windows grouped by domain, in one restartable command.
 
 1. sources    -> document shards   read, check, deduplicate, split (prepare/shards.py); in order
+   shards     -> clean ones        if the config asks for it (prepare/clean.py); shards in parallel
 2. shards     -> tokenizer.json    BPE on train documents chosen by hash, or a given file
 3. shards     -> embedder          fitted on train documents chosen by hash
 4. shard      -> token ids + unit vectors per document; shards in parallel
@@ -18,10 +19,10 @@ same bytes.
 Memory: a few shards per worker; one window file (windows.FILE_BYTES) per worker; the texts of 3,
 `embed.fit_documents` times at most `embed.max_chars`; and about 130 bytes per different document
 for the set of hashes that finds duplicates (13 GB for 100 million documents). Disk, until it is
-done: the text once, its tokens twice.
+done: the text once (twice where it is cleaned), its tokens twice.
 
-This is not the place for filtering by quality, near-duplicate search or languages: bring documents
-that should be trained on.
+This is not the place for filtering by quality or languages: bring documents that should be trained
+on.
 """
 
 import os
@@ -37,17 +38,21 @@ import numpy as np
 
 from soup_jax import inputs
 from soup_jax import storage as files
-from soup_jax.data import domains, windows
+from soup_jax.data import domain_report, domains, windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
-from soup_jax.data.corpus import Corpus, open_corpus
+from soup_jax.data.corpus import CLEANED, Corpus, open_corpus
 from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import EMBEDDERS, save_embedder
 from soup_jax.data.prepare import provenance as request_lib
 from soup_jax.data.prepare import shards
+from soup_jax.data.prepare.clean import clean
 from soup_jax.data.prepare.describe import describe_domains, write_manifest, write_train_hashes
 from soup_jax.data.prepare.work import Work, progress, run_jobs, say
 from soup_jax.errors import UserError
+
+# With fewer to fit a centroid on, k-means warns in the libraries of the field.
+_DOCUMENTS_PER_DOMAIN = 39
 
 
 def prepare(cfg: Any) -> Corpus:
@@ -85,6 +90,8 @@ def prepare(cfg: Any) -> Corpus:
         _publish(work)
     corpus = open_corpus(directory)
     print("\n".join(corpus.summary()))
+    if warning := domain_report.repetition_warning(cfg, corpus):
+        say(f"warning: {warning}")
     say(f"done in {time.monotonic() - start:.0f} s")
     return corpus
 
@@ -162,8 +169,9 @@ def _read(work: Work, report: Report) -> dict[str, int]:
         report,
         lambda documents: progress(documents, "reading documents"),
     )
+    totals |= clean(work)
     num_documents = num_bytes = 0
-    for path in work.shards("documents"):
+    for path in work.documents:
         shard = shards.load(path, "split", "offsets")
         train = shard["split"] == 0
         num_documents += int(np.count_nonzero(train))
@@ -181,7 +189,9 @@ def _read(work: Work, report: Report) -> dict[str, int]:
 def _why_so_few(totals: dict[str, int], report: Report) -> str:
     reasons = [
         f"{totals['documents']} documents read, {totals['duplicates']} duplicates and "
-        f"{totals['too_short']} too short ones dropped)",
+        f"{totals['too_short']} too short ones dropped"
+        + "".join(f", {totals[name]} {words}" for name, words in CLEANED.items() if name in totals)
+        + ")",
         *report.lines(),
     ]
     if report.counts.get("no_text", 0) <= totals["documents"]:
@@ -219,7 +229,7 @@ def _fit_tokenizer(work: Work) -> None:
         tokenizer = tokenizer_lib.load_tokenizer(cfg.tokenizer.path)
         say(f"took the tokenizer {cfg.tokenizer.path}: {tokenizer.vocab_size} tokens")
     else:
-        documents = work.shards("documents")
+        documents = work.documents
         rows = shards.choose(documents, num_bytes=cfg.tokenizer.train_bytes)
         texts = progress(shards.chosen_texts(documents, rows), "training the tokenizer")
         tokenizer = tokenizer_lib.train_tokenizer(texts, cfg.vocab_size)
@@ -235,7 +245,7 @@ def _fit_embedder(work: Work) -> None:
     if (work.final / "embedder.json").exists():
         return
     cfg = work.cfg.embed
-    documents = work.shards("documents")
+    documents = work.documents
     rows = shards.choose(documents, num_documents=cfg.fit_documents)
     texts = progress(shards.chosen_texts(documents, rows, cfg.max_chars), "fitting the embedder")
     embedder = EMBEDDERS.get(cfg.kind).fit(cfg, list(texts), num_workers=work.num_workers)
@@ -246,10 +256,21 @@ def _fit_centroids(work: Work) -> None:
     path = work.path / "centroids.safetensors"
     if path.exists():
         return
-    say(f"cutting the corpus into {work.cfg.num_domains} domains")
-    rows = shards.choose(work.shards("documents"), num_documents=work.cfg.embed.fit_documents)
+    cfg = work.cfg
+    rows = shards.choose(work.documents, num_documents=cfg.embed.fit_documents)
     embeddings = shards.chosen_rows(work.shards("encoded"), rows, "embeddings")
-    shards.save(path, {"centroids": domains.fit_centroids(embeddings, work.cfg.num_domains)})
+    levels = domains.level_sizes(cfg.num_domains, cfg.corpus.levels)
+    say(
+        f"cutting the corpus into {' and these into '.join(map(str, (*levels, cfg.num_domains)))} "
+        f"domains by k-means on {len(embeddings):,} documents, "
+        f"{len(embeddings) / cfg.num_domains:.0f} a domain"
+    )
+    if len(embeddings) < _DOCUMENTS_PER_DOMAIN * cfg.num_domains:
+        say(
+            f"fewer than {_DOCUMENTS_PER_DOMAIN} documents a domain make poor centroids: raise "
+            "--config.embed.fit_documents, add sources or lower --config.num_domains"
+        )
+    shards.save(path, domains.fit_tree(embeddings, cfg.num_domains, levels).tensors())
 
 
 # Stages 4 and 6: one shard each
@@ -259,7 +280,7 @@ def _encode(work: Work) -> None:
     jobs = []
     version = inputs.sha256_file(work.final / "tokenizer.json")
     version += inputs.sha256_file(work.final / "embedder.json")
-    for source, target, later in zip(*map(work.shards, ("documents", "encoded", "grouped"))):
+    for source, target, later in zip(work.documents, *map(work.shards, ("encoded", "grouped"))):
         if not target.exists() and not later.exists():
             jobs.append((source, target, work.final, version))
     run_jobs(work, shards.encode_shard, jobs, "tokenising and embedding")
@@ -268,7 +289,7 @@ def _encode(work: Work) -> None:
 def _group(work: Work) -> None:
     jobs = []
     centroids = work.path / "centroids.safetensors"
-    for source, encoded, target in zip(*map(work.shards, ("documents", "encoded", "grouped"))):
+    for source, encoded, target in zip(work.documents, *map(work.shards, ("encoded", "grouped"))):
         if not target.exists():
             jobs.append((source, encoded, target, centroids, len(work.splits)))
     run_jobs(work, shards.group_shard, jobs, "grouping by domain")

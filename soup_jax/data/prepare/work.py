@@ -33,6 +33,16 @@ class Work:
         """Finished artefacts, moved to `directory` at the end."""
         return self.path / "final"
 
+    @property
+    def cleans(self) -> bool:
+        """Whether documents that were read are left out (`clean`)."""
+        return bool(self.cfg.corpus.near_duplicates or self.cfg.corpus.evaluation)
+
+    @property
+    def documents(self) -> list[pathlib.Path]:
+        """The shards of the documents that the corpus is made of."""
+        return self.shards("clean" if self.cleans else "documents")
+
     def shards(self, kind: str) -> list[pathlib.Path]:
         """The paths of one kind of output for every document shard, in order."""
         names = sorted(path.name for path in (self.path / "documents").glob("*.safetensors"))

@@ -1,0 +1,285 @@
+"""What `prepare` leaves out after it has read: near duplicates, and documents of an evaluation.
+
+    documents/   -> signed/       signatures, and which evaluation documents are in it `sign_shard`
+                 -> kept, dropped.json   over all shards                                    `clean`
+                 -> clean/        the documents that are kept                         `keep_shard`
+
+**Near duplicates**: two documents whose sets of word 5-grams have an estimated Jaccard similarity
+of at least `corpus.near_duplicates`. Candidates share one of 14 bands of their MinHash signatures
+(`ngrams`); what is similar to what is similar counts as similar, and of such a group the first
+document in the order of the sources stays.
+
+**Contamination**: a document of the sources that shares half of the word 8-grams of a document of
+`corpus.evaluation`, or has half of its own in common with it.
+
+Memory, beside a few shards per worker: 16 bytes per document for one band at a time, about 1 kB per
+pair of similar ones in blocks of _PAIRS, and 16 bytes per n-gram of the evaluation.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import scipy.sparse
+import scipy.sparse.csgraph
+
+from soup_jax import storage as files
+from soup_jax.data import sources as corpus_lib
+from soup_jax.data.damage import Report
+from soup_jax.data.prepare import ngrams, shards
+from soup_jax.data.prepare.work import Work, progress, run_jobs, say
+from soup_jax.data.readers import short_hashes
+
+DROPPED = "dropped.json"
+NEAR_WORDS, OVERLAP_WORDS = 5, 8
+OVERLAP = 0.5
+_OWNERS = 50  # evaluation documents of one n-gram that are looked at
+_PAIRS = 1 << 19
+_EXAMPLES = 1000
+_EXAMPLE_CHARS = 300
+
+
+def clean(work: Work) -> dict[str, int]:
+    """Write the clean shards that are missing and dropped.json; returns how many were found.
+
+    Nothing is done, and {} returned, if the config asks for neither.
+    """
+    if not work.cleans:
+        return {}
+    cfg, sources = work.cfg.corpus, work.shards("documents")
+    evaluation = work.path / "evaluation.safetensors"
+    if cfg.evaluation and not evaluation.exists():
+        _read_evaluation(evaluation, cfg)
+    signed, kept = work.shards("signed"), work.path / "kept.safetensors"
+    if not kept.exists():
+        near = cfg.near_duplicates > 0
+        missing = [pair for pair in zip(sources, signed) if not pair[1].exists()]
+        jobs = [(*pair, evaluation if cfg.evaluation else None, near) for pair in missing]
+        run_jobs(work, sign_shard, jobs, "looking for near duplicates and contamination")
+        _choose(work, sources, signed, evaluation, kept)
+    jobs = [
+        (source, target, kept, i)
+        for i, (source, target) in enumerate(zip(sources, work.shards("clean")))
+        if not target.exists()
+    ]
+    run_jobs(work, keep_shard, jobs, "keeping what is clean")
+    return shards.state_of(kept)
+
+
+def sign_shard(
+    source: pathlib.Path, target: pathlib.Path, evaluation: pathlib.Path | None, near: bool
+) -> None:
+    """Documents -> signature uint32 [n, 112] and bands uint64 [14, n]; owner int64 [n], the number
+    of the evaluation document that each has most in common with or -1, and share float32 [n]."""
+    shard = shards.load(source)
+    texts = list(shards.texts_of(shard, range(len(shard["split"]))))
+    tensors: dict[str, np.ndarray] = {}
+    if near:
+        signature = ngrams.signatures(texts, NEAR_WORDS)
+        bands = ngrams.bands(signature)
+        wordless = (signature == np.uint32(0xFFFFFFFF)).all(axis=1)
+        bands[wordless] = short_hashes(shard["hash"])[wordless, None]  # are like nothing else
+        tensors |= {"signature": signature, "bands": np.ascontiguousarray(bands.T)}
+    if evaluation is not None:
+        owner, share = contamination(texts, _evaluation(evaluation))
+        tensors |= {"owner": owner, "share": share}
+    shards.save(target, tensors)
+
+
+def keep_shard(source: pathlib.Path, target: pathlib.Path, kept: pathlib.Path, number: int) -> None:
+    """The documents of shard `number` that are kept."""
+    shard = shards.load(source)
+    rows = np.flatnonzero(shards.load(kept, f"{number}")[f"{number}"])
+    texts = [shard["text"][shard["offsets"][i] : shard["offsets"][i + 1]] for i in rows]
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    tensors = {
+        "text": np.concatenate([shard["text"][:0], *texts]),
+        "offsets": np.concatenate([[0], ends]).astype(np.int64),
+        "hash": shard["hash"][rows],
+        "split": shard["split"][rows],
+    }
+    shards.save(target, tensors)
+
+
+def contamination(
+    texts: Sequence[str], evaluation: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(owner int64 [n] or -1, share float32 [n]): of each text, the evaluation document with which
+    it has at least OVERLAP of the n-grams of either in common, and how much."""
+    hashes, ends = ngrams.ngrams(texts, OVERLAP_WORDS)
+    own = np.diff(ends, prepend=0)
+    begins, stops = (
+        np.searchsorted(evaluation["hashes"], hashes, side=side) for side in ("left", "right")
+    )
+    count = np.minimum(stops - begins, _OWNERS)
+    text = np.repeat(np.repeat(np.arange(len(texts)), own), count)
+    place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    other = evaluation["owner"][np.repeat(begins, count) + place]
+    num = len(evaluation["sizes"])
+    pair, shared = np.unique(text * num + other, return_counts=True)
+    text, other = pair // max(num, 1), pair % max(num, 1)
+    found = shared / np.minimum(own[text], evaluation["sizes"][other])
+    owner, share = np.full(len(texts), -1), np.zeros(len(texts), np.float32)
+    for i in np.argsort(found, kind="stable"):  # the largest comes last, and stays
+        if found[i] >= OVERLAP:
+            owner[text[i]], share[text[i]] = other[i], found[i]
+    return owner, share
+
+
+def _read_evaluation(path: pathlib.Path, cfg: Any) -> None:
+    found = corpus_lib.find_files(cfg.evaluation, report := Report())
+    documents = list(corpus_lib.read_documents(found, cfg.text_field, report))
+    hashes, ends = ngrams.ngrams([d.text for d in documents], OVERLAP_WORDS)
+    sizes = np.diff(ends, prepend=0)
+    order = np.argsort(hashes, kind="stable")
+    owner = np.repeat(np.arange(len(documents)), sizes)
+    say(f"corpus.evaluation: {len(documents):,} documents in {len(found)} files")
+    for line in report.lines():
+        say(f"corpus.evaluation: {line}")
+    tensors = {"hashes": hashes[order], "owner": owner[order], "sizes": sizes}
+    shards.save(path, tensors, [[d.source, d.line] for d in documents])
+
+
+@functools.lru_cache(maxsize=1)
+def _evaluation(path: pathlib.Path) -> dict[str, np.ndarray]:
+    return shards.load(path)
+
+
+def _choose(
+    work: Work,
+    sources: Sequence[pathlib.Path],
+    signed: Sequence[pathlib.Path],
+    evaluation: pathlib.Path,
+    out: pathlib.Path,
+) -> None:
+    cfg = work.cfg.corpus
+    sizes = [len(shards.load(path, "split")["split"]) for path in sources]
+    kept = np.ones(sum(sizes), bool)
+    described: dict[str, Any] = {}
+    if cfg.evaluation:
+        owner, share = (
+            np.concatenate([shards.load(path, name)[name] for path in signed])
+            for name in ("owner", "share")
+        )
+        found = np.flatnonzero(owner >= 0)
+        places = shards.state_of(evaluation)
+        described["contaminated"] = {
+            "found": len(found),
+            "dropped": cfg.contaminated == "drop",
+            "examples": [
+                {
+                    "text": text[:_EXAMPLE_CHARS],
+                    "evaluation": "{}:{}".format(*places[owner[row]]),
+                    "share": round(float(share[row]), 4),
+                }
+                for row, text in zip(_some(found), _texts(sources, sizes, _some(found)))
+            ],
+        }
+        kept[found] = cfg.contaminated != "drop"
+    if cfg.near_duplicates > 0:
+        first = near_duplicates(signed, kept, cfg.near_duplicates)
+        dropped = np.flatnonzero(kept & (first != np.arange(len(kept))))
+        some = _some(dropped)
+        of_both = (_texts(sources, sizes, rows) for rows in (some, first[some]))
+        close = ngrams.similarity(_rows(signed, sizes, some), _rows(signed, sizes, first[some]))
+        described["near_duplicates"] = {
+            "similarity": cfg.near_duplicates,
+            "found": len(dropped),
+            "dropped": True,
+            "examples": [
+                {
+                    "text": text[:_EXAMPLE_CHARS],
+                    "kept": other[:_EXAMPLE_CHARS],
+                    "similarity": round(float(x), 4),
+                }
+                for text, other, x in zip(*of_both, close)
+            ],
+        }
+        kept[dropped] = False
+    files.write_json(work.final / DROPPED, described)
+    counts = {name: value["found"] for name, value in described.items()}
+    tensors = {f"{i}": part for i, part in enumerate(np.split(kept, np.cumsum(sizes)[:-1]))}
+    shards.save(out, tensors, counts)
+
+
+def near_duplicates(
+    signed: Sequence[pathlib.Path], among: np.ndarray, threshold: float
+) -> np.ndarray:
+    """int64 [n]: the first document of each one's group, over all shards; its own number if it has
+    no near duplicate, or is not `among` those that are looked at (bool [n])."""
+    rows, pairs = np.flatnonzero(among), np.zeros(0, np.int64)
+    sizes = []
+    for path in signed:
+        with safetensors.safe_open(path, "numpy") as shard:
+            sizes.append(shard.get_slice("bands").get_shape()[1])
+    num = len(among)
+    for band in progress(range(ngrams.BANDS), "comparing", total=ngrams.BANDS):
+        parts = []
+        for path in signed:
+            with safetensors.safe_open(path, "numpy") as shard:
+                parts.append(shard.get_slice("bands")[band])
+        keys = np.concatenate(parts)[rows]
+        order = np.argsort(keys, kind="stable")
+        same = keys[order][1:] == keys[order][:-1]
+        begins = np.flatnonzero(np.concatenate([[True], ~same]))
+        first = begins[np.cumsum(np.concatenate([[0], ~same])).astype(np.int64)]
+        later = np.flatnonzero(same) + 1
+        # With the first that has this band, and with the one before: groups that only the band
+        # has brought together are found all the same.
+        found = [rows[order[o]] * num + rows[order[later]] for o in (first[later], later - 1)]
+        pairs = np.unique(np.concatenate([pairs, *found]))
+    near = np.concatenate(
+        [
+            part[_similar(signed, sizes, part // num, part % num) >= threshold]
+            for part in np.split(pairs, range(_PAIRS, len(pairs), _PAIRS))
+        ]
+    )
+    nodes, numbers = np.unique(np.stack([near // num, near % num]), return_inverse=True)
+    left, right = numbers.reshape(2, -1)
+    graph = scipy.sparse.coo_matrix((np.ones(len(near)), (left, right)), [len(nodes)] * 2)
+    _, group = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    first = np.arange(num)
+    if len(nodes):
+        first[nodes] = nodes[np.unique(group, return_index=True)[1]][group]
+    return first
+
+
+def _similar(
+    signed: Sequence[pathlib.Path], sizes: Sequence[int], left: np.ndarray, right: np.ndarray
+) -> np.ndarray:
+    return ngrams.similarity(_rows(signed, sizes, left), _rows(signed, sizes, right))
+
+
+def _rows(paths: Sequence[pathlib.Path], sizes: Sequence[int], rows: np.ndarray) -> np.ndarray:
+    # Signatures by their numbers over all shards.
+    found = np.zeros((len(rows), ngrams.NUM_HASHES), np.uint32)
+    for path, places, inside in _by_shard(paths, sizes, rows):
+        found[places] = shards.load(path, "signature")["signature"][inside]
+    return found
+
+
+def _texts(paths: Sequence[pathlib.Path], sizes: Sequence[int], rows: np.ndarray) -> list[str]:
+    found = [""] * len(rows)
+    for path, places, inside in _by_shard(paths, sizes, rows):
+        for place, text in zip(places, shards.texts_of(shards.load(path), inside)):
+            found[place] = text
+    return found
+
+
+def _by_shard(
+    paths: Sequence[pathlib.Path], sizes: Sequence[int], rows: np.ndarray
+) -> Iterable[tuple[pathlib.Path, np.ndarray, np.ndarray]]:
+    ends = np.cumsum(sizes)
+    shard = np.searchsorted(ends, rows, side="right")
+    for number in np.unique(shard):
+        places = np.flatnonzero(shard == number)
+        yield paths[number], places, rows[places] - (ends[number] - sizes[number])
+
+
+def _some(rows: np.ndarray) -> np.ndarray:
+    # Evenly spread.
+    some = min(len(rows), _EXAMPLES)
+    return rows[np.arange(some) * len(rows) // max(some, 1)]
