@@ -59,7 +59,7 @@ FIELDS = (
     free("corpus.evaluation", (),
          "files of documents to score specialists on, which must not be trained on, as `sources`"),
     fixed("corpus.contaminated", "drop",
-          "what happens to documents that share half of the word 8-grams of one of them",
+          "what happens to documents that have 70% of the word 8-grams of one of them",
           choices=("drop", "report")),
     free("corpus.num_workers", 0, "processes that tokenise and embed; 0: one per CPU core",
          at_least=0),

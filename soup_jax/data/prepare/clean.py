@@ -9,8 +9,9 @@ of at least `corpus.near_duplicates`. Candidates share one of 14 bands of their 
 (`ngrams`); what is similar to what is similar counts as similar, and of such a group the first
 document in the order of the sources stays.
 
-**Contamination**: a document of the sources that shares half of the word 8-grams of a document of
-`corpus.evaluation`, or has half of its own in common with it.
+**Contamination**: a document of the sources that has 70% of the word 8-grams of a document of
+`corpus.evaluation`, or of whose own 70% are in that one. With half, licences and notices that many
+documents carry make short ones count.
 
 Memory, beside a few shards per worker: 16 bytes per document for one band at a time, about 1 kB per
 pair of similar ones in blocks of _PAIRS, and 16 bytes per n-gram of the evaluation.
@@ -31,11 +32,11 @@ from soup_jax.data import sources as corpus_lib
 from soup_jax.data.damage import Report
 from soup_jax.data.prepare import ngrams, shards
 from soup_jax.data.prepare.work import Work, progress, run_jobs, say
-from soup_jax.data.readers import short_hashes
+from soup_jax.data.readers import short_hashes, text_hash
 
 DROPPED = "dropped.json"
 NEAR_WORDS, OVERLAP_WORDS = 5, 8
-OVERLAP = 0.5
+OVERLAP = 0.7
 _OWNERS = 50  # evaluation documents of one n-gram that are looked at
 _PAIRS = 1 << 19
 _EXAMPLES = 1000
@@ -171,6 +172,7 @@ def _choose(
             "dropped": cfg.contaminated == "drop",
             "examples": [
                 {
+                    "hash": text_hash(text).hex(),
                     "text": text[:_EXAMPLE_CHARS],
                     "evaluation": "{}:{}".format(*places[owner[row]]),
                     "share": round(float(share[row]), 4),
@@ -191,6 +193,8 @@ def _choose(
             "dropped": True,
             "examples": [
                 {
+                    "hash": text_hash(text).hex(),
+                    "kept_hash": text_hash(other).hex(),
                     "text": text[:_EXAMPLE_CHARS],
                     "kept": other[:_EXAMPLE_CHARS],
                     "similarity": round(float(x), 4),

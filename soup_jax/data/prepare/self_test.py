@@ -21,9 +21,9 @@ from soup_jax.errors import UserError
 
 NUM_PLANTED = 200  # of each kind
 MIN_WORDS, MAX_CHARS = 60, 20_000
-# Shares of words that are replaced: 5-grams then have a Jaccard similarity of 0.9 on average, and
-# three in four of the 8-grams are left.
-NEAR_EDITS, CONTAMINATED_EDITS = 0.01, 0.03
+# Shares of words that are replaced: 5-grams then have a Jaccard similarity of 0.95 or so, and more
+# than 70% of the 8-grams are left.
+NEAR_EDITS, CONTAMINATED_EDITS = 0.005, 0.03
 
 
 def self_test(cfg: Any) -> tuple[list[str], bool]:
@@ -87,10 +87,11 @@ def _texts(cfg: Any, number: int) -> list[str]:
 
 
 def _edited(text: str, share: float, rng: np.random.Generator) -> str:
-    # Other words here and there, other case and white space everywhere.
+    # Other words here and there, one at each end, other case or white space everywhere.
     words = text.split()
-    for i in rng.choice(len(words), max(round(share * len(words)), 1), replace=False):
+    for i in rng.choice(len(words), int(share * len(words)), replace=False):
         words[i] = f"planted{i}"
+    words = ["planted", *words, "planted"]
     return " ".join(words).upper() if rng.random() < 0.5 else "\n".join(words)
 
 
