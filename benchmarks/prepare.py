@@ -35,7 +35,8 @@ from soup_jax.data.prepare import shards
 from soup_jax.data.prepare import stages as prepare
 
 PHASES = {
-    "_read": "read",
+    "_hash": "hash the sources",
+    "_read": "read, drop duplicates",
     "_fit_tokenizer": "fit the tokenizer",
     "_fit_embedder": "fit the embedder",
     "_encode": "encode (tokenise, embed)",
@@ -99,7 +100,7 @@ def library(tokenizer, texts):
 
 def pieces(work):
     """Seconds of the parts of phase `encode`, and of the library alone, on the same documents."""
-    sources = work.shards("documents")
+    sources = work.documents
     texts = [text for source in sources for text in texts_of(source)]
     result = library(work.final / "tokenizer.json", texts)
     for name, function in (("tokenise", tokenise), ("embed", embed_texts)):

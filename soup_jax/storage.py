@@ -297,8 +297,11 @@ def check_room(folder: str | os.PathLike, num_bytes: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, refusal: str) -> Iterator[None]:
+def locked(folder: pathlib.Path, refusal: str, *, shared: bool = False) -> Iterator[None]:
     """Holds a lock on an existing folder for the block; the end of the process frees it, too.
+
+    Args:
+      shared: others that share it may hold it at the same time.
 
     Raises:
       UserError: with the text `refusal`, if another process holds it.
@@ -306,7 +309,8 @@ def locked(folder: pathlib.Path, refusal: str) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise UserError(refusal) from e
         except OSError as e:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -85,6 +86,7 @@ def signed(tmp_path, texts: list[str], size: int = 7) -> list:
             "offsets": np.cumsum([0, *map(len, part)]).astype(np.int64),
             "hash": np.stack([np.frombuffer(text_hash(t.decode()), np.uint8) for t in part]),
             "split": np.zeros(len(part), np.uint8),
+            "piece": np.zeros(len(part), np.uint32),
         }
         shards.save(tmp_path / f"{number}.safetensors", tensors)
         paths.append(tmp_path / f"{number}.signed")
@@ -235,7 +237,7 @@ def test_a_kill_while_it_cleans_changes_nothing(folder, stage, monkeypatch):
 
 def test_the_self_test_finds_what_it_plants_in_real_text(folder, capsys):
     arguments = [
-        f"--config={'experiments/base.py'}",
+        f"--config={pathlib.Path(__file__).parents[1]}/experiments/base.py",
         f"--config.corpus.sources={folder / 'text.jsonl'}",
         "--self_test",
     ]

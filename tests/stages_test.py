@@ -289,7 +289,7 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
 
 
 STAGES = (
-    "_read", "_fit_tokenizer", "_fit_embedder", "_encode", "_fit_centroids", "_group",
+    "_hash", "_read", "_fit_tokenizer", "_fit_embedder", "_encode", "_fit_centroids", "_group",
     "_write_windows", "describe_domains", "write_train_hashes", "write_manifest", "_publish",
 )  # fmt: skip
 
@@ -378,7 +378,8 @@ prepare.prepare(cfg)
 """
 
 
-@pytest.mark.parametrize("stage", [2, 4])  # of parallel work: encoding; writing windows
+# Of parallel work: reading, moving, encoding, writing windows.
+@pytest.mark.parametrize("stage", [2, 3, 5, 7])
 def test_sigkill_amid_workers(sources, prepared, tmp_path, stage):
     program = KILLED_PROGRAM.format(
         tests=str(pathlib.Path(__file__).parent),

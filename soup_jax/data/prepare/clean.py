@@ -1,24 +1,29 @@
-"""What `prepare` leaves out after it has read: near duplicates, and documents of an evaluation.
+"""What `prepare` leaves out after it has read: duplicates, and documents of an evaluation.
 
     documents/   -> signed/       signatures, and which evaluation documents are in it `sign_shard`
                  -> kept, dropped.json   over all shards                                    `clean`
                  -> clean/        the documents that are kept                         `keep_shard`
 
+**Duplicates** of the same text: the first in the order of the sources stays.
+
 **Near duplicates**: two documents whose sets of word 5-grams have an estimated Jaccard similarity
 of at least `corpus.near_duplicates`. Candidates share one of 14 bands of their MinHash signatures
 (`ngrams`); what is similar to what is similar counts as similar, and of such a group the first
-document in the order of the sources stays.
+document in the order of the sources stays. They are looked for if the config asks for it.
 
 **Contamination**: a document of the sources that has 70% of the word 8-grams of a document of
 `corpus.evaluation`, or of whose own 70% are in that one. With half, licences and notices that many
 documents carry make short ones count.
 
-Memory, beside a few shards per worker: 16 bytes per document for one band at a time, about 1 kB per
-pair of similar ones in blocks of _PAIRS, and 16 bytes per n-gram of the evaluation.
+Memory, beside a few shards per worker: about 50 bytes per document in passes of _HASHES documents
+for duplicates, 16 bytes per document for one band at a time, about 1 kB per pair of similar ones in
+blocks of _PAIRS, and 16 bytes per n-gram of the evaluation.
 """
 
 import functools
+import os
 import pathlib
+import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,7 +36,7 @@ from soup_jax import storage as files
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data.damage import Report
 from soup_jax.data.prepare import ngrams, shards
-from soup_jax.data.prepare.work import Work, progress, run_jobs, say
+from soup_jax.data.prepare.work import Job, Work, alone, progress, run_jobs, say
 from soup_jax.data.readers import short_hashes, text_hash
 
 DROPPED = "dropped.json"
@@ -39,35 +44,37 @@ NEAR_WORDS, OVERLAP_WORDS = 5, 8
 OVERLAP = 0.7
 _OWNERS = 50  # evaluation documents of one n-gram that are looked at
 _PAIRS = 1 << 19
+_HASHES = 1 << 24
 _EXAMPLES = 1000
 _EXAMPLE_CHARS = 300
 
 
-def clean(work: Work) -> dict[str, int]:
-    """Write the clean shards that are missing and dropped.json; returns how many were found.
-
-    Nothing is done, and {} returned, if the config asks for neither.
-    """
-    if not work.cleans:
-        return {}
-    cfg, sources = work.cfg.corpus, work.shards("documents")
-    evaluation = work.path / "evaluation.safetensors"
+def sign(work: Work) -> None:
+    """Write what is missing of signed/, for the shards that are there."""
+    cfg, evaluation = work.cfg.corpus, work.path / "evaluation.safetensors"
+    if work.kept.exists() or not (cfg.near_duplicates or cfg.evaluation):
+        return
     if cfg.evaluation and not evaluation.exists():
         _read_evaluation(evaluation, cfg)
-    signed, kept = work.shards("signed"), work.path / "kept.safetensors"
-    if not kept.exists():
-        near = cfg.near_duplicates > 0
-        missing = [pair for pair in zip(sources, signed) if not pair[1].exists()]
-        jobs = [(*pair, evaluation if cfg.evaluation else None, near) for pair in missing]
-        run_jobs(work, sign_shard, jobs, "looking for near duplicates and contamination")
-        _choose(work, sources, signed, evaluation, kept)
-    jobs = [
-        (source, target, kept, i)
-        for i, (source, target) in enumerate(zip(sources, work.shards("clean")))
-        if not target.exists()
+    scored, near = evaluation if cfg.evaluation else None, cfg.near_duplicates > 0
+    jobs = [  # whoever has read a group signs its shards
+        Job((a, b, scored, near), (b,), number=int(a.name.partition("-")[0]))
+        for a, b in zip(work.shards("documents"), work.shards("signed"))
     ]
+    name = "looking for near duplicates and contamination"
+    run_jobs(work, sign_shard, jobs, name, wait=work.part.merges)
+
+
+def clean(work: Work) -> dict[str, int]:
+    """Write the clean shards that are missing, and dropped.json; returns what was counted."""
+    if not work.kept.exists():
+        alone(work, "choosing the documents that are kept")
+        _choose(work)
+    shutil.rmtree(work.path / "signed", ignore_errors=True)
+    both = zip(work.shards("documents"), work.shards("clean"))
+    jobs = [Job((a, b, work.kept, i), (b,)) for i, (a, b) in enumerate(both)]
     run_jobs(work, keep_shard, jobs, "keeping what is clean")
-    return shards.state_of(kept)
+    return shards.state_of(work.kept)["counts"]
 
 
 def sign_shard(
@@ -91,18 +98,43 @@ def sign_shard(
 
 
 def keep_shard(source: pathlib.Path, target: pathlib.Path, kept: pathlib.Path, number: int) -> None:
-    """The documents of shard `number` that are kept."""
-    shard = shards.load(source)
-    rows = np.flatnonzero(shards.load(kept, f"{number}")[f"{number}"])
+    """Move shard `number`, or what of it is kept."""
+    mask = shards.load(kept, f"{number}")[f"{number}"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if mask.all():
+        os.replace(source, target)
+        return
+    shard, rows = shards.load(source), np.flatnonzero(mask)
     texts = [shard["text"][shard["offsets"][i] : shard["offsets"][i + 1]] for i in rows]
     ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
     tensors = {
         "text": np.concatenate([shard["text"][:0], *texts]),
         "offsets": np.concatenate([[0], ends]).astype(np.int64),
-        "hash": shard["hash"][rows],
-        "split": shard["split"][rows],
     }
+    tensors |= {name: shard[name][rows] for name in ("hash", "split", "piece")}
     shards.save(target, tensors)
+    source.unlink(missing_ok=True)
+
+
+def duplicates(paths: Sequence[pathlib.Path]) -> tuple[np.ndarray, np.ndarray]:
+    """(repeated bool [n], piece uint32 [n]) over all shards: whether a document, or a piece of a
+    long one, stands somewhere before; and which piece of its document it is."""
+    piece = np.concatenate([shards.load(path, "piece")["piece"] for path in paths])
+    repeated = np.zeros(len(piece), bool)
+    num_passes = -(-len(piece) // _HASHES)
+    for number in range(num_passes):
+        parts, start = [], 0
+        for path in paths:
+            halves = shards.load(path, "hash")["hash"].view(">u8")
+            own = np.flatnonzero(halves[:, 0] % num_passes == number)
+            parts.append((*halves[own].T.astype(np.uint64), start + own))
+            start += len(halves)
+        first, second, rows = (np.concatenate(part) for part in zip(*parts))
+        order = np.lexsort((rows, piece[rows], second, first))
+        keys = (first[order], second[order], piece[rows[order]])
+        same = np.logical_and.reduce([key[1:] == key[:-1] for key in keys])
+        repeated[rows[order[1:]][same]] = True
+    return repeated, piece
 
 
 def contamination(
@@ -149,24 +181,23 @@ def _evaluation(path: pathlib.Path) -> dict[str, np.ndarray]:
     return shards.load(path)
 
 
-def _choose(
-    work: Work,
-    sources: Sequence[pathlib.Path],
-    signed: Sequence[pathlib.Path],
-    evaluation: pathlib.Path,
-    out: pathlib.Path,
-) -> None:
-    cfg = work.cfg.corpus
+def _choose(work: Work) -> None:
+    cfg, sources, signed = work.cfg.corpus, work.shards("documents"), work.shards("signed")
     sizes = [len(shards.load(path, "split")["split"]) for path in sources]
-    kept = np.ones(sum(sizes), bool)
+    repeated, piece = duplicates(sources)
+    counts = {
+        "duplicates": int((repeated & (piece == 0)).sum()),
+        "cut": int((~repeated & (piece == 1)).sum()),
+    }
+    kept = ~repeated
     described: dict[str, Any] = {}
     if cfg.evaluation:
         owner, share = (
             np.concatenate([shards.load(path, name)[name] for path in signed])
             for name in ("owner", "share")
         )
-        found = np.flatnonzero(owner >= 0)
-        places = shards.state_of(evaluation)
+        found = np.flatnonzero(kept & (owner >= 0))
+        places = shards.state_of(work.path / "evaluation.safetensors")
         described["contaminated"] = {
             "found": len(found),
             "dropped": cfg.contaminated == "drop",
@@ -203,10 +234,12 @@ def _choose(
             ],
         }
         kept[dropped] = False
-    files.write_json(work.final / DROPPED, described)
-    counts = {name: value["found"] for name, value in described.items()}
+    if described:
+        files.write_json(work.final / DROPPED, described)
+    counts |= {name: value["found"] for name, value in described.items()}
     tensors = {f"{i}": part for i, part in enumerate(np.split(kept, np.cumsum(sizes)[:-1]))}
-    shards.save(out, tensors, counts)
+    state = {"counts": counts, "names": [path.name for path in sources]}
+    shards.save(work.kept, tensors, state)
 
 
 def near_duplicates(

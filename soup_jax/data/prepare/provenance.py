@@ -30,6 +30,7 @@ def make_request(
     sources: Iterable[corpus_lib.SourceFile],
     *,
     known: Iterable[Mapping[str, Any]] = (),
+    hashed: bool = True,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Any]:
     """What determines a corpus: every parameter that matters and the hash of every source.
@@ -37,6 +38,7 @@ def make_request(
     Args:
       known: sources of an earlier request. A file that has the size and the time of its last change
         that it had then has the hash that it had then, and is not read.
+      hashed: False leaves the hashes of the others out.
       progress: passes on the files that are read, and shows how many.
     """
     tokenizer = {"train_bytes": cfg.tokenizer.train_bytes}
@@ -63,16 +65,22 @@ def make_request(
     changed = []
     for entry in found:
         old = before.get(entry["path"], {})
-        if "mtime_ns" in entry and entry == {name: old.get(name) for name in entry}:
+        same = "mtime_ns" in entry and entry == {name: old.get(name) for name in entry}
+        if same and "sha256" in old:
             entry["sha256"] = old["sha256"]
         else:
             changed.append(entry)
-    for entry in progress(changed) if changed else ():
-        try:
-            entry["sha256"] = inputs.sha256_file(entry["path"])
-        except UserError:
-            entry["sha256"] = None  # reading will report it
+    for entry in progress(changed) if changed and hashed else ():
+        entry["sha256"] = hash_of(entry["path"])
     return {"format": FORMAT_VERSION, "parameters": parameters, "sources": found}
+
+
+def hash_of(path: str) -> str | None:
+    """SHA-256 of a source; None if it cannot be read, which reading will report."""
+    try:
+        return inputs.sha256_file(path)
+    except UserError:
+        return None
 
 
 def _stamp(path: str) -> dict[str, Any]:
@@ -92,8 +100,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         before, now = (_value(found, name) for found in (parameters, new["parameters"]))
         if before != now:
             result.append(f"{name}: {before}, now {now}")
-    before = {source["path"]: source["sha256"] for source in old["sources"]}
-    now = {source["path"]: source["sha256"] for source in new["sources"]}
+    # Before they are hashed, what is known of a source is its size and time.
+    hashed = all("sha256" in source for source in [*old["sources"], *new["sources"]])
+    before, now = (
+        {s["path"]: s["sha256"] if hashed else (s.get("bytes"), s.get("mtime_ns")) for s in sources}
+        for sources in (old["sources"], new["sources"])
+    )
     # The same contents in the same order are the same corpus, wherever they lie.
     if list(before.values()) != list(now.values()):
         gone, added = sorted(before.keys() - now.keys()), sorted(now.keys() - before.keys())

@@ -15,7 +15,7 @@ from soup_jax import storage as files
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data.damage import Report
 from soup_jax.data.prepare import shards
-from soup_jax.data.prepare.clean import clean
+from soup_jax.data.prepare.clean import clean, sign
 from soup_jax.data.prepare.work import Work
 from soup_jax.errors import UserError
 
@@ -54,7 +54,6 @@ def self_test(cfg: Any) -> tuple[list[str], bool]:
             cfg.corpus.near_duplicates = cfg.corpus.near_duplicates or 0.8
             cfg.corpus.evaluation = (str(folder / "evaluation.jsonl"),)
             cfg.corpus.contaminated, cfg.corpus.text_field = "drop", "text"
-            cfg.corpus.min_chars, cfg.corpus.max_chars = 1, 1_000_000
         left = _cleaned(cfg, folder)
     lines, good = [], True
     for name, copies in planted.items():
@@ -101,10 +100,10 @@ def _cleaned(cfg: Any, folder: pathlib.Path) -> set[str]:
         (str(folder / "1-originals.jsonl"), *map(str, sorted(folder.glob("[23]-*.jsonl")))),
         Report(),
     )
-    work = Work(cfg, folder, sources, {}, ("train", "validation", "held_out"), 1)
-    shards.write_documents(
-        work.path / "documents", cfg.corpus, sources, work.splits, Report(), lambda found: found
-    )
+    work = Work(cfg, folder, sources, {}, ("train",), 1)
+    reading = shards.Reading("text", 1, 1_000_000, 0, 0, work.splits)
+    shards.read_group(work.path / "documents", 0, sources, reading)
+    sign(work)
     clean(work)
     return {
         text

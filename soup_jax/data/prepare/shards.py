@@ -1,6 +1,7 @@
 """Shards of documents: the pieces that `prepare` works on, one safetensors file each.
 
-    documents/  text, offsets, hash, split; counts and damage       `write_documents`
+    documents/  text, offsets, hash, split, piece; counts, damage   `read_group`
+    clean/      the same without those that are left out            `clean.keep_shard`
     encoded/    token ids with EOS, ends, unit vectors              `encode_shard`
     grouped/    token ids sorted by split and domain (data/corpus)  `group_shard`
 
@@ -8,10 +9,12 @@ This module also chooses, by hash, the documents that tokenizer, embedder and k-
 soup_jax/data/prepare/stages.py says when and where all this runs, and what a kill does.
 """
 
+import dataclasses
 import functools
 import json
+import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +27,24 @@ from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import Embedder, load_embedder
-from soup_jax.data.readers import short_hashes
+from soup_jax.data.prepare import provenance
+from soup_jax.data.readers import Document, short_hashes
 
 SHARD_DOCUMENTS = 4096
 SHARD_BYTES = 32 << 20
+GROUP_BYTES, GROUP_FILES = 16 << 20, 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How files are read: fields of the config's `corpus` section, and the names of the splits."""
+
+    text_field: str
+    min_chars: int
+    max_chars: int
+    validation_fraction: float
+    held_out_fraction: float
+    splits: tuple[str, ...]
 
 
 class _ShardBuilder:
@@ -37,13 +54,15 @@ class _ShardBuilder:
         self.texts: list[bytes] = []
         self.hashes: list[bytes] = []
         self.splits: list[int] = []
+        self.pieces: list[int] = []
         self.size = 0
-        self.counts = dict.fromkeys(("documents", "duplicates", "too_short", "cut"), 0)
+        self.counts = dict.fromkeys(("documents", "too_short"), 0)
 
-    def add(self, text: str, digest: bytes, split: int) -> None:
+    def add(self, text: str, digest: bytes, split: int, piece: int) -> None:
         self.texts.append(text.encode("utf-8"))
         self.hashes.append(digest)
         self.splits.append(split)
+        self.pieces.append(piece)
         self.size += len(self.texts[-1])
 
     def full(self) -> bool:
@@ -57,68 +76,82 @@ class _ShardBuilder:
             "offsets": np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64),
             "hash": np.frombuffer(b"".join(self.hashes), np.uint8).reshape(-1, 16),
             "split": np.array(self.splits, np.uint8),
+            "piece": np.array(self.pieces, np.uint32),
         }
         state = {"counts": self.counts, "report": report.take().to_json()}
         save(path, tensors, state | {"end": list(end), "last": last})
 
 
-def write_documents(
+def hash_files(sources: Sequence[corpus_lib.SourceFile], target: pathlib.Path) -> None:
+    """Write the SHA-256 of these files as a JSON list; null for one that cannot be read."""
+    files.write_json(target, [provenance.hash_of(source.path) for source in sources])
+
+
+def groups(sources: Sequence[corpus_lib.SourceFile]) -> list[Sequence[corpus_lib.SourceFile]]:
+    """The sources in order, in runs of about GROUP_BYTES: what one job reads."""
+    found: list[list[corpus_lib.SourceFile]] = [[]]
+    size = 0
+    for source in sources:
+        if size >= GROUP_BYTES or len(found[-1]) >= GROUP_FILES:
+            found.append([])
+            size = 0
+        found[-1].append(source)
+        size += os.path.getsize(source.path) if os.path.isfile(source.path) else 0
+    return list(found)
+
+
+def read_group(
     directory: pathlib.Path,
-    cfg: Any,
+    number: int,
     sources: Sequence[corpus_lib.SourceFile],
-    splits: Sequence[str],
-    report: Report,
-    progress: Callable[[Iterable[Any]], Iterable[Any]],
-) -> dict[str, int]:
-    """Write the document shards that are missing; returns the totals, fills `report`.
+    reading: Reading,
+) -> None:
+    """Files -> the shards of their documents that are missing, duplicates too, and last NUMBER.json
+    with what was counted and what was damaged."""
+    counts: dict[str, int] = {}
+    report = Report()
+    end, last, shards = [0, 0], False, 0
 
-    `cfg` is the config's `corpus` section; `progress` passes documents on and shows how many.
-    """
-    seen: set[bytes] = set()
-    end, last, number = [0, 0], False, 0
-    totals: dict[str, int] = {}
-
-    def account(path: pathlib.Path) -> dict[str, Any]:
+    def account(path: pathlib.Path) -> None:
+        nonlocal end, last, shards
         state = state_of(path)
         report.merge(Report(state["report"]))
         for name, count in state["counts"].items():
-            totals[name] = totals.get(name, 0) + count
-        return state
+            counts[name] = counts.get(name, 0) + count
+        end, last, shards = state["end"], state["last"], shards + 1
 
-    path = directory / f"{number:06d}.safetensors"
-    while path.exists():
-        seen.update(row.tobytes() for row in load(path, "hash")["hash"])
-        state = account(path)
-        end, last, number = state["end"], state["last"], number + 1
-        path = path.with_name(f"{number:06d}.safetensors")
-    if last:
-        return totals
-    index = {source.path: i for i, source in enumerate(sources)}
-    found, shard = Report(), _ShardBuilder()
-    documents = corpus_lib.read_documents(sources, cfg.text_field, found, start=(end[0], end[1]))
-    for document in progress(documents):
-        shard.counts["documents"] += 1
-        if len(document.text) < cfg.min_chars:
-            shard.counts["too_short"] += 1
-        elif document.hash in seen:
-            shard.counts["duplicates"] += 1
-        else:
-            seen.add(document.hash)
-            split = corpus_lib.split_of(
-                document.hash, cfg.validation_fraction, cfg.held_out_fraction
-            )
-            pieces = corpus_lib.cut(document.text, cfg.max_chars)
-            shard.counts["cut"] += len(pieces) > 1
-            for piece in pieces:
-                shard.add(piece, document.hash, splits.index(split))
-        if shard.full():
-            shard.write(path, found, (index[document.source], document.line), last=False)
-            account(path)
-            number, shard = number + 1, _ShardBuilder()
-            path = path.with_name(f"{number:06d}.safetensors")
-    shard.write(path, found, (len(sources), 0), last=True)
-    account(path)
-    return totals
+    def path() -> pathlib.Path:
+        return directory / f"{number:06d}-{shards:06d}.safetensors"
+
+    while path().exists():
+        account(path())
+    if not last:
+        index = {source.path: i for i, source in enumerate(sources)}
+        found, shard = Report(), _ShardBuilder()
+        start = (end[0], end[1])
+        for document in corpus_lib.read_documents(sources, reading.text_field, found, start=start):
+            _add(shard, document, reading)
+            if shard.full():
+                place = (index[document.source], document.line)
+                shard.write(path(), found, place, last=False)
+                account(path())
+                shard = _ShardBuilder()
+        shard.write(path(), found, (len(sources), 0), last=True)
+        account(path())
+    state = {"counts": counts, "report": report.to_json()}
+    files.write_json(directory / f"{number:06d}.json", state)
+
+
+def _add(shard: _ShardBuilder, document: Document, reading: Reading) -> None:
+    shard.counts["documents"] += 1
+    if len(document.text) < reading.min_chars:
+        shard.counts["too_short"] += 1
+        return
+    split = corpus_lib.split_of(
+        document.hash, reading.validation_fraction, reading.held_out_fraction
+    )
+    for piece, text in enumerate(corpus_lib.cut(document.text, reading.max_chars)):
+        shard.add(text, document.hash, reading.splits.index(split), piece)
 
 
 Rows = list[np.ndarray]  # for every document shard, the chosen documents in it, ascending

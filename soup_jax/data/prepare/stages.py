@@ -30,10 +30,8 @@ import pathlib
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-import joblib
 import numpy as np
 
 from soup_jax import inputs
@@ -46,130 +44,140 @@ from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import EMBEDDERS, save_embedder
 from soup_jax.data.prepare import provenance as request_lib
 from soup_jax.data.prepare import shards
-from soup_jax.data.prepare.clean import clean
+from soup_jax.data.prepare.clean import clean, sign
 from soup_jax.data.prepare.describe import describe_domains, write_manifest, write_train_hashes
-from soup_jax.data.prepare.work import Work, progress, run_jobs, say
+from soup_jax.data.prepare.start import finished, least_bytes, start, write_request
+from soup_jax.data.prepare.work import Job, Map, Part, Waiting, Work, alone, progress, run_jobs, say
 from soup_jax.errors import UserError
 
 # With fewer to fit a centroid on, k-means warns in the libraries of the field.
 _DOCUMENTS_PER_DOMAIN = 39
 
 
-def prepare(cfg: Any) -> Corpus:
+def prepare(cfg: Any, *, map: Map | None = None) -> Corpus:
     """Prepare `cfg.corpus.dir` from `cfg.corpus.sources`; the finished folder is left alone.
+
+    Args:
+      map: calls a stage's function with the arguments of each of its jobs, as `parallel_map` does.
 
     Raises:
       UserError: sources or settings that cannot work, such as too few documents or windows that
         would be padding for the most part, or a folder made with other settings.
     """
-    start = time.monotonic()
+    corpus = prepare_part(cfg, Part(), map=map)
+    assert corpus is not None
+    return corpus
+
+
+def prepare_part(cfg: Any, part: Part, *, map: Map | None = None) -> Corpus | None:
+    """The part's share of `prepare`, as far as others have done theirs; the corpus at its end.
+
+    Parts share the folder. Those that do not merge may work at the same time.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    begin = time.monotonic()
     request_lib.check(cfg)
     directory = pathlib.Path(cfg.corpus.dir)
     report = Report()
     sources = corpus_lib.find_files(cfg.corpus.sources, report)
     if (directory / "manifest.json").exists():
-        return _finished(cfg, directory, sources)
+        return finished(cfg, directory, sources)
     files.check_folder_target(directory, "--config.corpus.dir")
-    files.check_room(directory, _least_bytes(sources), f"preparing the corpus {directory}")
+    files.check_room(directory, least_bytes(sources), f"preparing the corpus {directory}")
     directory.mkdir(parents=True, exist_ok=True)
-    with files.locked(directory, f"another `soup-jax prepare` is at work in {directory}"):
-        work = _start(cfg, directory, sources)
-        # The manifest among the staged artefacts says that all of them are there; after that,
-        # moving them is all that is left, whenever a kill comes.
-        if not (work.final / "manifest.json").exists():
-            totals = _read(work, report)
-            _fit_tokenizer(work)
-            _fit_embedder(work)
-            _encode(work)
-            _fit_centroids(work)
-            _group(work)
-            layout = _write_windows(work)
-            describe_domains(work, layout)
-            write_train_hashes(work)
-            write_manifest(work, layout, totals, report)
-        _publish(work)
+    busy = f"another `soup-jax prepare` is at work in {directory}"
+    try:
+        with files.locked(directory, busy, shared=not part.merges):
+            work = start(cfg, directory, sources, part, map)
+            # The manifest among the staged artefacts says that all of them are there; after that,
+            # moving them is all that is left, whenever a kill comes.
+            if not (work.final / "manifest.json").exists():
+                _stages(work, report)
+            alone(work, "moving the corpus to its place")
+            _publish(work)
+    except Waiting as e:
+        say(f"done so far: {e}")
+        return None
     corpus = open_corpus(directory)
     print("\n".join(corpus.summary()))
     if warning := domain_report.repetition_warning(cfg, corpus):
         say(f"warning: {warning}")
-    say(f"done in {time.monotonic() - start:.0f} s")
+    say(f"done in {time.monotonic() - begin:.0f} s")
     return corpus
 
 
-def _least_bytes(sources: Sequence[corpus_lib.SourceFile]) -> int:
-    # The text once and its tokens twice: at least twice the bytes that lie in the sources, for
-    # what is compressed there is not compressed here.
-    return 2 * sum(os.path.getsize(s.path) for s in sources if os.path.isfile(s.path))
+def _stages(work: Work, report: Report) -> None:
+    _hash(work)
+    totals = _read(work, report)
+    _fit_tokenizer(work)
+    _fit_embedder(work)
+    _encode(work)
+    _fit_centroids(work)
+    _group(work)
+    layout = _write_windows(work)
+    describe_domains(work, layout)
+    write_train_hashes(work)
+    write_manifest(work, layout, totals, report)
 
 
-def _hashing(sources: Sequence[Any]) -> Iterable[Any]:
-    return progress(sources, "hashing the sources", total=len(sources))
+# Stage 0
 
 
-def _finished(
-    cfg: Any, directory: pathlib.Path, sources: Sequence[corpus_lib.SourceFile]
-) -> Corpus:
-    corpus = open_corpus(directory)
-    old = corpus.manifest["request"]
-    request = request_lib.make_request(cfg, sources, known=old["sources"], progress=_hashing)
-    differences = request_lib.differences(old, request)
-    if differences:
-        raise UserError(
-            f"{directory} was prepared from other settings or sources ({'; '.join(differences)}). "
-            "Choose another --config.corpus.dir, or delete the folder to prepare it anew"
-        )
-    shutil.rmtree(directory / ".work", ignore_errors=True)  # killed between manifest and tidying
-    say(
-        f"{directory} is already prepared (sources whose size and time of change are as they were "
-        "then were not read again)"
-    )
-    return corpus
-
-
-def _start(cfg: Any, directory: pathlib.Path, sources: Sequence[corpus_lib.SourceFile]) -> Work:
-    present = os.listdir(directory)
-    if present and ".work" not in present:
-        raise UserError(
-            f"{directory} is neither empty nor a prepared corpus (it holds {present[0]!r}): choose "
-            "another --config.corpus.dir"
-        )
-    record = directory / ".work" / "request.json"
-    old = inputs.read_json(record, request_lib.REQUEST) if record.exists() else None
-    known = old["sources"] if old else ()
-    request = request_lib.make_request(cfg, sources, known=known, progress=_hashing)
-    if old:
-        differences = request_lib.differences(old, request)
-        if old["format"] != request["format"]:
-            differences.append(f"format: {old['format']}, now {request['format']}")
-        if differences:
-            say(f"unfinished work is dropped, it was for other settings: {'; '.join(differences)}")
-            record.unlink()  # first, so that half-deleted work is never continued
-        else:
-            say("continuing the unfinished work of an earlier start")
-    if not record.exists():
-        shutil.rmtree(record.parent, ignore_errors=True)
-        files.write_json(record, request)
-    splits = ["train", "validation"]
-    if cfg.corpus.held_out_fraction > 0:
-        splits.append("held_out")
-    # joblib's count respects what a container or a batch system has granted.
-    num_workers = cfg.corpus.num_workers or joblib.cpu_count()
-    return Work(cfg, directory, sources, request, tuple(splits), num_workers)
+def _hash(work: Work) -> None:
+    """Fill in the hashes of the sources."""
+    sources = work.request["sources"]
+    if all("sha256" in source for source in sources):
+        return
+    jobs = []
+    for i, group in enumerate(shards.groups(work.sources)):
+        target = work.path / "hashes" / f"{i:06d}.json"
+        jobs.append(Job((group, target), (target,)))
+    # Parts read on meanwhile; only the manifest needs the hashes.
+    if run_jobs(work, shards.hash_files, jobs, "hashing the sources", wait=work.part.merges):
+        return
+    hashes = [sha256 for job in jobs for sha256 in inputs.read_json(job.outputs[0])]
+    for source, sha256 in zip(sources, hashes, strict=True):
+        source["sha256"] = sha256
+    if work.part.merges:
+        write_request(work.path, work.request)
 
 
 # Stage 1
 
 
 def _read(work: Work, report: Report) -> dict[str, int]:
-    totals = shards.write_documents(
-        work.path / "documents",
-        work.cfg.corpus,
-        work.sources,
-        work.splits,
-        report,
-        lambda documents: progress(documents, "reading documents"),
+    cfg, folder = work.cfg.corpus, work.path / "documents"
+    reading = shards.Reading(
+        text_field=cfg.text_field,
+        min_chars=cfg.min_chars,
+        max_chars=cfg.max_chars,
+        validation_fraction=cfg.validation_fraction,
+        held_out_fraction=cfg.held_out_fraction,
+        splits=work.splits,
     )
+    jobs = [
+        Job((folder, i, group, reading), (folder / f"{i:06d}.json",))
+        for i, group in enumerate(shards.groups(work.sources))
+    ]
+    left = run_jobs(work, shards.read_group, jobs, "reading documents", wait=work.part.merges)
+    sign(work)
+    if left:
+        raise Waiting(left)
+    totals: dict[str, int] = {}
+    for job in jobs:
+        state = inputs.read_json(job.outputs[0], {"counts": {...: int}, "report": dict})
+        report.merge(Report(state["report"]))
+        for name, count in state["counts"].items():
+            totals[name] = totals.get(name, 0) + count
     totals |= clean(work)
+    if work.part.merges:
+        _check_enough(work, totals, report)
+    return totals
+
+
+def _check_enough(work: Work, totals: dict[str, int], report: Report) -> None:
     num_documents = num_bytes = 0
     for path in work.documents:
         shard = shards.load(path, "split", "offsets")
@@ -183,7 +191,6 @@ def _read(work: Work, report: Report) -> dict[str, int]:
         )
     # A token has a byte or more, and a document one end: refused now rather than after stage 6.
     _check_padding(work.cfg, num_bytes + num_documents, work.cfg.num_domains * work.cfg.seq_len)
-    return totals
 
 
 def _why_so_few(totals: dict[str, int], report: Report) -> str:
@@ -224,6 +231,7 @@ def _fit_tokenizer(work: Work) -> None:
     path = work.final / "tokenizer.json"
     if path.exists():
         return
+    alone(work, "training the tokenizer")
     cfg = work.cfg
     if cfg.tokenizer.path:
         tokenizer = tokenizer_lib.load_tokenizer(cfg.tokenizer.path)
@@ -244,6 +252,7 @@ def _fit_tokenizer(work: Work) -> None:
 def _fit_embedder(work: Work) -> None:
     if (work.final / "embedder.json").exists():
         return
+    alone(work, "fitting the embedder")
     cfg = work.cfg.embed
     documents = work.documents
     rows = shards.choose(documents, num_documents=cfg.fit_documents)
@@ -256,6 +265,7 @@ def _fit_centroids(work: Work) -> None:
     path = work.path / "centroids.safetensors"
     if path.exists():
         return
+    alone(work, "fitting the centroids")
     cfg = work.cfg
     rows = shards.choose(work.documents, num_documents=cfg.embed.fit_documents)
     embeddings = shards.chosen_rows(work.shards("encoded"), rows, "embeddings")
@@ -277,21 +287,17 @@ def _fit_centroids(work: Work) -> None:
 
 
 def _encode(work: Work) -> None:
-    jobs = []
     version = inputs.sha256_file(work.final / "tokenizer.json")
     version += inputs.sha256_file(work.final / "embedder.json")
-    for source, target, later in zip(work.documents, *map(work.shards, ("encoded", "grouped"))):
-        if not target.exists() and not later.exists():
-            jobs.append((source, target, work.final, version))
+    both = zip(work.documents, work.shards("encoded"), work.shards("grouped"))
+    jobs = [Job((a, b, work.final, version), (b, later)) for a, b, later in both]
     run_jobs(work, shards.encode_shard, jobs, "tokenising and embedding")
 
 
 def _group(work: Work) -> None:
-    jobs = []
-    centroids = work.path / "centroids.safetensors"
-    for source, encoded, target in zip(work.documents, *map(work.shards, ("encoded", "grouped"))):
-        if not target.exists():
-            jobs.append((source, encoded, target, centroids, len(work.splits)))
+    centroids, num_splits = work.path / "centroids.safetensors", len(work.splits)
+    both = zip(work.documents, work.shards("encoded"), work.shards("grouped"))
+    jobs = [Job((a, b, c, centroids, num_splits), (c,)) for a, b, c in both]
     run_jobs(work, shards.group_shard, jobs, "grouping by domain")
 
 
@@ -313,9 +319,11 @@ def _write_windows(work: Work) -> windows.Layout:
     _check_padding(work.cfg, int(num_tokens[0].sum()), num_targets)
     directory = work.final / "windows"
     directory.mkdir(parents=True, exist_ok=True)
-    missing = [file for file in layout.files() if not (directory / file.name).exists()]
-    jobs = [(directory, file, layout, grouped) for file in missing]
+    jobs = [
+        Job((directory, file, layout, grouped), (directory / file.name,)) for file in layout.files()
+    ]
     run_jobs(work, windows.write_window_file, jobs, "writing windows")
+    alone(work, "describing the corpus")
     windows.write_metadata(directory, layout)
     tensors = {f"offsets/{split}": value for split, value in layout.offsets.items()}
     tensors |= {f"pad/{split}": value for split, value in layout.pad.items()}

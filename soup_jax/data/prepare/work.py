@@ -1,15 +1,55 @@
 """What the stages of `prepare` share: the folder they work in, workers, words to the user."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import safetensors
 import tqdm
 
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data.embed import parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Which of the work a process does, where several share it and a disk.
+
+    Attributes:
+      index, number: of each stage, the jobs whose number leaves `index` divided by `number`; none
+        if `number` is 0.
+      merges: whether it does what one process must do alone.
+    """
+
+    index: int = 0
+    number: int = 1
+    merges: bool = True
+
+    def owns(self, job: int) -> bool:
+        """Whether job number `job` of a stage is its."""
+        return self.number > 0 and job % self.number == self.index
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A call whose result is one of these files; if one is there, it is done.
+
+    `number` is what parts share the jobs by; None: its place among them.
+    """
+
+    arguments: tuple[Any, ...]
+    outputs: tuple[pathlib.Path, ...]
+    number: int | None = None
+
+
+class Waiting(Exception):
+    """A part cannot go on; the message says what others have yet to do."""
+
+
+Map = Callable[..., Iterable[Any]]  # as `parallel.parallel_map`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +62,8 @@ class Work:
     request: dict[str, Any]
     splits: tuple[str, ...]
     num_workers: int
+    part: Part = Part()
+    map: Map | None = None
 
     @property
     def path(self) -> pathlib.Path:
@@ -34,27 +76,61 @@ class Work:
         return self.path / "final"
 
     @property
-    def cleans(self) -> bool:
-        """Whether documents that were read are left out (`clean`)."""
-        return bool(self.cfg.corpus.near_duplicates or self.cfg.corpus.evaluation)
+    def kept(self) -> pathlib.Path:
+        """Which documents the corpus is made of, once that was decided (`clean`)."""
+        return self.path / "kept.safetensors"
 
     @property
     def documents(self) -> list[pathlib.Path]:
         """The shards of the documents that the corpus is made of."""
-        return self.shards("clean" if self.cleans else "documents")
+        return self.shards("clean")
 
     def shards(self, kind: str) -> list[pathlib.Path]:
         """The paths of one kind of output for every document shard, in order."""
-        names = sorted(path.name for path in (self.path / "documents").glob("*.safetensors"))
+        if self.kept.exists():  # those that were read are being moved
+            with safetensors.safe_open(self.kept, "numpy") as file:
+                names = json.loads(file.metadata()["state"])["names"]
+        else:
+            names = sorted(path.name for path in (self.path / "documents").glob("*.safetensors"))
         return [self.path / kind / name for name in names]
 
 
-def run_jobs(work: Work, function: Callable[..., None], jobs: Sequence[tuple], name: str) -> None:
-    """`function(*job)` for every job in worker processes, under a progress bar."""
-    if jobs:
-        done = parallel.parallel_map(function, jobs, num_workers=work.num_workers)
-        for _ in progress(done, name, total=len(jobs)):
+def run_jobs(
+    work: Work, function: Callable[..., None], jobs: Sequence[Job], name: str, *, wait: bool = True
+) -> str:
+    """`function(*job.arguments)` for every job that is not done, under a progress bar.
+
+    Returns:
+      What other parts have still to do; empty if they have done their jobs.
+
+    Raises:
+      Waiting: with that as its message, unless `wait` is False.
+    """
+    missing = [
+        (i if job.number is None else job.number, job.arguments)
+        for i, job in enumerate(jobs)
+        if not any(path.exists() for path in job.outputs)
+    ]
+    own = [arguments for number, arguments in missing if work.part.owns(number)]
+    if own:
+        done = (work.map or parallel.parallel_map)(function, own, num_workers=work.num_workers)
+        for _ in progress(done, name, total=len(own)):
             pass
+    others = len(missing) - len(own)
+    left = f"{name}: {others} of {len(jobs)} outputs are still to be made by shards" * bool(others)
+    if left and wait:
+        raise Waiting(left)
+    return left
+
+
+def alone(work: Work, name: str) -> None:
+    """Goes before what one process must do alone.
+
+    Raises:
+      Waiting: this part does not.
+    """
+    if not work.part.merges:
+        raise Waiting(f"{name} is for `--merge`, when all shards have done as much as this one")
 
 
 def progress(items: Iterable[Any], name: str, total: int | None = None) -> Iterator[Any]:
