@@ -864,3 +864,66 @@ def test_tpu_vm_installs_the_commit_on_all_hosts(tmp_path):
     assert "-e '.[tpu]'" in command
     extras = re.search(r"^tpu = ", (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
     assert extras
+
+
+# ------------------------------------------------------------------------------- prepare_slurm.sh
+
+# Runs what is submitted at once, each job of an array in turn.
+SBATCH = """#!/bin/bash
+last=0
+for argument in "$@"; do
+  case "$argument" in --array=0-*) last=${argument#--array=0-} ;; esac
+done
+for i in $(seq 0 "$last"); do
+  SLURM_ARRAY_TASK_ID=$i bash -c "${!#}" >> "$LOG" 2>&1 || exit 1
+done
+echo 17
+"""
+
+
+def test_prepare_is_submitted_in_rounds_of_shards_and_merges(tmp_path):
+    env = {"VENV": "/v", "SBATCH": "--mem=1G --time=1", "MERGE": "--mem=9G"}
+    commands = dry_run(tmp_path, "launch/prepare_slurm.sh", "64", "c.py", "--config.a=b c", **env)
+    assert len(commands) == 10
+    first, merge, second = commands[:3]
+    assert first[-1].endswith(
+        r"prepare --config=c.py --config.a=b\ c --shard=$SLURM_ARRAY_TASK_ID/64"
+    )
+    assert first[-1].startswith("/v/bin/soup-jax ")
+    assert {"--array=0-63", "--mem=1G", "--time=1"} < set(first)
+    assert not any(argument.startswith("--dependency") for argument in first)
+    assert merge[-1].endswith("--merge")
+    assert merge.index("--mem=9G") > merge.index("--mem=1G")
+    assert {"--dependency=afterok:JOB", "--array=0-63"} < set(second)
+    assert "--array=0-63" not in merge
+    for arguments in ((), ("3",), ("x", "c.py"), ("0", "c.py")):
+        done = run_script("launch/prepare_slurm.sh", *arguments, check=False)
+        assert done.returncode == 2
+        assert "SHARDS" in done.stderr
+
+
+@pytest.mark.slow
+def test_prepare_by_arrays_of_jobs_ends_with_a_corpus(tmp_path):
+    stub = tmp_path / "bin" / "sbatch"
+    stub.parent.mkdir()
+    stub.write_text(SBATCH)
+    stub.chmod(0o755)
+    texts = "".join(
+        f'{{"text": "number {i} of {i % 7} kinds of {i % 5} texts"}}\n' for i in range(99)
+    )
+    (tmp_path / "text.jsonl").write_text(texts)
+    run_script(
+        "launch/prepare_slurm.sh",
+        "2",
+        str(ROOT / "experiments" / "base.py"),
+        f"--config.corpus.sources={tmp_path / 'text.jsonl'}",
+        f"--config.corpus.dir={tmp_path / 'corpus'}",
+        "--config.num_domains=3",
+        "--config.vocab_size=300",
+        "--config.seq_len=16",
+        "--config.domain_weights.support_size=3",
+        VENV=str(pathlib.Path(sys.executable).parents[1]),
+        PATH=f"{stub.parent}:{os.environ['PATH']}",
+        LOG=str(tmp_path / "log"),
+    )
+    assert (tmp_path / "corpus" / "manifest.json").exists(), (tmp_path / "log").read_text()
