@@ -1,7 +1,8 @@
 """Prepare a corpus: source files to token windows grouped by domain, in one restartable command.
 
-1. sources    -> document shards   read, check, deduplicate, split (prepare/shards.py); in order
-   shards     -> clean ones        if the config asks for it (prepare/clean.py); shards in parallel
+0. sources    -> their hashes      groups of files in parallel
+1. sources    -> document shards   read, check, split (prepare/shards.py); groups in parallel
+   shards     -> those that stay   without duplicates (prepare/clean.py); shards in parallel
 2. shards     -> tokenizer.json    BPE on train documents chosen by hash, or a given file
 3. shards     -> embedder          fitted on train documents chosen by hash
 4. shard      -> token ids + unit vectors per document; shards in parallel
@@ -16,10 +17,12 @@ also says where the sources lay and when they were changed. It is written atomic
 `<dir>/.work`: a command that was killed continues after the last finished output and ends with the
 same bytes.
 
+Every stage is jobs, each with a file that says that it is done; so several processes can share the
+work (`Part`), in rounds: what one process must do alone waits until all jobs before it are done.
+
 Memory: a few shards per worker; one window file (windows.FILE_BYTES) per worker; the texts of 3,
-`embed.fit_documents` times at most `embed.max_chars`; and about 130 bytes per different document
-for the set of hashes that finds duplicates (13 GB for 100 million documents). Disk, until it is
-done: the text once (twice where it is cleaned), its tokens twice.
+`embed.fit_documents` times at most `embed.max_chars`; and what `clean` needs. Disk, until it is
+done: the text once, its tokens twice.
 
 This is not the place for filtering by quality or languages: bring documents that should be trained
 on.
