@@ -41,8 +41,11 @@ FIELDS = (
             " sampling plan whose batches are left out: ((4100, 4105),)"),
 
     free("corpus.dir", "corpus", "the prepared corpus: written by `prepare`, read by the rest"),
+    free("corpus.cache_dir", "",
+         "where files of a corpus at gs:// or s3:// are kept; empty: below ~/.cache/soup_jax"),
     free("corpus.sources", (),
-         "files, folders or globs: .txt .md .py ..., .jsonl[.gz|.zst], .parquet"),
+         "files, folders or globs, gs:// and s3:// too: .txt .md .py ..., .jsonl[.gz|.zst], "
+         ".parquet"),
     fixed("corpus.text_field", "text", "of a JSON line or Parquet row"),
     fixed("corpus.validation_fraction", 0.02, "of the documents, by hash", at_least=0),
     fixed("corpus.held_out_fraction", 0.0, "likewise; nothing here reads it: for the final word",

@@ -7,8 +7,8 @@
 # --fast     the test files that find most mistakes in about two minutes (FAST in conftest.py)
 # --all      also the tests marked slow
 # --lowest   the fast ones, with the lowest releases that pyproject.toml allows; no lint
-# --hf       against transformers, torch, gguf, lm_eval and Apache Beam, which are installed for it; no
-#            lint
+# --hf       against transformers, torch, gguf, lm_eval, Apache Beam and servers of object storage, which
+#            are installed for it; no lint
 # PYTHON     the interpreter to use (default python3), 3.11 or newer
 # PYTHON312  the second one (default: python3.12, or pyenv's); nothing else is given to pytest there,
 #            so it is left out where there are pytest arguments, and `none` leaves it out always
@@ -83,8 +83,8 @@ for requirement in tomllib.load(open("pyproject.toml", "rb"))["project"]["depend
 fi
 
 if [[ -n "$hf" ]]; then
-  environment .venv-test-hf "$python" test,hf,gguf,lm_eval,beam
-  tests .venv-test-hf tests/{hf,gguf,lm_eval,minilm,parts}_test.py ${arguments[@]+"${arguments[@]}"}
+  environment .venv-test-hf "$python" test,hf,gguf,lm_eval,beam,servers
+  tests .venv-test-hf tests/{hf,gguf,lm_eval,minilm,parts,object_storage}_test.py ${arguments[@]+"${arguments[@]}"}
   exit
 fi
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from io import BufferedReader
 from typing import Any
 
-from soup_jax import storage
+from soup_jax import remote, storage
 from soup_jax.errors import UserError
 
 # Of files that are read as a whole. The largest that soup_jax writes, domains.json of 16,384
@@ -22,13 +22,15 @@ MAX_TEXT_BYTES = 1 << 28
 
 
 def open_file(path: str | os.PathLike) -> BufferedReader:
-    """Open a file for reading, as bytes.
+    """Open a file, or an object at a gs:// or s3:// address, for reading, as bytes.
 
     Raises:
-      UserError: an address, missing, not to be read, or no regular file: a pipe would be waited
-        for.
+      UserError: another address, missing, not to be read, or no regular file: a pipe would be
+        waited for.
     """
-    storage.refuse_address(path)
+    if remote.is_object(path):
+        return remote.open_object(os.fspath(path))
+    storage.refuse_address(path, objects=True)
     try:
         # Not waiting for a writer, if it is a pipe. For a regular file the flag means nothing.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from soup_jax import remote
 from soup_jax.errors import UserError
 
 _FIRST = time.time_ns()  # above the numbers of an earlier process with this one's pid
@@ -173,6 +174,20 @@ def _sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def fetch(address: str, target: pathlib.Path) -> None:
+    """Copy an object of `remote` to a file, whole or not at all.
+
+    Raises:
+      UserError: it is not there, or cannot be read.
+    """
+    with (
+        remote.open_object(address) as source,
+        atomic_path(target) as path,
+        path.open("wb") as f,
+    ):
+        shutil.copyfileobj(source, f, remote.BLOCK_BYTES)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
@@ -199,25 +214,26 @@ def nulled(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# pathlib makes one slash of two, so one is enough; a drive has one letter.
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
-
-
-def refuse_address(path: str | os.PathLike, what: str = "") -> None:
-    """Refuse gs://, s3://, https:// and the like: only files of a file system can be read or made.
+def refuse_address(path: str | os.PathLike, what: str = "", *, objects: bool = False) -> None:
+    """Refuse gs://, s3://, https:// and the like where only a file system will do.
 
     Args:
       what: the flag or field that names the place, for the message.
+      objects: let those pass that `remote` reads.
 
     Raises:
       UserError: it is an address.
     """
-    if found := _ADDRESS.match(os.fspath(path)):
-        place = f"{found[1]}://{os.fspath(path)[found.end() :]}"
-        raise UserError(
-            f"{what}{'=' * bool(what)}{place} is an address, and only files and folders of a file "
-            "system can be read or written: mount the bucket there, or copy what it holds"
-        )
+    if not remote.scheme(path) or (objects and remote.is_object(path)):
+        return
+    place = f"{what}{'=' * bool(what)}{remote.spelled(path)}"
+    if objects:
+        known = " and ".join(f"{scheme}://" for scheme in remote.EXTRAS)
+        raise UserError(f"{place} is an address that cannot be read: {known} can, and files")
+    raise UserError(
+        f"{place} is an address, and only files and folders of a file system can be read or "
+        "written here: mount the bucket there, or copy what it holds"
+    )
 
 
 def check_file_target(path: str | os.PathLike, what: str) -> None:

@@ -59,7 +59,7 @@ def run(values: flags.FlagValues) -> int:
     refuse_address(values.workdir, "--workdir")
     for flag in ("against", "specialists"):
         for path in values[flag].value or ():
-            refuse_address(path, f"--{flag}")
+            refuse_address(path, f"--{flag}", objects=flag == "specialists")
     from soup_jax.hardware import compile_cache
 
     compile_cache.enable()

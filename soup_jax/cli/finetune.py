@@ -49,7 +49,7 @@ def run(values: flags.FlagValues) -> int:
     if bool(values.model) == bool(values.run):
         raise UserError("--model=DIR or --run=RUN is required, and not both")
     for path in values.documents:
-        refuse_address(path, "--documents")
+        refuse_address(path, "--documents", objects=True)
     from soup_jax.hardware import compile_cache
 
     compile_cache.enable()

@@ -41,7 +41,7 @@ def run(values: flags.FlagValues) -> int:
         raise UserError("--documents is required")
     domains.check(values)
     for source in values.documents:
-        refuse_address(source, "--documents")
+        refuse_address(source, "--documents", objects=True)
     if values.json:
         check_file_target(values.json, "--json")
     from soup_jax.data import domain_histogram, domain_report

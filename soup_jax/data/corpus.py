@@ -23,14 +23,15 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from soup_jax import inputs
+from soup_jax import inputs, remote
 from soup_jax import storage as files
 from soup_jax.data import domain_map
+from soup_jax.data.corpus_cache import CorpusCache, folder_of
 from soup_jax.data.damage import REPORT, Report
 from soup_jax.data.domain_map import DomainMap
 from soup_jax.data.readers import short_hashes
@@ -69,8 +70,9 @@ class _Records:
     of a list of records passes over the index of the whole file. A range has neither cost.
     """
 
-    def __init__(self, directory: pathlib.Path, window_files: Sequence[dict[str, Any]]):
-        self._paths = [str(directory / file["name"]) for file in window_files]
+    def __init__(self, file: Callable[[str], pathlib.Path], window_files: Sequence[dict[str, Any]]):
+        self._file = file
+        self._names = [f"windows/{window_file['name']}" for window_file in window_files]
         self._ends = np.cumsum([file["windows"] for file in window_files])
         self._readers: dict[int, Any] = {}
 
@@ -86,7 +88,8 @@ class _Records:
         except (IndexError, ValueError, RuntimeError, OSError) as e:
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise UserError(
-                f"the corpus is damaged: {self._paths[file]}, window {record}: {reason}. Restore "
+                f"the corpus is damaged: {self._file(self._names[file])}, window {record}: "
+                f"{reason}. Restore "
                 "the file, or delete the corpus and prepare it again, which gives the same bytes"
             ) from e
 
@@ -95,7 +98,9 @@ class _Records:
             from array_record.python import array_record_module
 
             reader = array_record_module.ArrayRecordReader(
-                self._paths[file], _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
+                str(self._file(self._names[file])),
+                _READER_OPTIONS,
+                file_reader_buffer_size=_READER_BUFFER,
             )
             self._readers.setdefault(file, reader)  # another thread may have been faster
         return self._readers[file]
@@ -112,13 +117,19 @@ class Corpus(DomainMap):
     # window of each, int64 [K_finest].
     finest: dict[str, np.ndarray]
     pad: dict[str, np.ndarray]
+    cache: CorpusCache | None = None  # of one in object storage; else all of it is in `path`
     _records: dict[str, _Records] = dataclasses.field(default_factory=dict, repr=False)
+
+    def _file(self, name: str) -> pathlib.Path:
+        if self.cache is None:
+            return self.path / name
+        return self.cache.file(name, artefacts_of(self.manifest)[name])
 
     @functools.cached_property
     def _train_hashes(self) -> np.ndarray | None:
         if TRAIN_HASHES not in artefacts_of(self.manifest):
             return None
-        return inputs.read_tensors(self.path / TRAIN_HASHES)["hashes"]
+        return inputs.read_tensors(self._file(TRAIN_HASHES))["hashes"]
 
     def trained_on(self, hashes: Sequence[bytes]) -> np.ndarray | None:
         """bool [n]: whether documents with these `text_hash`es are in the train split.
@@ -138,6 +149,9 @@ class Corpus(DomainMap):
         self._check_split(split)
         if self.offsets[split][-1] == 0:
             return ()
+        for name in artefacts_of(self.manifest):
+            if name.startswith("windows/"):
+                self._file(name)
         return tfds.builder_from_directory(self.path / "windows").as_data_source(split)
 
     def read_windows(self, split: str, record_ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -159,7 +173,7 @@ class Corpus(DomainMap):
         if ids.min() < 0 or ids.max() >= num_records:
             raise ValueError(f"{split!r} has no windows {ids}; num_records is {num_records}")
         if split not in self._records:
-            records = _Records(self.path / "windows", self.manifest["window_files"][split])
+            records = _Records(self._file, self.manifest["window_files"][split])
             self._records.setdefault(split, records)  # another thread may have been faster
         data = np.frombuffer(b"".join(self._records[split].read(ids)), np.uint8)
         data = data.reshape(len(ids), -1)[:, -dtype.itemsize * (self.seq_len + 1) :]
@@ -179,7 +193,7 @@ class Corpus(DomainMap):
         """
         tree = self.tree()
         begins = tree.ranges(tree.sizes.index(num_domains))
-        described = inputs.read_json(self.path / LEVELS, {...: [{"label": str}]})
+        described = inputs.read_json(self._file(LEVELS), {...: [{"label": str}]})
         offsets = {split: offsets[begins] for split, offsets in self.offsets.items()}
         windows_K = np.diff(offsets["train"])
         of_level = f"{self.fingerprint}/{num_domains}"
@@ -208,7 +222,7 @@ class Corpus(DomainMap):
                 f"{count['tokens']:,} tokens, {count['windows']:,} windows of {self.seq_len}"
             )
         lines.append(f"  {self.balance()}")
-        report = inputs.read_json(self.path / "report.json", REPORT)
+        report = inputs.read_json(self._file("report.json"), REPORT)
         damage = Report(report).lines()
         lines.append(
             f"  damaged: {counts['damaged']}" + (" (all in report.json)" if damage else "")
@@ -221,6 +235,8 @@ class Corpus(DomainMap):
         Raises:
           UserError: files that are missing or changed.
         """
+        for name in artefacts_of(self.manifest):
+            self._file(name)
         if changed := _changed(self.path, self.manifest):
             raise UserError(
                 f"the corpus {self.path} is damaged: {', '.join(changed)} differ from its "
@@ -234,23 +250,36 @@ class Corpus(DomainMap):
             )
 
 
-def open_corpus(directory: str | os.PathLike, *, num_domains: int = 0) -> Corpus:
+def open_corpus(
+    directory: str | os.PathLike, *, num_domains: int = 0, cache_dir: str = ""
+) -> Corpus:
     """Open a prepared corpus and check that its files are there, with their sizes.
 
     Args:
+      directory: its folder, or its gs:// or s3:// address.
+      cache_dir: where files of one at an address are kept; default below ~/.cache/soup_jax.
       num_domains: of the level to open; default, and where there is no such level: the finest.
 
     Raises:
       UserError: not a corpus, an unfinished or incomplete one, or one of another version.
     """
-    files.refuse_address(directory, "corpus.dir")
-    path = pathlib.Path(directory)
+    files.refuse_address(directory, "corpus.dir", objects=True)
+    path, cache = pathlib.Path(directory), None
     advice = "run `soup-jax prepare` with this --config.corpus.dir"
-    if not (path / "manifest.json").exists():
+    if remote.is_object(directory):
+        address = remote.spelled(directory).rstrip("/")
+        cache = CorpusCache(address, folder_of(address, cache_dir))
+        path = cache.folder
+    if not (cache.manifest() if cache else (path / "manifest.json").exists()):
         state = "is not finished" if (path / ".work").exists() else "is not a prepared corpus"
-        raise UserError(f"{path} {state} (it has no manifest.json): {advice}")
+        where = cache.address if cache else path
+        raise UserError(f"{where} {state} (it has no manifest.json): {advice}")
     manifest = _read_manifest(path)
     for name, artefact in artefacts_of(manifest).items():
+        if cache and name in _SMALL:
+            cache.file(name, artefact)
+        if cache:  # the others are copied, and compared, when they are needed
+            continue
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != artefact["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
@@ -280,6 +309,7 @@ def open_corpus(directory: str | os.PathLike, *, num_domains: int = 0) -> Corpus
         pad={split: tensors[f"pad/{split}"] for split in splits},
         domain_frequencies=windows_K / windows_K.sum(),
         fingerprint=manifest["fingerprint"],
+        cache=cache,
     )
     if num_domains in (0, corpus.num_domains) or num_domains not in corpus.tree().sizes:
         return corpus

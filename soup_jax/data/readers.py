@@ -39,11 +39,13 @@ _TOO_LARGE = "the limit for one document is {:,} bytes"
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """A file to read: where it is, the name that reports use, and how to read it."""
+    """A file or object to read: where it is, the name that reports use, and how to read it."""
 
     path: str
     kind: str  # text, lines or parquet
     compression: str  # "", ".gz" or ".zst"
+    size: int = 0  # bytes
+    tag: str = ""  # of an object; changes with its content
 
 
 @dataclasses.dataclass(frozen=True)

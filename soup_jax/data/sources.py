@@ -17,6 +17,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
+from soup_jax import remote
 from soup_jax import storage as files
 from soup_jax.data.damage import Report
 from soup_jax.data.readers import Document, SourceFile, read_file
@@ -72,7 +73,8 @@ def file_format(path: str) -> tuple[str, str] | None:
 
 
 def find_files(sources: Sequence[str], report: Report) -> list[SourceFile]:
-    """The files of `sources`: each a file, a folder (searched recursively) or a glob (`**` too).
+    """The files of `sources`: each a file, a folder (searched recursively) or a glob (`**` too), on
+    a file system or at a gs:// or s3:// address.
 
     Folders and globs take files with a known suffix and pass over hidden ones.
 
@@ -89,30 +91,49 @@ def find_files(sources: Sequence[str], report: Report) -> list[SourceFile]:
         )
     found: dict[str, SourceFile] = {}
     for source in sources:
-        paths = list(_expand(source, report))
-        if not paths:
+        found_here = list(_expand(source, report))
+        if not found_here:
             raise UserError(
                 f"the source {source!r} matches no file that can be read as text; known are "
                 ".txt, .md, .py and other text suffixes, .jsonl, .json.gz (one object a line), "
                 "each also as .gz or .zst, and .parquet. Relative paths start at the working "
                 f"folder, {os.getcwd()}"
             )
-        for path in paths:
+        for path, size, tag in found_here:
             kind, compression = file_format(path) or ("", "")
-            found.setdefault(os.path.realpath(path), SourceFile(path, kind, compression))
+            key = path if tag else os.path.realpath(path)
+            found.setdefault(key, SourceFile(path, kind, compression, size, tag))
     return list(found.values())
 
 
-def _expand(source: str, report: Report) -> Iterator[str]:
-    files.refuse_address(source)
-    source = os.path.expanduser(os.fspath(source))
+def _expand(source: str, report: Report) -> Iterator[remote.Found]:
+    files.refuse_address(source, objects=True)
+    if remote.is_object(source):
+        found = remote.find(source)
+        if len(found) == 1 and found[0].address == remote.spelled(source):
+            _check_suffix(source)
+        yield from (f for f in found if file_format(f.address) and not _is_hidden(f.address))
+        return
+    for path in _local(os.path.expanduser(os.fspath(source)), report):
+        yield remote.Found(path, os.path.getsize(path) if os.path.isfile(path) else 0, "")
+
+
+def _check_suffix(source: str) -> None:
+    if file_format(source) is None:
+        raise UserError(
+            f"the suffix of the source {source!r} is not known. Rename it: .txt for one "
+            "document a file, .jsonl for one JSON object a line, .parquet for Parquet; "
+            "the first two may end in .gz or .zst"
+        )
+
+
+def _is_hidden(address: str) -> bool:
+    return any(part.startswith(".") for part in address.partition("://")[2].split("/"))
+
+
+def _local(source: str, report: Report) -> Iterator[str]:
     if os.path.isfile(source):
-        if file_format(source) is None:
-            raise UserError(
-                f"the suffix of the source {source!r} is not known. Rename it: .txt for one "
-                "document a file, .jsonl for one JSON object a line, .parquet for Parquet; "
-                "the first two may end in .gz or .zst"
-            )
+        _check_suffix(source)
         yield source
     elif os.path.isdir(source):
         yield from _walk(source, report)

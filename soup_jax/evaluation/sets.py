@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from soup_jax import remote
 from soup_jax import storage as files
 from soup_jax.data.corpus import Corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
@@ -56,8 +57,11 @@ def document_sets(patterns: Sequence[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for pattern in patterns:
-        files.refuse_address(pattern)
-        paths = sorted(glob.glob(pattern, recursive=True))
+        files.refuse_address(pattern, objects=True)
+        if remote.is_object(pattern):
+            paths = [found.address for found in remote.find(pattern)]
+        else:
+            paths = sorted(glob.glob(pattern, recursive=True))
         if not paths:
             hint = ""
             if "," in pattern:

@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from soup_jax import inputs
+from soup_jax import inputs, remote
 from soup_jax import storage as files
 from soup_jax.errors import UserError
 from soup_jax.specialists import export
@@ -140,8 +140,10 @@ def _entry(path: pathlib.Path, name: Any, given: Any) -> Entry:
             raise UserError(f"{where}: {key} must be a list of {kind.__name__}")
         fields[key] = tuple(found)
     for document in fields["documents"]:
-        files.refuse_address(document, f"{where}: documents")
-    fields["documents"] = tuple(str(path.parent / d) for d in fields["documents"])
+        files.refuse_address(document, f"{where}: documents", objects=True)
+    fields["documents"] = tuple(
+        d if remote.is_object(d) else str(path.parent / d) for d in fields["documents"]
+    )
     if not isinstance(fields.get("text") or "", str):
         raise UserError(f"{where}: text must be a text")
     if fields.setdefault("method", "histogram") not in METHODS:

@@ -42,7 +42,7 @@ def instantiate_to(
     export.check_target(pathlib.Path(out))
     sources = [documents] if isinstance(documents, str) else documents
     for source in sources:
-        files.refuse_address(source, "--documents")
+        files.refuse_address(source, "--documents", objects=True)
     soup = load(run, step=step, average=average, corpus_dir=corpus_dir)
     sample = read_sample(sources, text_field=soup.cfg.corpus.text_field)
     older = "" if soup.step == soup.newest else f" (its newest checkpoint is step {soup.newest})"

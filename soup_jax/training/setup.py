@@ -111,7 +111,9 @@ def setup(
     new = not (workdir / "config.json").exists()
     _check_new(new, config_lib.check_start, cfg)
     trackers.find(cfg.log.trackers)
-    corpus = open_corpus(cfg.corpus.dir, num_domains=cfg.num_domains)
+    corpus = open_corpus(
+        cfg.corpus.dir, num_domains=cfg.num_domains, cache_dir=cfg.corpus.cache_dir
+    )
     loader.check_corpus(
         corpus, num_domains=cfg.num_domains, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size
     )

@@ -61,11 +61,11 @@ def make_request(
         embed["weights"] = embedder.source_hash(cfg.embed)
     parameters |= {f"embed.{name}": value for name, value in embed.items()}
     before = {entry["path"]: entry for entry in known}
-    found = [_stamp(source.path) for source in sources]
+    found = [_stamp(source) for source in sources]
     changed = []
     for entry in found:
         old = before.get(entry["path"], {})
-        same = "mtime_ns" in entry and entry == {name: old.get(name) for name in entry}
+        same = len(entry) == 3 and entry == {name: old.get(name) for name in entry}
         if same and "sha256" in old:
             entry["sha256"] = old["sha256"]
         else:
@@ -83,12 +83,15 @@ def hash_of(path: str) -> str | None:
         return None
 
 
-def _stamp(path: str) -> dict[str, Any]:
+def _stamp(source: corpus_lib.SourceFile) -> dict[str, Any]:
+    # Three entries for what is there, by which it is known again.
+    if source.tag:
+        return {"path": source.path, "bytes": source.size, "tag": source.tag}
     try:
-        status = os.stat(path)
+        status = os.stat(source.path)
     except OSError:
-        return {"path": path}
-    return {"path": path, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        return {"path": source.path}
+    return {"path": source.path, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -103,7 +106,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     # Before they are hashed, what is known of a source is its size and time.
     hashed = all("sha256" in source for source in [*old["sources"], *new["sources"]])
     before, now = (
-        {s["path"]: s["sha256"] if hashed else (s.get("bytes"), s.get("mtime_ns")) for s in sources}
+        {s["path"]: s["sha256"] if hashed else _known(s) for s in sources}
         for sources in (old["sources"], new["sources"])
     )
     # The same contents in the same order are the same corpus, wherever they lie.
@@ -117,6 +120,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if not (gone or added or changed):
             result.append("sources: in another order")
     return result
+
+
+def _known(source: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(source.get(name) for name in ("bytes", "mtime_ns", "tag"))
 
 
 def _value(found: Mapping[str, Any], name: str) -> Any:

@@ -12,7 +12,6 @@ soup_jax/data/prepare/stages.py says when and where all this runs, and what a ki
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -96,7 +95,7 @@ def groups(sources: Sequence[corpus_lib.SourceFile]) -> list[Sequence[corpus_lib
             found.append([])
             size = 0
         found[-1].append(source)
-        size += os.path.getsize(source.path) if os.path.isfile(source.path) else 0
+        size += source.size
     return list(found)
 
 

@@ -33,16 +33,18 @@ import pathlib
 import shlex
 import shutil
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from soup_jax import inputs
+from soup_jax import inputs, remote
 from soup_jax import storage as files
 from soup_jax.data import domain_report, domains, windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
-from soup_jax.data.corpus import CLEANED, Corpus, open_corpus
+from soup_jax.data.corpus import CLEANED, Corpus, artefacts_of, open_corpus
+from soup_jax.data.corpus_cache import CorpusCache, folder_of, upload
 from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import EMBEDDERS, save_embedder
 from soup_jax.data.prepare import provenance as request_lib
@@ -82,11 +84,47 @@ def prepare_part(cfg: Any, part: Part, *, map: Map | None = None) -> Corpus | No
     """
     begin = time.monotonic()
     request_lib.check(cfg)
-    directory = pathlib.Path(cfg.corpus.dir)
+    place = cfg.corpus.dir
+    cache = None
+    directory = pathlib.Path(place)
+    if remote.is_object(place):
+        if not (part.owns(0) and part.merges):
+            raise UserError(
+                f"--config.corpus.dir={place} is an address: shards need a disk that they share"
+            )
+        cache = CorpusCache(place.rstrip("/"), folder_of(place, cfg.corpus.cache_dir))
+        directory = cache.folder
     report = Report()
     sources = corpus_lib.find_files(cfg.corpus.sources, report)
-    if (directory / "manifest.json").exists():
-        return finished(cfg, directory, sources)
+    if cache.manifest() if cache else (directory / "manifest.json").exists():
+        return finished(cfg, open_corpus(place, cache_dir=cfg.corpus.cache_dir), sources)
+    if cache:
+        remote.check_writable(place, "--config.corpus.dir")
+    if (directory / "manifest.json").exists():  # and was not copied to its address
+        finished(cfg, open_corpus(directory), sources)
+    elif not _prepare(cfg, directory, sources, part, map, report):
+        return None
+    if cache:
+        names = artefacts_of(open_corpus(directory).manifest)
+        say(f"copying {len(names) + 1} files to {place}")
+        upload(directory, cache.address, names)
+    corpus = open_corpus(place, cache_dir=cfg.corpus.cache_dir)
+    print("\n".join(corpus.summary()))
+    if warning := domain_report.repetition_warning(cfg, corpus):
+        say(f"warning: {warning}")
+    say(f"done in {time.monotonic() - begin:.0f} s")
+    return corpus
+
+
+def _prepare(
+    cfg: Any,
+    directory: pathlib.Path,
+    sources: Sequence[corpus_lib.SourceFile],
+    part: Part,
+    map: Map | None,
+    report: Report,
+) -> bool:
+    # On a file system; whether it is done.
     files.check_folder_target(directory, "--config.corpus.dir")
     files.check_room(directory, least_bytes(sources), f"preparing the corpus {directory}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -102,13 +140,8 @@ def prepare_part(cfg: Any, part: Part, *, map: Map | None = None) -> Corpus | No
             _publish(work)
     except Waiting as e:
         say(f"done so far: {e}")
-        return None
-    corpus = open_corpus(directory)
-    print("\n".join(corpus.summary()))
-    if warning := domain_report.repetition_warning(cfg, corpus):
-        say(f"warning: {warning}")
-    say(f"done in {time.monotonic() - begin:.0f} s")
-    return corpus
+        return False
+    return True
 
 
 def _stages(work: Work, report: Report) -> None:
@@ -336,6 +369,8 @@ def _write_windows(work: Work) -> windows.Layout:
 
 def _publish(work: Work) -> None:
     """Move the artefacts to their place, the manifest last; remove the rest."""
+    for left in work.final.rglob(".*.tmp"):  # of a worker that outlived a killed command a moment
+        left.unlink(missing_ok=True)
     for path in sorted(work.final.iterdir(), key=lambda path: path.name == "manifest.json"):
         target = work.directory / path.name
         if target.is_dir():  # of a run with other settings that was killed while it moved things

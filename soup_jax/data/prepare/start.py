@@ -12,7 +12,7 @@ import joblib
 from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.data import sources as corpus_lib
-from soup_jax.data.corpus import Corpus, open_corpus
+from soup_jax.data.corpus import Corpus
 from soup_jax.data.prepare import provenance as request_lib
 from soup_jax.data.prepare.work import Map, Part, Work, progress, say
 from soup_jax.errors import UserError
@@ -30,31 +30,31 @@ def least_bytes(sources: Sequence[corpus_lib.SourceFile]) -> int:
     """Of disk that a corpus of these sources needs until it is done."""
     # The text once and its tokens twice: at least twice the bytes that lie in the sources, for
     # what is compressed there is not compressed here.
-    return 2 * sum(os.path.getsize(s.path) for s in sources if os.path.isfile(s.path))
+    return 2 * sum(source.size for source in sources)
 
 
 def _hashing(sources: Sequence[Any]) -> Iterable[Any]:
     return progress(sources, "hashing the sources", total=len(sources))
 
 
-def finished(cfg: Any, directory: pathlib.Path, sources: Sequence[corpus_lib.SourceFile]) -> Corpus:
+def finished(cfg: Any, corpus: Corpus, sources: Sequence[corpus_lib.SourceFile]) -> Corpus:
     """The corpus that lies there, if it is what is asked for.
 
     Raises:
       UserError: it was made from other settings or sources.
     """
-    corpus = open_corpus(directory)
     old = corpus.manifest["request"]
     request = request_lib.make_request(cfg, sources, known=old["sources"], progress=_hashing)
     differences = request_lib.differences(old, request)
+    place = corpus.cache.address if corpus.cache else corpus.path
     if differences:
         raise UserError(
-            f"{directory} was prepared from other settings or sources ({'; '.join(differences)}). "
+            f"{place} was prepared from other settings or sources ({'; '.join(differences)}). "
             "Choose another --config.corpus.dir, or delete the folder to prepare it anew"
         )
-    shutil.rmtree(directory / ".work", ignore_errors=True)  # killed between manifest and tidying
+    shutil.rmtree(corpus.path / ".work", ignore_errors=True)  # killed between manifest and tidying
     say(
-        f"{directory} is already prepared (sources whose size and time of change are as they were "
+        f"{place} is already prepared (sources whose size and time of change are as they were "
         "then were not read again)"
     )
     return corpus

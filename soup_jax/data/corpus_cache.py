@@ -1,0 +1,135 @@
+"""A prepared corpus in object storage: what a process reads of it is copied to a folder here, once.
+
+ArrayRecord reads small pieces at random places, for which a bucket is slow. So a window file is
+copied as a whole when its first window is asked for, compared with the SHA-256 of the manifest, and
+read from then on. Processes of a machine share the folder.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import logging
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from soup_jax import inputs, remote
+from soup_jax import storage as files
+from soup_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+_MANIFEST = "manifest.json"
+_LARGE = 16 << 20  # bytes; copying more is told
+
+
+def folder_of(address: str, cache_dir: str = "") -> pathlib.Path:
+    """The local folder for the corpus at an address; `cache_dir` empty: below ~/.cache/soup_jax."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    parent = pathlib.Path(cache_dir or pathlib.Path(home) / "soup_jax" / "corpora")
+    place = remote.spelled(address).rstrip("/")
+    name = place.rpartition("/")[2]
+    return parent / f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusCache:
+    """An address, and the folder of the copies."""
+
+    address: str
+    folder: pathlib.Path
+
+    def manifest(self) -> bool:
+        """Copy the manifest, if it is there; copies of files of another one are dropped."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        known = self.folder / "origin.json"
+        with _locked(self.folder.with_name(f"{self.folder.name}.lock")):
+            found = remote.stat(f"{self.address}/{_MANIFEST}")
+            if found is None:
+                if known.exists():  # copies of what is gone, and not a corpus to be copied there
+                    shutil.rmtree(self.folder)
+                return False
+            self.folder.mkdir(exist_ok=True)
+            origin = {"address": remote.spelled(self.address), "tag": found.tag}
+            if known.exists() and inputs.read_json(known) == origin:
+                return True
+            new = self.folder / f"{_MANIFEST}.new"
+            files.fetch(found.address, new)
+            old = self.folder / _MANIFEST
+            if old.exists() and inputs.sha256_file(old) != inputs.sha256_file(new):
+                _log.info("%s is another corpus than before: its copy is dropped", self.address)
+                for path in self.folder.iterdir():
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif path != new:
+                        path.unlink()
+            os.replace(new, old)
+            files.write_json(known, origin)
+            return True
+
+    def file(self, name: str, artefact: Mapping[str, Any]) -> pathlib.Path:
+        """The local copy of a file of the corpus.
+
+        Args:
+          artefact: its `bytes` and `sha256`, of the manifest.
+
+        Raises:
+          UserError: it cannot be copied, or is not what the manifest says.
+        """
+        path = self.folder / name
+        if _has(path, artefact["bytes"]):
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_name(f".{path.name}.lock")):
+            if _has(path, artefact["bytes"]):
+                return path
+            begin = time.monotonic()
+            files.check_room(self.folder, artefact["bytes"], f"the copy of {name}")
+            files.fetch(f"{self.address}/{name}", path)
+            if inputs.sha256_file(path) != artefact["sha256"]:
+                path.unlink()
+                raise UserError(
+                    f"the corpus is damaged: {remote.spelled(self.address)}/{name} is not what its "
+                    "manifest says. Restore it, or delete the corpus and prepare it again"
+                )
+            if artefact["bytes"] >= _LARGE:
+                took = time.monotonic() - begin
+                _log.info("copied %s, %.0f MB, in %.1f s", name, artefact["bytes"] / 1e6, took)
+        return path
+
+
+def upload(folder: pathlib.Path, address: str, names: Iterable[str]) -> None:
+    """Copy the named files of a corpus to an address, the manifest last.
+
+    Those that are there with their size are left: the folder is prepared anew to the same bytes.
+
+    Raises:
+      UserError: one cannot be written.
+    """
+    for name in [*names, _MANIFEST]:
+        there = remote.stat(f"{address}/{name}")
+        if there is None or there.size != (folder / name).stat().st_size or name == _MANIFEST:
+            remote.put(folder / name, f"{address}/{name}")
+    found = remote.stat(f"{address}/{_MANIFEST}")
+    assert found is not None
+    origin = {"address": remote.spelled(address), "tag": found.tag}
+    files.write_json(folder / "origin.json", origin)
+
+
+def _has(path: pathlib.Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    # Waits: another process of this machine copies the same file.
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: copied twice
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,282 @@
+"""Object storage: files at gs:// and s3:// addresses, found, read, copied.
+
+The only place that knows fsspec, whose drivers are extras: gcsfs for gs://, s3fs for s3://. They
+find credentials, endpoints and regions as the tools of each cloud do (application default
+credentials, STORAGE_EMULATOR_HOST; AWS_PROFILE, AWS_ENDPOINT_URL, instance roles ...).
+
+What fails for the moment (a lost connection, 429, 5xx) is tried again with growing pauses, by the
+drivers and then here, for half a minute (s3fs) or two (gcsfs); what fails for good is one sentence
+that names the address.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import pathlib
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from soup_jax.errors import UserError
+
+EXTRAS = {"gs": "gcs", "s3": "s3"}
+ATTEMPTS = 3
+PAUSE = 1.0  # seconds before the second attempt
+BLOCK_BYTES = 8 << 20  # read at a time
+
+# pathlib makes one slash of two, so one is enough; a drive has one letter.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+_T = TypeVar("_T")
+
+
+class Found(NamedTuple):
+    """An object: its address, its bytes, and a tag that changes with its content."""
+
+    address: str
+    size: int
+    tag: str
+
+
+def scheme(path: str | os.PathLike) -> str:
+    """The scheme of an address, "gs" of gs://bucket/x; "" for a path of a file system."""
+    found = _ADDRESS.match(os.fspath(path))
+    return found[1].lower() if found else ""
+
+
+def spelled(path: str | os.PathLike) -> str:
+    """An address as it is written, with the two slashes that pathlib makes one."""
+    text = os.fspath(path)
+    found = _ADDRESS.match(text)
+    return f"{found[1].lower()}://{text[found.end() :]}" if found else text
+
+
+def is_object(path: str | os.PathLike) -> bool:
+    """Whether a path is an address that this module reads."""
+    return scheme(path) in EXTRAS
+
+
+@functools.lru_cache(maxsize=8)
+def _driver(name: str) -> Any:
+    try:
+        import fsspec
+
+        return fsspec.filesystem(name, skip_instance_cache=True)
+    except ImportError as e:
+        raise UserError(
+            f"{name}:// needs another package: pip install 'soup_jax[{EXTRAS[name]}]'"
+        ) from e
+
+
+def _call(address: str, function: Callable[[Any, str], _T]) -> _T:
+    """`function(driver, bucket/path)`, again if it fails for the moment.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      UserError: one sentence for what fails for good.
+    """
+    driver = _driver(scheme(address))
+    path = spelled(address).partition("://")[2]
+    for attempt in range(ATTEMPTS):
+        try:
+            return function(driver, path)
+        except FileNotFoundError:
+            raise
+        except Exception as e:
+            if reason := _for_good(e, address):
+                raise UserError(f"{spelled(address)}: {reason}") from e
+            if attempt == ATTEMPTS - 1:
+                raise UserError(
+                    f"{spelled(address)}: no answer after {ATTEMPTS} attempts: {_words(e)}"
+                ) from e
+            time.sleep(PAUSE * 2**attempt * random.uniform(0.5, 1))
+    raise AssertionError
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        yield at
+        at = at.__cause__ or at.__context__
+
+
+def _words(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _for_good(error: BaseException, address: str) -> str:
+    # By name and number: the drivers have exception types of several libraries.
+    for e in _chain(error):
+        name, words = type(e).__name__, str(e)
+        code = str(getattr(e, "code", "")) or ""
+        status = getattr(e, "status", None) or code
+        response = getattr(e, "response", None)
+        if isinstance(response, dict):
+            code = str(response.get("Error", {}).get("Code", ""))
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
+        if name in ("NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError"):
+            return f"no credentials were found ({_words(e)}); {_LOGIN[scheme(address)]}"
+        if code in ("NoSuchBucket", "InvalidBucketName"):
+            return "there is no such bucket"
+        if isinstance(e, PermissionError) or str(status) in ("401", "403"):
+            return f"permission denied ({_words(e)}); {_LOGIN[scheme(address)]}"
+        if name in ("ParamValidationError", "NoRegionError", "ProfileNotFound"):
+            return _words(e)
+        if isinstance(e, ValueError | TypeError) and "bucket" in words.lower():
+            return _words(e)
+    return ""
+
+
+_LOGIN = {
+    "gs": "log in with `gcloud auth application-default login`, or set "
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "s3": "log in with `aws configure` or `aws sso login`, or set AWS_PROFILE",
+}
+
+
+def find(pattern: str) -> list[Found]:
+    """The objects that an address means: itself, all below it, or those that match a glob.
+
+    Sorted by their parts. Empty if there are none.
+
+    Raises:
+      UserError: as the module says; or there is no such bucket.
+    """
+
+    def listed(driver: Any, path: str) -> dict[str, dict[str, Any]]:
+        driver.invalidate_cache()
+        if any(c in path for c in "*?["):
+            return driver.glob(path, detail=True)
+        return driver.find(path, detail=True)
+
+    try:
+        entries = _call(pattern, listed)
+    except FileNotFoundError:
+        entries = {}
+    if not entries:
+        bucket = spelled(pattern).partition("://")[2].partition("/")[0]
+        try:
+            _call(pattern, lambda driver, _: driver.ls(bucket, detail=False))
+        except FileNotFoundError as e:
+            raise UserError(f"{spelled(pattern)}: there is no bucket {bucket!r}") from e
+    found = [_found(pattern, entry) for entry in entries.values() if entry["type"] == "file"]
+    return sorted(found, key=lambda f: pathlib.PurePosixPath(f.address).parts)
+
+
+def stat(address: str) -> Found | None:
+    """The object at an address; None if there is none."""
+
+    def info(driver: Any, path: str) -> dict[str, Any]:
+        driver.invalidate_cache()
+        return driver.info(path)
+
+    try:
+        entry = _call(address, info)
+    except FileNotFoundError:
+        return None
+    return _found(address, entry) if entry["type"] == "file" else None
+
+
+def _found(address: str, entry: dict[str, Any]) -> Found:
+    tag = entry.get("ETag") or entry.get("etag") or entry.get("md5Hash") or entry.get("generation")
+    return Found(f"{scheme(address)}://{entry['name']}", int(entry["size"]), str(tag or ""))
+
+
+class _Object(io.RawIOBase):
+    # Reads blocks of an object; each is tried again by itself, so that a connection that breaks in
+    # the middle of a file is nothing to its reader.
+
+    def __init__(self, address: str, size: int):
+        self._address, self._size, self._at = address, size, 0
+        self._begin, self._block = 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        if self._at >= self._size:
+            return 0
+        if not self._begin <= self._at < self._begin + len(self._block):
+            self._begin, end = self._at, min(self._at + BLOCK_BYTES, self._size)
+            self._block = _call(self._address, functools.partial(_range, self._at, end))
+        start = self._at - self._begin
+        data = self._block[start : start + len(buffer)]
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _range(begin: int, end: int, driver: Any, path: str) -> bytes:
+    data = driver.cat_file(path, start=begin, end=end)
+    if len(data) != end - begin:
+        raise ConnectionError(f"{len(data)} of {end - begin} bytes came")
+    return data
+
+
+def open_object(address: str) -> io.BufferedReader:
+    """Open an object for reading, as bytes, at any place.
+
+    Raises:
+      UserError: nothing is there, or as the module says; reading may raise it, too.
+    """
+    found = stat(address)
+    if found is None:
+        raise UserError(f"{spelled(address)} does not exist")
+    return io.BufferedReader(_Object(found.address, found.size), 1 << 16)
+
+
+def put(source: pathlib.Path, address: str) -> None:
+    """Copy a file to an address; an object appears whole or not at all.
+
+    Raises:
+      UserError: as the module says.
+    """
+
+    def copy(driver: Any, path: str) -> None:
+        driver.put_file(str(source), path)
+        driver.invalidate_cache()
+
+    try:
+        _call(address, copy)
+    except FileNotFoundError as e:
+        raise UserError(f"{spelled(address)}: there is no such bucket") from e
+    found = stat(address)
+    if found is None or found.size != source.stat().st_size:
+        raise UserError(f"{spelled(address)} is not there after it was written, or cut off")
+
+
+def remove(address: str) -> None:
+    """Remove an object, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        _call(address, lambda driver, path: driver.rm_file(path))
+
+
+def check_writable(address: str, what: str) -> None:
+    """Refuse, before work, a place where no object can be written: one is written and removed.
+
+    Raises:
+      UserError: names `what`, the flag or field, and why.
+    """
+    probe = f"{spelled(address).rstrip('/')}/.soup_jax-{os.getpid()}-{time.time_ns()}"
+    try:
+        _call(probe, lambda driver, path: driver.pipe_file(path, b"?"))
+        remove(probe)
+    except FileNotFoundError as e:
+        raise UserError(f"{what}={spelled(address)}: there is no such bucket") from e
+    except UserError as e:
+        raise UserError(f"{what}={spelled(address)} cannot be written: {e}") from e

@@ -1,0 +1,345 @@
+"""Sources, documents and corpora in object storage, against servers that speak its protocols.
+
+Run where the drivers and the servers are installed: `bash launch/test.sh --hf`.
+"""
+
+import contextlib
+import http.server
+import json
+import os
+import socket
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from conftest import TOPICS, tiny_config, topic_text
+
+from soup_jax import inputs, remote
+from soup_jax.cli import main as cli
+from soup_jax.data import corpus_cache
+from soup_jax.data.corpus import artefacts_of, open_corpus
+from soup_jax.data.prepare import stages
+from soup_jax.data.prepare.work import Part
+from soup_jax.errors import UserError
+from soup_jax.evaluation.sample import read_sample
+from soup_jax.training.loop import train
+
+moto = pytest.importorskip("moto.server")
+pytest.importorskip("s3fs")
+pytest.importorskip("gcsfs")
+emulator = pytest.importorskip("gcp_storage_emulator.server")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Faults:
+    """What a proxy in front of a server does to requests: the next `left` of them fail."""
+
+    def __init__(self) -> None:
+        self.kind, self.left, self.seen = "", 0, 0
+
+    @contextlib.contextmanager
+    def of(self, kind: str, number: int):
+        self.kind, self.left = kind, number
+        yield
+        self.kind, self.left = "", 0
+
+
+def proxy(port: int, faults: Faults) -> http.server.ThreadingHTTPServer:
+    """Passes requests on to a server at a port, but for the faults."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def body(self):
+            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            parts = []
+            while size := int(self.rfile.readline().strip(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
+        def handle_any(self):
+            faults.seen += 1
+            body = self.body()
+            kind = faults.kind if faults.left > 0 else ""
+            if kind and (kind == "503" or self.command == "GET"):
+                faults.left -= 1
+            else:
+                kind = ""
+            if kind == "503":
+                self.send_response(503)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            hop = ("connection", "transfer-encoding", "content-length", "expect")
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in hop}
+            headers.setdefault("Content-Type", "application/octet-stream")  # else urllib has one
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}{self.path}", body or None, headers, method=self.command
+            )
+            try:
+                answer = urllib.request.urlopen(request, timeout=30)
+            except urllib.error.HTTPError as e:
+                answer = e
+            data = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                    self.send_header(name, value)
+            length = answer.headers.get("Content-Length") if self.command == "HEAD" else len(data)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            if kind == "cut":  # in the middle of the body
+                self.wfile.write(data[: len(data) // 2])
+                self.wfile.flush()
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request, tmp_path_factory):
+    """(address of an empty bucket, its faults)."""
+    patch, faults, port = pytest.MonkeyPatch(), Faults(), free_port()
+    patch.setattr(remote, "PAUSE", 0.01)
+    remote._driver.cache_clear()
+    if request.param == "s3":
+        server = moto.ThreadedMotoServer("127.0.0.1", port)
+        server.start()
+    else:
+        server = emulator.create_server("127.0.0.1", port, in_memory=True)
+        server.start()
+    front = proxy(port, faults)
+    url = f"http://127.0.0.1:{front.server_port}"
+    for name, value in {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "STORAGE_EMULATOR_HOST": url,
+        "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
+    }.items():
+        patch.setenv(name, value)
+    remote._driver(request.param).mkdir("soup")
+    yield f"{request.param}://soup", faults
+    front.shutdown()
+    server.stop()
+    remote._driver.cache_clear()
+    patch.undo()
+
+
+def put(address: str, data: bytes) -> None:
+    remote._call(address, lambda driver, path: driver.pipe_file(path, data))
+
+
+def lines(texts) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+@pytest.fixture(scope="module")
+def sources(bucket):
+    """The address of a folder of sources, and the texts in them."""
+    address, _ = bucket
+    texts = [topic_text(topic, seed) for seed in range(40) for topic in TOPICS]
+    put(f"{address}/text/a.jsonl", lines(texts[:70]))
+    put(f"{address}/text/below/b.jsonl", lines(texts[70:]))
+    put(f"{address}/text/below/.hidden.jsonl", lines(["hidden"]))
+    put(f"{address}/text/below/picture.png", b"?")
+    return f"{address}/text", texts
+
+
+def config(sources: str, directory, **changes):
+    return tiny_config(
+        **{"corpus.sources": (sources,), "corpus.dir": str(directory), "num_steps": 4} | changes
+    )
+
+
+def test_objects_are_found_and_read_at_any_place(bucket, sources):
+    address, _ = bucket
+    data = np.random.default_rng(0).bytes(3 * remote.BLOCK_BYTES + 17)
+    put(f"{address}/large.bin", data)
+    with inputs.open_file(f"{address}/large.bin") as f:
+        assert f.read() == data
+        for at in (0, remote.BLOCK_BYTES - 5, 3 * remote.BLOCK_BYTES + 10):
+            f.seek(at)
+            assert f.read(11) == data[at : at + 11]
+        f.seek(-4, os.SEEK_END)
+        assert f.read() == data[-4:]
+    names = [found.address.rpartition("/")[2] for found in remote.find(sources[0])]
+    assert names == ["a.jsonl", ".hidden.jsonl", "b.jsonl", "picture.png"]
+    assert [f.size for f in remote.find(f"{sources[0]}/*.jsonl")] == [len(lines(sources[1][:70]))]
+    assert remote.find(f"{sources[0]}/nothing") == []
+    with pytest.raises(UserError, match=r"/nothing.json does not exist"):
+        inputs.read_text(f"{address}/nothing.json")
+
+
+@pytest.mark.parametrize(("kind", "number"), [("503", 4), ("cut", 3)])
+def test_what_fails_for_the_moment_is_tried_again(bucket, sources, kind, number):
+    _, faults = bucket
+    with faults.of(kind, number):
+        assert inputs.read_text(f"{sources[0]}/a.jsonl").encode() == lines(sources[1][:70])
+        assert faults.left == 0
+
+
+def test_a_server_that_never_answers_is_one_sentence(bucket, sources, monkeypatch):
+    _, faults = bucket
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    with faults.of("503", 10_000), pytest.raises(UserError, match=r"a.jsonl: no answer after 1"):
+        inputs.read_text(f"{sources[0]}/a.jsonl")
+
+
+def test_documents_of_a_specialist_lie_there_too(bucket, sources):
+    sample = read_sample([f"{sources[0]}/**/b.jsonl"], text_field="text")
+    assert [d.text for d in sample.documents] == sources[1][70:]
+
+
+def test_a_corpus_is_prepared_there_and_trained_on(bucket, sources, tmp_path, capsys):
+    address, faults = bucket
+    local = stages.prepare(config(sources[0], tmp_path / "local"))
+    place = f"{address}/corpora/tiny"
+    with faults.of("503", 3):
+        made = stages.prepare(config(sources[0], place))
+    assert made.fingerprint == local.fingerprint
+    names = {f.address.removeprefix(f"{place}/") for f in remote.find(place)}
+    assert names == {"manifest.json", *artefacts_of(local.manifest)}
+    capsys.readouterr()
+    assert stages.prepare(config(sources[0], place)).fingerprint == local.fingerprint
+    assert f"{place} is already prepared" in capsys.readouterr().err
+    with pytest.raises(UserError, match=rf"{place} was prepared from other settings .*seq_len"):
+        stages.prepare(config(sources[0], place, seq_len=16))
+    # On another machine: only what is read is copied.
+    cache = str(tmp_path / "cache")
+    opened = open_corpus(place, cache_dir=cache)
+    folder = corpus_cache.folder_of(place, cache)
+    assert not (folder / "windows").exists()
+    rows = np.arange(5)
+    expected = local.read_windows("train", rows)
+    np.testing.assert_array_equal(opened.read_windows("train", rows), expected)
+    assert [p.name for p in (folder / "windows").glob("[!.]*")] == [
+        file["name"] for file in local.manifest["window_files"]["train"]
+    ]
+    seen = faults.seen
+    np.testing.assert_array_equal(opened.read_windows("train", rows), expected)
+    assert faults.seen == seen
+    opened.verify()
+    assert opened.summary()[1:] == local.summary()[1:]
+    assert len(opened.source("validation")) == local.offsets["validation"][-1]
+    train(config(sources[0], place, **{"corpus.cache_dir": cache}), tmp_path / "run")
+
+
+def test_a_damaged_copy_is_refused_and_another_corpus_replaces_it(bucket, sources, tmp_path):
+    address, _ = bucket
+    place, cache = f"{address}/corpora/other", str(tmp_path / "cache")
+    stages.prepare(config(sources[0], place))
+    opened = open_corpus(place, cache_dir=cache)
+    file = opened.manifest["window_files"]["train"][0]["name"]
+    good = inputs.open_file(f"{place}/windows/{file}").read()
+    put(f"{place}/windows/{file}", good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"windows/{file} is not what its manifest says"):
+        opened.read_windows("train", [0])
+    put(f"{place}/windows/{file}", good)
+    before = open_corpus(place, cache_dir=cache).read_windows("train", [0])
+    for found in remote.find(place):
+        remote.remove(found.address)
+    with pytest.raises(UserError, match=r"is not a prepared corpus"):
+        open_corpus(place, cache_dir=cache)
+    stages.prepare(config(sources[0], place, seq_len=16, **{"corpus.cache_dir": cache}))
+    after = open_corpus(place, cache_dir=cache).read_windows("train", [0])
+    assert (before.shape[1], after.shape[1]) == (33, 17)
+
+
+@pytest.mark.parametrize("stage", ["_encode", "_publish"])
+def test_a_kill_changes_nothing(bucket, sources, tmp_path, monkeypatch, stage):
+    address, _ = bucket
+    place = f"{address}/corpora/killed{stage}"
+    original = getattr(stages, stage)
+
+    def die(work):
+        original(work)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, stage, die)
+        with pytest.raises(KeyboardInterrupt):
+            stages.prepare(config(sources[0], place))
+    put_, calls = remote.put, []
+
+    def dies(source, target):
+        calls.append(target)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        put_(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "put", dies)
+        with pytest.raises(KeyboardInterrupt):
+            stages.prepare(config(sources[0], place))
+    with pytest.raises(UserError, match="is not a prepared corpus"):
+        open_corpus(place, cache_dir=str(tmp_path))
+    made = stages.prepare(config(sources[0], place))
+    made.verify()
+    open_corpus(place, cache_dir=str(tmp_path)).verify()
+
+
+def test_what_cannot_be_is_one_sentence(bucket, sources, tmp_path):
+    address, _ = bucket
+    scheme = address.partition(":")[0]
+    for call, message in (
+        (lambda: stages.prepare(config(f"{scheme}://nobody/x", tmp_path)), "no bucket 'nobody'"),
+        (lambda: stages.prepare(config(f"{address}/none", tmp_path)), "matches no file"),
+        (lambda: stages.prepare(config(f"{address}/text/below/picture.png", tmp_path)), "suffix"),
+        (
+            lambda: stages.prepare(config(sources[0], f"{scheme}://nobody/c")),
+            rf"corpus.dir={scheme}://nobody/c: there is no such bucket",
+        ),
+        (
+            lambda: stages.prepare_part(
+                config(sources[0], f"{address}/c"), Part(0, 2, merges=False)
+            ),
+            "shards need a disk that they share",
+        ),
+        (lambda: open_corpus(f"{address}/nothing"), "/nothing is not a prepared corpus"),
+        (lambda: inputs.open_file("ftp://host/x"), "ftp://host/x is an address that cannot be"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_missing_credentials_and_drivers_are_one_sentence(tmp_path, monkeypatch, capsys):
+    remote._driver.cache_clear()
+    for name in [n for n in os.environ if n.startswith(("AWS_", "GOOGLE_", "STORAGE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"s3://soup/x: no credentials were found .*aws configure"):
+        inputs.open_file("s3://soup/x")
+
+    def missing(name, **_):
+        raise ImportError(f"install the driver of {name}")
+
+    monkeypatch.setattr("fsspec.filesystem", missing)
+    remote._driver.cache_clear()
+    arguments = ["histogram", "--documents=s3://soup/x.jsonl", "--corpus=c"]
+    assert cli.run(arguments) == 2
+    assert "pip install 'soup_jax[s3]'" in capsys.readouterr().err
+    remote._driver.cache_clear()
