@@ -351,9 +351,9 @@ def run_case(bench: Bench, case: Case, sound: Sound, rng: random.Random) -> dict
     try:
         have = bench.result(case.command, again) if again.status == 0 else None
         afterwards = "same" if have == expected else ""
-        if not afterwards and case.command == "train" and "told" in word and have:
-            if have | {"lines": expected["lines"]} == expected:
-                afterwards = "same but for dropped lines"
+        told = case.command == "train" and "told" in word and have
+        if not afterwards and told and have | {"lines": expected["lines"]} == expected:
+            afterwards = "same but for dropped lines"
     except (OSError, ValueError):
         afterwards = ""
     if new:

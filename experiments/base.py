@@ -61,6 +61,7 @@ FIELDS = (
           at_least=0, at_most=1),
     free("corpus.evaluation", (),
          "files of documents to score specialists on, which must not be trained on, as `sources`"),
+    fixed("corpus.evaluation_text_field", "", "of `evaluation`; empty: as `text_field`"),
     fixed("corpus.contaminated", "drop",
           "what happens to documents that have 70% of the word 8-grams of one of them",
           choices=("drop", "report")),

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class UnavailableError(UserError):
+    """Storage that cannot be reached or does not let us in: no property of what lies there."""
+
+
 class DamagedError(UserError):
     """What was read is not what was written."""
 

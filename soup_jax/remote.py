@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-from soup_jax.errors import UserError
+from soup_jax.errors import UnavailableError, UserError
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}
 ATTEMPTS = 3
@@ -75,7 +75,7 @@ def _call(address: str, function: Callable[[Any, str], _T]) -> _T:
 
     Raises:
       FileNotFoundError: nothing is there.
-      UserError: one sentence for what fails for good.
+      UnavailableError: one sentence for what fails for good.
     """
     driver = _driver(scheme(address))
     path = spelled(address).partition("://")[2]
@@ -86,9 +86,9 @@ def _call(address: str, function: Callable[[Any, str], _T]) -> _T:
             raise
         except Exception as e:
             if reason := _for_good(e, address):
-                raise UserError(f"{spelled(address)}: {reason}") from e
+                raise UnavailableError(f"{spelled(address)}: {reason}") from e
             if attempt == ATTEMPTS - 1:
-                raise UserError(
+                raise UnavailableError(
                     f"{spelled(address)}: no answer after {ATTEMPTS} attempts: {_words(e)}"
                 ) from e
             time.sleep(PAUSE * 2**attempt * random.uniform(0.5, 1))
@@ -138,8 +138,14 @@ _LOGIN = {
 }
 
 
+def is_glob(path: str) -> bool:
+    """Whether it has the signs of a glob."""
+    return any(c in path for c in "*?[")
+
+
 def find(pattern: str) -> list[Found]:
-    """The objects that an address means: itself, all below it, or those that match a glob.
+    """The objects that an address means: itself, all below it, or those that match a glob, or lie
+    in a folder that does.
 
     Sorted by their parts. Empty if there are none.
 
@@ -149,9 +155,13 @@ def find(pattern: str) -> list[Found]:
 
     def listed(driver: Any, path: str) -> dict[str, dict[str, Any]]:
         driver.invalidate_cache()
-        if any(c in path for c in "*?["):
-            return driver.glob(path, detail=True)
-        return driver.find(path, detail=True)
+        if not is_glob(path):
+            return driver.find(path, detail=True)
+        entries = driver.glob(path, detail=True)
+        if "**" not in path:  # which lists what is below; any other pattern means the folder itself
+            for name in [n for n, entry in entries.items() if entry["type"] == "directory"]:
+                entries |= driver.find(name, detail=True)
+        return entries
 
     try:
         entries = _call(pattern, listed)
@@ -240,8 +250,8 @@ def open_object(address: str) -> io.BufferedReader:
     return io.BufferedReader(_Object(found.address, found.size), 1 << 16)
 
 
-def put(source: pathlib.Path, address: str) -> None:
-    """Copy a file to an address; an object appears whole or not at all.
+def put(source: pathlib.Path, address: str) -> Found:
+    """Copy a file to an address; an object appears whole or not at all, and is returned.
 
     Raises:
       UserError: as the module says.
@@ -258,6 +268,7 @@ def put(source: pathlib.Path, address: str) -> None:
     found = stat(address)
     if found is None or found.size != source.stat().st_size:
         raise UserError(f"{spelled(address)} is not there after it was written, or cut off")
+    return found
 
 
 def remove(address: str) -> None:
@@ -267,16 +278,18 @@ def remove(address: str) -> None:
 
 
 def check_writable(address: str, what: str) -> None:
-    """Refuse, before work, a place where no object can be written: one is written and removed.
+    """Refuse, before work, a place where no object can be written: one is written, and removed
+    where that is allowed.
 
     Raises:
       UserError: names `what`, the flag or field, and why.
     """
-    probe = f"{spelled(address).rstrip('/')}/.soup_jax-{os.getpid()}-{time.time_ns()}"
+    probe = f"{spelled(address).rstrip('/')}/.soup_jax-probe"
     try:
         _call(probe, lambda driver, path: driver.pipe_file(path, b"?"))
-        remove(probe)
     except FileNotFoundError as e:
         raise UserError(f"{what}={spelled(address)}: there is no such bucket") from e
     except UserError as e:
         raise UserError(f"{what}={spelled(address)} cannot be written: {e}") from e
+    with contextlib.suppress(UserError):
+        remove(probe)

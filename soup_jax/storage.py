@@ -312,6 +312,9 @@ def check_room(folder: str | os.PathLike, num_bytes: int, what: str) -> None:
         )
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF, errno.ENOSYS)
+
+
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, refusal: str, *, shared: bool = False) -> Iterator[None]:
     """Holds a lock on an existing folder for the block; the end of the process frees it, too.
@@ -330,7 +333,7 @@ def locked(folder: pathlib.Path, refusal: str, *, shared: bool = False) -> Itera
         except BlockingIOError as e:
             raise UserError(refusal) from e
         except OSError as e:
-            if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF):
+            if e.errno not in _NO_LOCKS:
                 raise  # else a file system that knows no locks
         yield
     finally:

@@ -59,6 +59,17 @@ def test_ideographs_are_words():
     assert counts_of(["日本語の本を読む"], 5) == [4]
 
 
+def test_typographic_forms_make_no_difference():
+    plain = "He said \"that's - well - not 1st\" and left, didn't he? (naïve) fine"
+    typeset = "He said “that’s – well — not 1st” and left, didn’t he? (naïve) ﬁne"
+    other_spaces = plain.replace(" ", "\u00a0")
+    for size in (1, 5, 8):
+        first, *others = sets_of([plain, typeset, other_spaces], size)
+        assert len(first) > 3
+        assert all(other == first for other in others)
+    assert sets_of(["你好，世界"], 2) == sets_of(["你好 世界"], 2)
+
+
 def test_signatures_estimate_the_jaccard_similarity():
     rng = np.random.default_rng(1)
     vocabulary = [f"w{i}" for i in range(3000)]
@@ -202,6 +213,15 @@ def test_prepare_leaves_out_what_was_planted_and_tells(folder, capsys):
     changed = {"corpus.near_duplicates": 0.0, "corpus.evaluation": ()}
     with pytest.raises(UserError, match=r"corpus.near_duplicates: 0.8, now 0.0"):
         stages.prepare(config(folder, **changed))
+
+
+def test_an_evaluation_that_is_not_read_is_refused(folder):
+    text = (folder / "tests.jsonl").read_text()
+    (folder / "tests.jsonl").write_text(text.replace('"text"', '"question"'))
+    with pytest.raises(UserError, match=r"0 documents .*evaluation_text_field=question"):
+        stages.prepare(config(folder))
+    corpus = stages.prepare(config(folder, **{"corpus.evaluation_text_field": "question"}))
+    assert corpus.manifest["counts"]["contaminated"] == 3
 
 
 def test_contamination_may_be_told_only(folder):

@@ -89,7 +89,7 @@ def test_a_run_at_a_level_keeps_it(folder):
 
 
 def test_levels_that_cannot_be_are_refused_and_others_are_another_corpus(folder):
-    for levels in ((12,), (4, 4), (8, 4), (4.0,)):
+    for levels in ((12,), (4, 4), (8, 4), (4.0,), (0,), (-2,)):
         with pytest.raises(UserError, match="ascending numbers of domains below num_domains = 12"):
             provenance.check(config(folder, **{"corpus.levels": levels}))
     with pytest.raises(UserError, match=r"corpus.levels: \(4,\), now \(3,\)"):
@@ -161,6 +161,9 @@ def test_domains_that_a_run_repeats_too_often_are_named(folder, capsys):
     assert domain_report.repetition_warning(config(folder, num_steps=1), corpus) == ""
     cfg = config(folder, num_steps=100_000, batch_size=64)
     warning = domain_report.repetition_warning(cfg, corpus)
+    to_be_written = {"domain_weights.path": "nowhere.json", "domain_weights.file": 0.2}
+    to_be_written |= {"domain_weights.generic": 0.0}
+    assert domain_report.repetition_warning(config(folder, **to_be_written), corpus) == ""
     assert warning.startswith("12 of 12 domains will be seen more than 10 times")
     # All draws of one domain, and none of the others.
     meta = domain_report.from_config(cfg, corpus.domain_frequencies)

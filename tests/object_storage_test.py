@@ -7,6 +7,7 @@ import contextlib
 import http.server
 import json
 import os
+import shutil
 import socket
 import threading
 import urllib.error
@@ -188,6 +189,8 @@ def test_objects_are_found_and_read_at_any_place(bucket, sources):
     names = [found.address.rpartition("/")[2] for found in remote.find(sources[0])]
     assert names == ["a.jsonl", ".hidden.jsonl", "b.jsonl", "picture.png"]
     assert [f.size for f in remote.find(f"{sources[0]}/*.jsonl")] == [len(lines(sources[1][:70]))]
+    # A folder that a glob matches is all that is in it, as on a disk.
+    assert len(remote.find(f"{sources[0]}/*")) == len(remote.find(f"{sources[0]}/**")) == 4
     assert remote.find(f"{sources[0]}/nothing") == []
     with pytest.raises(UserError, match=r"/nothing.json does not exist"):
         inputs.read_text(f"{address}/nothing.json")
@@ -206,6 +209,25 @@ def test_a_server_that_never_answers_is_one_sentence(bucket, sources, monkeypatc
     monkeypatch.setattr(remote, "ATTEMPTS", 1)
     with faults.of("503", 10_000), pytest.raises(UserError, match=r"a.jsonl: no answer after 1"):
         inputs.read_text(f"{sources[0]}/a.jsonl")
+
+
+def test_an_outage_is_no_property_of_a_source(bucket, sources, tmp_path, monkeypatch):
+    _, faults = bucket
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    original = stages._hash
+
+    def outage(work):
+        original(work)
+        faults.kind, faults.left = "503", 10_000
+
+    with monkeypatch.context() as patch, faults.of("", 0):
+        patch.setattr(stages, "_hash", outage)
+        with pytest.raises(UserError, match="no answer"):
+            stages.prepare(config(sources[0], tmp_path / "corpus"))
+    made = stages.prepare(config(sources[0], tmp_path / "corpus"))
+    assert made.manifest["counts"]["documents"] == len(sources[1])
+    assert made.manifest["counts"]["damaged"] == 0
+    assert all(source["sha256"] for source in made.manifest["request"]["sources"])
 
 
 def test_documents_of_a_specialist_lie_there_too(bucket, sources):
@@ -296,7 +318,11 @@ def test_a_kill_changes_nothing(bucket, sources, tmp_path, monkeypatch, stage):
             stages.prepare(config(sources[0], place))
     with pytest.raises(UserError, match="is not a prepared corpus"):
         open_corpus(place, cache_dir=str(tmp_path))
-    made = stages.prepare(config(sources[0], place))
+    if stage == "_publish":  # other settings: nothing of what was copied may stay
+        shutil.rmtree(corpus_cache.folder_of(place))
+        made = stages.prepare(config(sources[0], place, **{"corpus.min_chars": 900}))
+    else:
+        made = stages.prepare(config(sources[0], place))
     made.verify()
     open_corpus(place, cache_dir=str(tmp_path)).verify()
 

@@ -10,7 +10,7 @@ from stages_test import Killed, config, content, write_sources
 
 from soup_jax.cli import main as cli
 from soup_jax.data import windows
-from soup_jax.data.prepare import shards, stages, start
+from soup_jax.data.prepare import shards, stages
 from soup_jax.data.prepare import work as work_lib
 from soup_jax.data.prepare.work import Part
 from soup_jax.errors import UserError
@@ -77,20 +77,20 @@ def test_each_part_says_what_is_missing(sources, tmp_path, capsys):
     cfg = config(sources, tmp_path / "corpus")
     flags = [f"--config.corpus.sources={sources}", f"--config.corpus.dir={tmp_path / 'corpus'}"]
 
-    def said(*arguments: str) -> str:
-        assert cli.run(["prepare", CONFIG, *flags, *arguments]) == 0
+    def said(*arguments: str, status: int = 0) -> str:
+        assert cli.run(["prepare", CONFIG, *flags, *arguments]) == status
         return capsys.readouterr().err
 
-    assert "hashing the sources: 5 of 5 outputs are still to be made by shards" in said("--merge")
+    left = "hashing the sources: 5 of 5 outputs are still to be made by shards"
+    assert left in said("--merge", status=75)
     assert "reading documents: 3 of 5 outputs" in said("--shard=0/3")
     assert "reading documents: 1 of 5 outputs" in said("--shard=1/3")
     assert "choosing the documents that are kept is for `--merge`" in said("--shard=0/1")
-    with pytest.raises(UserError, match=r"unfinished work for other settings .*--merge"):
-        stages.prepare_part(cfg, Part(0, 3, merges=False))
+    # What others have done is not thrown away for a flag that was forgotten.
+    for part in (Part(0, 3, merges=False), MERGE):
+        with pytest.raises(UserError, match=r"unfinished work for other settings \(.*delete it"):
+            stages.prepare_part(cfg, part)
     assert (tmp_path / "corpus" / ".work" / "documents").exists()
-    stages.prepare_part(cfg, MERGE)
-    assert "unfinished work is dropped" in capsys.readouterr().err
-    assert not (tmp_path / "corpus" / ".work" / "documents").exists()
     for given in ("3/3", "1", "a/2", "-1/2", "0/0"):
         assert cli.run(["prepare", CONFIG, f"--shard={given}", *flags]) == 2
         assert f"--shard={given} must be i/n" in capsys.readouterr().err
@@ -143,9 +143,8 @@ def test_a_merge_killed_after_a_stage_changes_nothing(sources, whole, tmp_path, 
     assert content(tmp_path / "corpus") == content(whole.path)
 
 
-def test_shards_that_begin_at_once_describe_the_work_once(sources, tmp_path, monkeypatch):
+def test_shards_that_begin_at_once_describe_the_work_once(sources, tmp_path):
     cfg = config(sources, tmp_path / "corpus")
-    monkeypatch.setattr(start, "_PATIENCE", 20.0)
     errors = []
 
     def run(index):
@@ -165,8 +164,7 @@ def test_shards_that_begin_at_once_describe_the_work_once(sources, tmp_path, mon
     ]
 
 
-def test_parts_that_merge_are_alone(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "_PATIENCE", 0.3)
+def test_parts_that_merge_are_alone(sources, tmp_path):
     cfg, folder = config(sources, tmp_path / "corpus"), tmp_path / "corpus"
     folder.mkdir()
     handle = os.open(folder, os.O_RDONLY)
@@ -181,6 +179,29 @@ def test_parts_that_merge_are_alone(sources, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another `soup-jax prepare`"):
         stages.prepare_part(cfg, Part(0, 2, merges=False))
     os.close(handle)
+
+
+def test_a_job_that_is_given_twice_is_done_once(sources, tmp_path):
+    # As a runner does that gives up on a worker which goes on.
+    cfg = config(sources, tmp_path / "corpus", **CLEANED)
+
+    def twice(function, jobs, *, num_workers):
+        for job in [*jobs, *jobs]:
+            function(*job)
+        return [None] * len(jobs)
+
+    stages.prepare(cfg, map=twice)
+    with pytest.raises(FileNotFoundError):  # but for one whose input is really gone
+        work_lib._once(shards.hash_files.__globals__["load"], (tmp_path / "x",), (tmp_path / "y",))
+
+
+def test_a_disk_that_holds_half_of_it_already_is_large_enough(sources, tmp_path, monkeypatch):
+    cfg = config(sources, tmp_path / "corpus")
+    assert stages.prepare_part(cfg, Part(0, 2, merges=False)) is None
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
+    assert stages.prepare_part(cfg, Part(1, 2, merges=False)) is None
+    with pytest.raises(UserError, match="make room"):
+        stages.prepare_part(config(sources, tmp_path / "new"), Part(1, 2, merges=False))
 
 
 def test_apache_beam_makes_the_same_corpus(sources, whole, tmp_path):

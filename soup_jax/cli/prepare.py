@@ -6,7 +6,8 @@ The same command continues a preparation that stopped. Many machines that share 
 of the work each, in rounds:
 
     soup-jax prepare --config=C --shard=3/64     as many as that, at the same time; then
-    soup-jax prepare --config=C --merge          one; and so on, until --merge has made the corpus
+    soup-jax prepare --config=C --merge          one; and so on, until --merge has made the corpus,
+                                                 until when its exit status is 75
 
 or leave the work to Apache Beam, `--beam="--runner=..."`. With --self_test the command writes
 nothing: it plants near duplicates and contaminated documents among some of the sources, and tells
@@ -20,6 +21,8 @@ from absl import flags
 
 from soup_jax.cli import config_flag
 from soup_jax.errors import UserError
+
+WAITING = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -63,7 +66,7 @@ def run(values: flags.FlagValues) -> int:
 
         stages.prepare(cfg, map=beam_map(values.beam))
     elif values.merge:
-        stages.prepare_part(cfg, Part(number=0))
+        return 0 if stages.prepare_part(cfg, Part(number=0)) else WAITING
     elif shard:
         stages.prepare_part(cfg, Part(*shard, merges=False))
     else:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from soup_jax import inputs, remote
@@ -49,8 +49,6 @@ class CorpusCache:
         with _locked(self.folder.with_name(f"{self.folder.name}.lock")):
             found = remote.stat(f"{self.address}/{_MANIFEST}")
             if found is None:
-                if known.exists():  # copies of what is gone, and not a corpus to be copied there
-                    shutil.rmtree(self.folder)
                 return False
             self.folder.mkdir(exist_ok=True)
             origin = {"address": remote.spelled(self.address), "tag": found.tag}
@@ -70,6 +68,12 @@ class CorpusCache:
             files.write_json(known, origin)
             return True
 
+    def forget(self) -> None:
+        """Drop the copies of a corpus that is no longer at the address, before another is made; one
+        that was made here and is yet to be copied there stays."""
+        if (self.folder / "origin.json").exists():
+            shutil.rmtree(self.folder)
+
     def file(self, name: str, artefact: Mapping[str, Any]) -> pathlib.Path:
         """The local copy of a file of the corpus.
 
@@ -88,34 +92,43 @@ class CorpusCache:
                 return path
             begin = time.monotonic()
             files.check_room(self.folder, artefact["bytes"], f"the copy of {name}")
-            files.fetch(f"{self.address}/{name}", path)
-            if inputs.sha256_file(path) != artefact["sha256"]:
-                path.unlink()
+            new = path.with_name(f".{path.name}.new")
+            files.fetch(f"{self.address}/{name}", new)
+            if inputs.sha256_file(new) != artefact["sha256"]:
+                new.unlink()
                 raise UserError(
                     f"the corpus is damaged: {remote.spelled(self.address)}/{name} is not what its "
                     "manifest says. Restore it, or delete the corpus and prepare it again"
                 )
+            os.replace(new, path)
             if artefact["bytes"] >= _LARGE:
                 took = time.monotonic() - begin
                 _log.info("copied %s, %.0f MB, in %.1f s", name, artefact["bytes"] / 1e6, took)
         return path
 
 
-def upload(folder: pathlib.Path, address: str, names: Iterable[str]) -> None:
-    """Copy the named files of a corpus to an address, the manifest last.
+def upload(folder: pathlib.Path, address: str, artefacts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Copy the files of a corpus to an address, the manifest last.
 
-    Those that are there with their size are left: the folder is prepared anew to the same bytes.
+    What an upload that was killed has copied is known by a journal, and not copied again.
+
+    Args:
+      artefacts: of the manifest, `artefacts_of`.
 
     Raises:
       UserError: one cannot be written.
     """
-    for name in [*names, _MANIFEST]:
+    record = folder / "uploaded.json"
+    done = inputs.read_json(record) if record.exists() else {}
+    for name, artefact in artefacts.items():
         there = remote.stat(f"{address}/{name}")
-        if there is None or there.size != (folder / name).stat().st_size or name == _MANIFEST:
-            remote.put(folder / name, f"{address}/{name}")
-    found = remote.stat(f"{address}/{_MANIFEST}")
-    assert found is not None
-    origin = {"address": remote.spelled(address), "tag": found.tag}
+        if there and done.get(name) == [artefact["sha256"], there.tag]:
+            continue
+        written = remote.put(folder / name, f"{address}/{name}")
+        done[name] = [artefact["sha256"], written.tag]
+        files.write_json(record, done)
+    written = remote.put(folder / _MANIFEST, f"{address}/{_MANIFEST}")
+    origin = {"address": remote.spelled(address), "tag": written.tag}
     files.write_json(folder / "origin.json", origin)
 
 

@@ -15,6 +15,7 @@ from soup_jax.data.meta_distribution import (
     from_config,
     sample_domain_weights,
 )
+from soup_jax.errors import UserError
 
 # A domain whose windows a run sees more often than this is warned of.
 MOST_EPOCHS = 10
@@ -112,12 +113,12 @@ def epochs(meta: MetaDistribution, num_windows_K: np.ndarray, num_rows: int) -> 
 
 
 def repetition_warning(cfg: ConfigDict, corpus: Corpus) -> str:
-    """A sentence on the domains that a config's run sees more than MOST_EPOCHS times; "" for none.
-
-    Raises:
-      UserError: the config's meta-distribution cannot be that of the corpus.
-    """
-    meta = from_config(cfg, corpus.domain_frequencies)
+    """A sentence on the domains that a config's run sees more than MOST_EPOCHS times; "" for none,
+    and for a meta-distribution that cannot be made yet, such as that of a file to be written."""
+    try:
+        meta = from_config(cfg, corpus.domain_frequencies)
+    except UserError:  # `train` will say it
+        return ""
     num_windows_K = np.diff(corpus.offsets["train"])
     found = epochs(meta, num_windows_K, cfg.num_steps * cfg.batch_size)
     over = int((found > MOST_EPOCHS).sum())

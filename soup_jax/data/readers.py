@@ -9,6 +9,7 @@ of it: what is compressed is decompressed in pieces that are small whatever it c
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import zlib
@@ -20,7 +21,7 @@ import zstandard
 
 from soup_jax import inputs
 from soup_jax.data.damage import Report, listed
-from soup_jax.errors import UserError
+from soup_jax.errors import UnavailableError, UserError
 
 # The largest text file, JSON line or Parquet value that is taken for a document: the text of 40
 # books. Python holds it as bytes and with up to four bytes a character.
@@ -31,6 +32,8 @@ MAX_CONTAINERS = 1 << 20
 # fit.
 MAX_WINDOW_BYTES = 128 << 20
 _READ_BYTES = 1 << 16
+# Of a network file system, for the moment.
+_UNREACHABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
 _PIECE_BYTES = 1 << 18  # of decompressed data at a time
 _PARQUET_ROWS = 8  # as long as a document may be, they take a quarter of a gigabyte
 _PARQUET_BUFFER = 1 << 20
@@ -95,7 +98,11 @@ def read_file(source: SourceFile, field: str, report: Report, skip: int = 0) -> 
         report.add("truncated", source.path, line, f"after this line: {e}")
     except (_TooLarge, MemoryError) as e:
         report.add("too_large", source.path, line, str(e) or "the memory is full")
+    except UnavailableError:  # what lies there may be sound: no property of the source
+        raise
     except OSError as e:
+        if e.errno in _UNREACHABLE:
+            raise
         report.add("unreadable", source.path, line, e.strerror or str(e))
     except UserError as e:  # of `open_file`
         report.add("unreadable", source.path, line, str(e))

@@ -112,7 +112,15 @@ def _expand(source: str, report: Report) -> Iterator[remote.Found]:
         found = remote.find(source)
         if len(found) == 1 and found[0].address == remote.spelled(source):
             _check_suffix(source)
-        yield from (f for f in found if file_format(f.address) and not _is_hidden(f.address))
+            yield from found
+            return
+        place = remote.spelled(source)
+        while remote.is_glob(place):
+            place = place.rpartition("/")[0]
+        for f in found:
+            hidden = any(part.startswith(".") for part in f.address[len(place) :].split("/"))
+            if file_format(f.address) and not hidden:
+                yield f
         return
     for path in _local(os.path.expanduser(os.fspath(source)), report):
         yield remote.Found(path, os.path.getsize(path) if os.path.isfile(path) else 0, "")
@@ -125,10 +133,6 @@ def _check_suffix(source: str) -> None:
             "document a file, .jsonl for one JSON object a line, .parquet for Parquet; "
             "the first two may end in .gz or .zst"
         )
-
-
-def _is_hidden(address: str) -> bool:
-    return any(part.startswith(".") for part in address.partition("://")[2].split("/"))
 
 
 def _local(source: str, report: Report) -> Iterator[str]:

@@ -55,10 +55,10 @@ def load(
     if (copy / "map.json").exists():
         domains = domain_map.open_map(copy)
         if corpus_dir:
-            open_corpus_of(corpus_dir, workdir, domains.fingerprint, num_domains=cfg.num_domains)
+            open_corpus_of(corpus_dir, workdir, domains.fingerprint, cfg)
     else:
         folder = corpus_dir or cfg.corpus.dir
-        domains = open_corpus_of(folder, workdir, None, num_domains=cfg.num_domains)
+        domains = open_corpus_of(folder, workdir, None, cfg)
     model = model or build.base_model(cfg)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         abstract = jax.eval_shape(build.initial_state(cfg, model, domains)).params
@@ -133,7 +133,7 @@ def corpus_of(workdir: str | pathlib.Path, *, corpus_dir: str = "") -> Corpus:
     workdir = pathlib.Path(workdir)
     cfg = _config(workdir)
     folder = corpus_dir or cfg.corpus.dir
-    return open_corpus_of(folder, workdir, None, num_domains=cfg.num_domains)
+    return open_corpus_of(folder, workdir, None, cfg)
 
 
 def map_of(*, run: str = "", corpus_dir: str = "", num_domains: int = 0) -> DomainMap:

@@ -94,9 +94,7 @@ class Soup:
         Raises:
           UserError: gone, or another one.
         """
-        return open_corpus_of(
-            self.corpus_dir, self.workdir, self.map.fingerprint, num_domains=self.num_domains
-        )
+        return open_corpus_of(self.corpus_dir, self.workdir, self.map.fingerprint, self.cfg)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -320,7 +318,7 @@ _merge = jax.jit(merge.merge)
 
 
 def open_corpus_of(
-    directory: str, workdir: pathlib.Path, fingerprint: str | None, *, num_domains: int
+    directory: str, workdir: pathlib.Path, fingerprint: str | None, cfg: ConfigDict
 ) -> Corpus:
     """The corpus in a folder, at the level of a run or soup folder, whose it must be.
 
@@ -328,7 +326,7 @@ def open_corpus_of(
       UserError: it is gone, or another one than the fingerprint says; None takes any.
     """
     try:
-        corpus = open_corpus(directory, num_domains=num_domains)
+        corpus = open_corpus(directory, num_domains=cfg.num_domains, cache_dir=cfg.corpus.cache_dir)
     except UserError as e:
         raise UserError(
             f"{e}. If the corpus of {workdir} lies elsewhere, make a link to it there, or give its "

@@ -4,6 +4,7 @@ Workers must reach the folders of the sources and of the corpus by the same path
 direct runner do, or those of Dataflow, Flink or Spark on a shared disk, and have soup_jax.
 """
 
+import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -49,5 +50,7 @@ def beam_map(options: str) -> Map:
 
 
 def _call(job: tuple[int, tuple[Any, ...]], function: Callable[..., None]) -> None:
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of `tokenizers`
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator belongs to one process
     with threadpoolctl.threadpool_limits(1):
         function(*job[1])

@@ -15,9 +15,10 @@ document in the order of the sources stays. They are looked for if the config as
 `corpus.evaluation`, or of whose own 70% are in that one. With half, licences and notices that many
 documents carry make short ones count.
 
-Memory, beside a few shards per worker: about 50 bytes per document in passes of _HASHES documents
-for duplicates, 16 bytes per document for one band at a time, about 1 kB per pair of similar ones in
-blocks of _PAIRS, and 16 bytes per n-gram of the evaluation.
+Choosing is for one process. Its memory is about 70 bytes per document, and beside that 100 per
+document in passes of _HASHES for duplicates and 1 kB per pair of similar ones in blocks of _PAIRS;
+each of these blocks reads the signatures of most shards. A worker holds a shard or two, and 16
+bytes per n-gram of the evaluation.
 """
 
 import functools
@@ -37,11 +38,13 @@ from soup_jax.data import sources as corpus_lib
 from soup_jax.data.damage import Report
 from soup_jax.data.prepare import ngrams, shards
 from soup_jax.data.prepare.work import Job, Work, alone, progress, run_jobs, say
-from soup_jax.data.readers import short_hashes, text_hash
+from soup_jax.data.readers import Document, short_hashes, text_hash
+from soup_jax.errors import UserError
 
 DROPPED = "dropped.json"
 NEAR_WORDS, OVERLAP_WORDS = 5, 8
 OVERLAP = 0.7
+_TEXTS = 256  # at a time: each n-gram that many of the evaluation share has up to _OWNERS pairs
 _OWNERS = 50  # evaluation documents of one n-gram that are looked at
 _PAIRS = 1 << 19
 _HASHES = 1 << 24
@@ -92,7 +95,13 @@ def sign_shard(
         bands[wordless] = short_hashes(shard["hash"])[wordless, None]  # are like nothing else
         tensors |= {"signature": signature, "bands": np.ascontiguousarray(bands.T)}
     if evaluation is not None:
-        owner, share = contamination(texts, _evaluation(evaluation))
+        status = evaluation.stat()
+        known = _evaluation(evaluation, status.st_mtime_ns, status.st_size)
+        parts = [
+            contamination(texts[i : i + _TEXTS], known)
+            for i in range(0, max(len(texts), 1), _TEXTS)
+        ]
+        owner, share = (np.concatenate(part) for part in zip(*parts))
         tensors |= {"owner": owner, "share": share}
     shards.save(target, tensors)
 
@@ -163,21 +172,34 @@ def contamination(
 
 
 def _read_evaluation(path: pathlib.Path, cfg: Any) -> None:
-    found = corpus_lib.find_files(cfg.evaluation, report := Report())
-    documents = list(corpus_lib.read_documents(found, cfg.text_field, report))
+    field = cfg.evaluation_text_field or cfg.text_field
+    found = corpus_lib.find_files(cfg.evaluation, Report())
+    documents: list[Document] = []
+    for source in found:
+        of_source = list(corpus_lib.read_documents([source], field, report := Report()))
+        for line in report.lines():
+            say(f"corpus.evaluation: {line}")
+        if not of_source or report.counts.get("no_text", 0) > len(of_source):
+            hint = report.text_field()
+            flag = "--config.corpus.evaluation_text_field="
+            raise UserError(
+                f"corpus.evaluation: {source.path} has {len(of_source)} documents with a text in "
+                f"{field!r}" + (f". If {hint!r} holds the text, give {flag}{hint}" if hint else "")
+            )
+        documents += of_source
     hashes, ends = ngrams.ngrams([d.text for d in documents], OVERLAP_WORDS)
     sizes = np.diff(ends, prepend=0)
     order = np.argsort(hashes, kind="stable")
     owner = np.repeat(np.arange(len(documents)), sizes)
     say(f"corpus.evaluation: {len(documents):,} documents in {len(found)} files")
-    for line in report.lines():
-        say(f"corpus.evaluation: {line}")
     tensors = {"hashes": hashes[order], "owner": owner[order], "sizes": sizes}
     shards.save(path, tensors, [[d.source, d.line] for d in documents])
 
 
 @functools.lru_cache(maxsize=1)
-def _evaluation(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _evaluation(path: pathlib.Path, *stamp: int) -> dict[str, np.ndarray]:
+    # By its stamp, too: a process may outlive the corpus whose it is.
+    del stamp
     return shards.load(path)
 
 

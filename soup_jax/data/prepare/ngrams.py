@@ -1,7 +1,8 @@
 """Word n-grams of documents as hashes, and MinHash signatures of their sets.
 
-A word is a run of letters and digits of the lower-cased text, so that case, punctuation and white
-space make no difference; an ideograph is a word by itself. Hashes are uint64, polynomials over the
+A word is a run of letters and digits of the lower-cased text, after compatibility normalisation
+(NFKC): case, punctuation, white space and typographic forms of a character make no difference. An
+ideograph is a word by itself. Hashes are uint64, polynomials over the
 bytes of a word and over the words of an n-gram, with their bits mixed; all in numpy, over many
 documents at once.
 
@@ -11,6 +12,8 @@ the two sets, shared n-grams over all n-grams (Broder 1997).
 """
 
 import functools
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -65,12 +68,19 @@ def similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return (left == right).mean(axis=1)
 
 
+def _plain(text: str) -> str:
+    if text.isascii():
+        return text.lower()
+    # What is no letter or digit in any script; in ASCII the table of bytes knows it.
+    return re.sub(r"[^\w\x00-\x7f]+", " ", unicodedata.normalize("NFKC", text).lower())
+
+
 def _pieces(texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     # Bytes of whole documents, some _PIECE_BYTES of them, and where each begins and the last ends.
     encoded: list[bytes] = []
     size = 0
     for i, text in enumerate(texts):
-        encoded.append(text.lower().encode("utf-8", "surrogatepass") + b" ")
+        encoded.append(_plain(text).encode("utf-8", "surrogatepass") + b" ")
         size += len(encoded[-1])
         if size >= _PIECE_BYTES or i == len(texts) - 1:
             offsets = np.concatenate([[0], np.cumsum([len(e) for e in encoded])])

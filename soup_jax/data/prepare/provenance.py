@@ -15,8 +15,9 @@ from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.data.corpus import FORMAT_VERSION, Corpus
 from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import EMBEDDERS
-from soup_jax.errors import UserError
+from soup_jax.errors import UnavailableError, UserError
 
+_MOST_SOURCES = 1_000_000
 # What `make_request` returns, as it stands in files.
 REQUEST = {
     "format": int,
@@ -50,6 +51,7 @@ def make_request(
     if cfg.corpus.near_duplicates or cfg.corpus.evaluation:
         parameters["corpus.near_duplicates"] = cfg.corpus.near_duplicates
         parameters["corpus.contaminated"] = cfg.corpus.contaminated
+        parameters["corpus.evaluation_text_field"] = cfg.corpus.evaluation_text_field
         paths = cfg.corpus.evaluation
         scored = corpus_lib.find_files(paths, Report()) if paths else []
         parameters["evaluation"] = [inputs.sha256_file(source.path) for source in scored]
@@ -62,11 +64,16 @@ def make_request(
     parameters |= {f"embed.{name}": value for name, value in embed.items()}
     before = {entry["path"]: entry for entry in known}
     found = [_stamp(source) for source in sources]
+    if len(found) > _MOST_SOURCES:
+        raise UserError(
+            f"{len(found):,} source files, and {_MOST_SOURCES:,} are the most: join them into "
+            "files of JSON lines, many documents each"
+        )
     changed = []
     for entry in found:
         old = before.get(entry["path"], {})
         same = len(entry) == 3 and entry == {name: old.get(name) for name in entry}
-        if same and "sha256" in old:
+        if same and old.get("sha256"):
             entry["sha256"] = old["sha256"]
         else:
             changed.append(entry)
@@ -76,9 +83,15 @@ def make_request(
 
 
 def hash_of(path: str) -> str | None:
-    """SHA-256 of a source; None if it cannot be read, which reading will report."""
+    """SHA-256 of a source; None if it cannot be read, which reading will report.
+
+    Raises:
+      UnavailableError: its storage cannot be reached.
+    """
     try:
         return inputs.sha256_file(path)
+    except UnavailableError:
+        raise
     except UserError:
         return None
 
@@ -129,7 +142,7 @@ def _known(source: Mapping[str, Any]) -> tuple[Any, ...]:
 def _value(found: Mapping[str, Any], name: str) -> Any:
     field = config_lib.FIELDS.get(name)
     if field is None:
-        return found.get(name)
+        return found.get(name, [] if name == "evaluation" else None)
     return field.from_json(found.get(name, field.old))
 
 
@@ -208,7 +221,8 @@ def check(cfg: Any) -> None:
             f"least {tokenizer_lib.MIN_VOCAB_SIZE}"
         )
     sizes = (*cfg.corpus.levels, cfg.num_domains)
-    if any(type(size) is not int for size in sizes) or list(sizes) != sorted(set(sizes)):
+    whole = all(type(size) is int and size > 0 for size in sizes)
+    if not whole or list(sizes) != sorted(set(sizes)):
         raise UserError(
             f"corpus.levels = {cfg.corpus.levels!r} must be ascending numbers of domains below "
             f"num_domains = {cfg.num_domains}"

@@ -54,6 +54,7 @@ def self_test(cfg: Any) -> tuple[list[str], bool]:
             cfg.corpus.near_duplicates = cfg.corpus.near_duplicates or 0.8
             cfg.corpus.evaluation = (str(folder / "evaluation.jsonl"),)
             cfg.corpus.contaminated, cfg.corpus.text_field = "drop", "text"
+            cfg.corpus.evaluation_text_field = ""
         left = _cleaned(cfg, folder)
     lines, good = [], True
     for name, copies in planted.items():
@@ -86,11 +87,13 @@ def _texts(cfg: Any, number: int) -> list[str]:
 
 
 def _edited(text: str, share: float, rng: np.random.Generator) -> str:
-    # Other words here and there, one at each end, other case or white space everywhere.
+    # Other words here and there, one at each end, other case, white space or quotes everywhere.
     words = text.split()
     for i in rng.choice(len(words), int(share * len(words)), replace=False):
         words[i] = f"planted{i}"
     words = ["planted", *words, "planted"]
+    if rng.random() < 0.3:  # as a page is set
+        return "\u00a0".join(words).replace('"', "\u201d").replace("'", "\u2019")
     return " ".join(words).upper() if rng.random() < 0.5 else "\n".join(words)
 
 

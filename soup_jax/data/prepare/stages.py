@@ -88,7 +88,7 @@ def prepare_part(cfg: Any, part: Part, *, map: Map | None = None) -> Corpus | No
     cache = None
     directory = pathlib.Path(place)
     if remote.is_object(place):
-        if not (part.owns(0) and part.merges):
+        if not part.whole:
             raise UserError(
                 f"--config.corpus.dir={place} is an address: shards need a disk that they share"
             )
@@ -100,14 +100,14 @@ def prepare_part(cfg: Any, part: Part, *, map: Map | None = None) -> Corpus | No
         return finished(cfg, open_corpus(place, cache_dir=cfg.corpus.cache_dir), sources)
     if cache:
         remote.check_writable(place, "--config.corpus.dir")
+        cache.forget()
     if (directory / "manifest.json").exists():  # and was not copied to its address
         finished(cfg, open_corpus(directory), sources)
     elif not _prepare(cfg, directory, sources, part, map, report):
         return None
     if cache:
-        names = artefacts_of(open_corpus(directory).manifest)
-        say(f"copying {len(names) + 1} files to {place}")
-        upload(directory, cache.address, names)
+        say(f"copying it to {place}")
+        upload(directory, cache.address, artefacts_of(open_corpus(directory).manifest))
     corpus = open_corpus(place, cache_dir=cfg.corpus.cache_dir)
     print("\n".join(corpus.summary()))
     if warning := domain_report.repetition_warning(cfg, corpus):
@@ -126,7 +126,8 @@ def _prepare(
 ) -> bool:
     # On a file system; whether it is done.
     files.check_folder_target(directory, "--config.corpus.dir")
-    files.check_room(directory, least_bytes(sources), f"preparing the corpus {directory}")
+    if not (directory / ".work" / "request.json").exists():  # else it holds some of that already
+        files.check_room(directory, least_bytes(sources), f"preparing the corpus {directory}")
     directory.mkdir(parents=True, exist_ok=True)
     busy = f"another `soup-jax prepare` is at work in {directory}"
     try:

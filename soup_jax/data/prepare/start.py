@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,12 +19,13 @@ from soup_jax.data.prepare.work import Map, Part, Work, progress, say
 from soup_jax.errors import UserError
 
 _WORK = 2  # the form of what lies in .work
-_PATIENCE = 60.0  # seconds that a part waits for the first one to describe the work
 
 
-def write_request(folder: pathlib.Path, request: dict[str, Any]) -> None:
-    """Write request.json of unfinished work in a folder."""
-    files.write_json(folder / "request.json", request | {"work": _WORK})
+def write_request(
+    folder: pathlib.Path, request: dict[str, Any], *, name: str = "request.json"
+) -> None:
+    """Write what describes unfinished work into its folder."""
+    files.write_json(folder / name, request | {"work": _WORK})
 
 
 def least_bytes(sources: Sequence[corpus_lib.SourceFile]) -> int:
@@ -79,21 +81,21 @@ def start(
             "another --config.corpus.dir"
         )
     record = directory / ".work" / "request.json"
-    if not part.merges and not record.exists():
-        _first_of_parts(record)
     old = inputs.read_json(record, request_lib.REQUEST) if record.exists() else None
     known = old["sources"] if old else ()
     hashed = old is not None and all("sha256" in source for source in known)
     request = request_lib.make_request(cfg, sources, known=known, hashed=hashed, progress=_hashing)
+    if old is None and not part.whole:
+        old = _first_request(record, request)
     if old:
         differences = request_lib.differences(old, request)
         if old["format"] != request["format"] or old.get("work") != _WORK:
             differences.append("another version of soup_jax began it")
         told = "; ".join(differences)
-        if differences and not part.merges:
+        if differences and not part.whole:
             raise UserError(
-                f"{record.parent} is unfinished work for other settings ({told}): `soup-jax "
-                "prepare --merge` with these drops it"
+                f"{record.parent} is unfinished work for other settings ({told}): give those of "
+                "the other parts, or delete it"
             )
         if differences:
             say(f"unfinished work is dropped, it was for other settings: {told}")
@@ -101,8 +103,7 @@ def start(
         else:
             say("continuing the unfinished work of an earlier start")
     if not record.exists():
-        if part.merges:
-            shutil.rmtree(record.parent, ignore_errors=True)
+        shutil.rmtree(record.parent, ignore_errors=True)
         write_request(record.parent, request)
     splits = ["train", "validation"]
     if cfg.corpus.held_out_fraction > 0:
@@ -112,18 +113,21 @@ def start(
     return Work(cfg, directory, sources, request, tuple(splits), num_workers, part, map)
 
 
-def _first_of_parts(record: pathlib.Path) -> None:
-    """Wait for the part that has made the folder to describe the work; this one may be it."""
+def _first_request(record: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
+    """The request of the part that was the first to write it, which may be this one."""
+    record.parent.mkdir(exist_ok=True)
+    left = [p for p in record.parent.iterdir() if not p.name.startswith(".")]
+    if left and not record.exists():
+        raise UserError(
+            f"{record.parent} has no request.json: what is there was not finished. Delete it"
+        )
+    own = record.with_name(f".request.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}")
+    write_request(record.parent, request, name=own.name)
     try:
-        record.parent.mkdir()
-        return
+        os.link(own, record)  # fails if another one is there
     except FileExistsError:
         pass
-    deadline = time.monotonic() + _PATIENCE
-    while not record.exists():
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{record.parent} has no request.json: what is there was not finished. `soup-jax "
-                "prepare --merge` drops it"
-            )
-        time.sleep(0.1)
+    except OSError:  # a file system without links; all parts would write the same
+        os.replace(own, record)
+    own.unlink(missing_ok=True)
+    return inputs.read_json(record, request_lib.REQUEST)

@@ -28,6 +28,11 @@ class Part:
     number: int = 1
     merges: bool = True
 
+    @property
+    def whole(self) -> bool:
+        """Whether it does everything."""
+        return self.number == 1 and self.merges
+
     def owns(self, job: int) -> bool:
         """Whether job number `job` of a stage is its."""
         return self.number > 0 and job % self.number == self.index
@@ -107,13 +112,13 @@ def run_jobs(
       Waiting: with that as its message, unless `wait` is False.
     """
     missing = [
-        (i if job.number is None else job.number, job.arguments)
+        (i if job.number is None else job.number, (function, job.outputs, job.arguments))
         for i, job in enumerate(jobs)
         if not any(path.exists() for path in job.outputs)
     ]
-    own = [arguments for number, arguments in missing if work.part.owns(number)]
+    own = [call for number, call in missing if work.part.owns(number)]
     if own:
-        done = (work.map or parallel.parallel_map)(function, own, num_workers=work.num_workers)
+        done = (work.map or parallel.parallel_map)(_once, own, num_workers=work.num_workers)
         for _ in progress(done, name, total=len(own)):
             pass
     others = len(missing) - len(own)
@@ -121,6 +126,19 @@ def run_jobs(
     if left and wait:
         raise Waiting(left)
     return left
+
+
+def _once(
+    function: Callable[..., None], outputs: Sequence[pathlib.Path], arguments: tuple[Any, ...]
+) -> None:
+    # A runner may give a job to two workers, or again after it was done.
+    if any(path.exists() for path in outputs):
+        return
+    try:
+        function(*arguments)
+    except FileNotFoundError:  # the other one has taken what this one was to read
+        if not any(path.exists() for path in outputs):
+            raise
 
 
 def alone(work: Work, name: str) -> None:
