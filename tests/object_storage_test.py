@@ -310,7 +310,7 @@ def test_a_kill_changes_nothing(bucket, sources, tmp_path, monkeypatch, stage):
         calls.append(target)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        put_(source, target)
+        return put_(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(remote, "put", dies)
@@ -320,7 +320,7 @@ def test_a_kill_changes_nothing(bucket, sources, tmp_path, monkeypatch, stage):
         open_corpus(place, cache_dir=str(tmp_path))
     if stage == "_publish":  # other settings: nothing of what was copied may stay
         shutil.rmtree(corpus_cache.folder_of(place))
-        made = stages.prepare(config(sources[0], place, **{"corpus.min_chars": 900}))
+        made = stages.prepare(config(sources[0], place, **{"embed.max_chars": 200}))
     else:
         made = stages.prepare(config(sources[0], place))
     made.verify()
