@@ -266,22 +266,6 @@ def check_folder_target(path: str | os.PathLike, what: str) -> None:
     _check_parent(path, path, what)
 
 
-def check_replaceable(out: pathlib.Path, holds: str, otherwise: str) -> None:
-    """Refuse, before work, a place whose content is not for us to replace by a folder.
-
-    Args:
-      holds: the file by which a folder that may be replaced is known.
-      otherwise: what the place is without it, for the sentence.
-
-    Raises:
-      UserError: a folder with other content, or as `check_folder_target`.
-    """
-    check_folder_target(out, "--out")
-    recover_folder(out)
-    if out.exists() and any(out.iterdir()) and not (out / holds).exists():
-        raise UserError(f"{out} exists and {otherwise}; choose another folder")
-
-
 def _check_parent(path: pathlib.Path, folder: pathlib.Path, what: str) -> None:
     folder = folder.absolute()
     try:
@@ -335,6 +319,18 @@ def locked(folder: pathlib.Path, refusal: str, *, shared: bool = False) -> Itera
         except OSError as e:
             if e.errno not in _NO_LOCKS:
                 raise  # else a file system that knows no locks
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def waiting(path: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a file, which is made, for the block; waits for who holds it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: work is done twice
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

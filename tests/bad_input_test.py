@@ -218,11 +218,18 @@ COMMANDS = [
     (["evaluate", "--workdir=run", "--against=gs://b/run"], "--against=gs://b/run is an address"),
     (["evaluate", "--workdir=run", "--specialists=az://b/*"], "--specialists=az://b/* is an"),
     (["evaluate", "--workdir=run", "--text=s3://b/x"], "--text=s3://b/x is an address"),
-    (["instantiate", "--run=gs://b", "--documents=d", "--out=o"], "gs://b is an address"),
+    (["instantiate", "--run=gs://b/r", "--documents=d", "--out=o"], "pip install 'soup_jax[gcs]'"),
+    (["instantiate", "--run=az://b/r", "--documents=d", "--out=o"], "az://b/r is an address"),
     (["instantiate", "--run=run", "--documents=https://h/d", "--out=o"], "--documents=https://h/d"),
-    (["instantiate", "--run=run", "--documents=d", "--out=s3://b/o"], "--out=s3://b/o is an"),
+    (["instantiate", "--run=run", "--documents=d", "--out=s3://b/o"], "soup_jax[s3]"),
+    (["instantiate", "--run=run", "--documents=d", "--out=az://b/o"], "--out=az://b/o is an"),
+    (
+        ["instantiate", "--run=run", "--recipe=lines.jsonl", "--out=s3://b/o"],
+        "mapping `specialists`",
+    ),
     (["generate", "--model=hf://user/model"], "hf://user/model is an address"),
-    (["verify", "gs://b/run"], "gs://b/run is an address"),
+    (["verify", "gs://b/run"], "pip install 'soup_jax[gcs]'"),
+    (["verify", "https://b/run"], "https://b/run is an address"),
     (["pack"], "--run"),
     (["pack", "--run=gone", "--out=o"], "is not a run"),
     (["pack", "--run=run", "--out=file"], "no folder"),
@@ -270,7 +277,7 @@ COMMANDS = [
     (["serve", "--run=run", "--port=70000"], "port"),
     (["serve", "--run=run", "--rows=5"], "rows"),
     (["serve", "--run=run", "--token_file=gone"], "gone does not exist"),
-    (["serve", "--run=gs://b/run"], "gs://b/run is an address"),
+    (["serve", "--run=gs://b/run"], "pip install 'soup_jax[gcs]'"),
 ]
 
 

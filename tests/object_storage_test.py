@@ -327,6 +327,59 @@ def test_a_kill_changes_nothing(bucket, sources, tmp_path, monkeypatch, stage):
     open_corpus(place, cache_dir=str(tmp_path)).verify()
 
 
+def test_soups_and_specialists_live_there(
+    bucket, tiny_run, tiny_text, tmp_path, monkeypatch, capsys
+):
+    address, _ = bucket
+    soup, made, documents = f"{address}/soups/a", f"{address}/made/a", tiny_text / "cooking.jsonl"
+
+    def ran(*arguments: str) -> str:
+        assert cli.run(list(arguments)) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    ran("pack", f"--run={tiny_run}", f"--out={soup}")
+    assert not remote.find(f"{soup}/.soup_jax-uploading")
+    for out in (made, str(tmp_path / "made")):
+        ran("instantiate", f"--run={soup}", f"--documents={documents}", f"--out={out}")
+    here = {p.name: p.read_bytes() for p in (tmp_path / "made").iterdir()}
+    there = {f.address.rpartition("/")[2]: inputs.open_file(f.address) for f in remote.find(made)}
+    assert {name: f.read() for name, f in there.items()} == here
+    prompt = ("--prompt=butter", "--max_tokens=5")
+    generated = ran("generate", f"--model={made}", *prompt)
+    assert generated == ran("generate", f"--model={tmp_path / 'made'}", *prompt)
+    assert "soup folder of step" in ran("verify", soup)
+    assert "specialist of step" in ran("verify", made)
+    ran("export", f"--model={made}", "--format=hf", f"--out={address}/made/hf")
+    assert f"{address}/made/hf/config.json" in {
+        f.address for f in remote.find(f"{address}/made/hf")
+    }
+    # Over itself: killed, it is refused as it lies there, and the same command makes it whole.
+    put_, calls = remote.put, []
+
+    def dies(source, target):
+        calls.append(target)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return put_(source, target)
+
+    again = ["instantiate", f"--run={soup}", f"--documents={documents}", f"--out={made}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "put", dies)
+        assert cli.run(again) == 130
+    assert cli.run(["generate", f"--model={made}", *prompt]) == 2
+    assert "not all of it was copied there" in capsys.readouterr().err
+    ran(*again)
+    assert ran("generate", f"--model={made}", *prompt) == generated
+    # What is not ours is not replaced; a run is no soup folder.
+    put(f"{address}/thesis/text.txt", b"precious")
+    again[-1] = f"--out={address}/thesis"
+    assert cli.run(again) == 2
+    assert "/thesis exists and is not a specialist" in capsys.readouterr().err
+    put(f"{address}/run/config.json", b"{}")
+    assert cli.run(["generate", f"--model={address}/run", *prompt]) == 2
+    assert "A run is read from a file system only" in capsys.readouterr().err
+
+
 def test_what_cannot_be_is_one_sentence(bucket, sources, tmp_path):
     address, _ = bucket
     scheme = address.partition(":")[0]

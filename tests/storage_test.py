@@ -207,7 +207,7 @@ def test_addresses_are_refused_also_after_pathlib(path):
     for given in (path, pathlib.Path(path)):
         with pytest.raises(UserError, match=r"^--out=\w+://\S+ is an address"):
             storage.refuse_address(given, "--out")
-    with pytest.raises(UserError, match=f"^{path.split(':')[0]}://"):
+    with pytest.raises(UserError, match=f"^{path.split(':')[0].lower()}://"):
         storage.refuse_address(path)
 
 

@@ -34,7 +34,7 @@ def run(values: flags.FlagValues) -> int:
         raise UserError("--documents and a --model=DIR (or --run=RUN) are required")
     for flag in ("model", "documents"):
         for path in values[flag].value or ():
-            refuse_address(path, f"--{flag}", objects=flag == "documents")
+            refuse_address(path, f"--{flag}", objects=True)
     if values.json:
         check_file_target(values.json, "--json")
     names = [pathlib.Path(path).resolve().name for path in values.model]

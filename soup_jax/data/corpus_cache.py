@@ -5,16 +5,14 @@ copied as a whole when its first window is asked for, compared with the SHA-256 
 read from then on. Processes of a machine share the folder.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import logging
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from soup_jax import inputs, remote
@@ -46,7 +44,7 @@ class CorpusCache:
         """Copy the manifest, if it is there; copies of files of another one are dropped."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         known = self.folder / "origin.json"
-        with _locked(self.folder.with_name(f"{self.folder.name}.lock")):
+        with files.waiting(self.folder.with_name(f"{self.folder.name}.lock")):
             found = remote.stat(f"{self.address}/{_MANIFEST}")
             if found is None:
                 return False
@@ -87,7 +85,7 @@ class CorpusCache:
         if _has(path, artefact["bytes"]):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f".{path.name}.lock")):
+        with files.waiting(path.with_name(f".{path.name}.lock")):
             if _has(path, artefact["bytes"]):
                 return path
             begin = time.monotonic()
@@ -134,15 +132,3 @@ def upload(folder: pathlib.Path, address: str, artefacts: Mapping[str, Mapping[s
 
 def _has(path: pathlib.Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    # Waits: another process of this machine copies the same file.
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: copied twice
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

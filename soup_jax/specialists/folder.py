@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from soup_jax import inputs
+from soup_jax import inputs, places
 from soup_jax import storage as files
 from soup_jax.data.domain_map import DomainMap
 from soup_jax.errors import UserError
@@ -153,7 +153,7 @@ def write(
         file = f"bank_{kind.replace(':', '.')}" if part == "bank" else part
         groups.setdefault(f"{file}.safetensors", []).append(name)
     checksums: dict[str, str] = {}
-    with files.atomic_folder(out) as folder:
+    with places.written(out) as folder:
         for file, names in groups.items():
             shapes = {n: _stored_as(n, arrays.shapes[n], dtype) for n in names}
 

@@ -5,6 +5,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
+from soup_jax import places
 from soup_jax.config import schema as config_lib
 from soup_jax.data import domain_map
 from soup_jax.data.corpus import Corpus, open_corpus
@@ -43,7 +44,7 @@ def load(
       UserError: neither is there, or no such checkpoint, or a run of an earlier version whose
         corpus is gone.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = places.local(workdir)
     if (workdir / "soup.json").exists():
         if average != 1:
             raise UserError(
@@ -143,7 +144,7 @@ def map_of(*, run: str = "", corpus_dir: str = "", num_domains: int = 0) -> Doma
       UserError: none of these is there, or the corpus has no such level.
     """
     if run:
-        workdir = pathlib.Path(run)
+        workdir = places.local(run)
         if (workdir / "domains" / "map.json").exists():
             return domain_map.open_map(workdir / "domains")
         return corpus_of(workdir)  # a run of an earlier version

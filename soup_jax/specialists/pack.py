@@ -1,10 +1,11 @@
 """From a run to a soup folder (`folder`), with a card that says what it is."""
 
 import pathlib
+import tempfile
 from typing import Any
 
+from soup_jax import places, remote, tree
 from soup_jax import storage as files
-from soup_jax import tree
 from soup_jax.config import schema as config_lib
 from soup_jax.errors import DamagedError
 from soup_jax.specialists import folder as folder_lib
@@ -46,7 +47,8 @@ def pack(
     dtype: str = "",
     corpus_dir: str = "",
 ) -> Soup:
-    """Write the soup folder of a run, with one block of the bank in memory; returns it, opened.
+    """Write the soup folder of a run, with one block of the bank in memory; returns it, opened, or
+    the soup that was packed if the folder is at an address.
 
     Args:
       step: of the checkpoint; None takes the newest readable one.
@@ -61,7 +63,8 @@ def pack(
     check_target(out)
     soup = load(run, step=step, average=average, corpus_dir=corpus_dir)
     stored = [s for n, s in soup.arrays.shapes.items() if n.startswith("bank/")]
-    files.check_room(out.parent, tree.num_bytes(soup.arrays.shapes), f"the soup folder {out}")
+    parent = tempfile.gettempdir() if remote.is_object(out) else out.parent
+    files.check_room(parent, tree.num_bytes(soup.arrays.shapes), f"the soup folder {out}")
     while True:
         try:
             folder_lib.write(
@@ -76,7 +79,7 @@ def pack(
         except DamagedError as e:
             soup = soup.earlier(e)
         else:
-            return load(out)
+            return soup if remote.is_object(out) else load(out)
 
 
 def check_target(out: pathlib.Path) -> None:
@@ -85,7 +88,7 @@ def check_target(out: pathlib.Path) -> None:
     Raises:
       UserError: it is a file, a folder with other content, or cannot be written.
     """
-    files.check_replaceable(out, "soup.json", "is no soup folder")
+    places.check_replaceable(out, "soup.json", "is no soup folder")
 
 
 def _card(soup: Soup, dtype: str) -> str:

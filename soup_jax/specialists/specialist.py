@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from soup_jax import storage as files
-from soup_jax import tree
+from soup_jax import places, tree
 from soup_jax.data.domain_histogram import DocumentHistogram
 from soup_jax.data.tokenizer import Tokenizer, load_tokenizer
 from soup_jax.errors import UserError
@@ -56,8 +55,7 @@ class Specialist:
         Raises:
           UserError: not such a folder, incomplete or changed, or its network cannot be made.
         """
-        files.refuse_address(folder)
-        folder = pathlib.Path(folder).absolute()  # read later too, wherever that is
+        folder = places.local(folder).absolute()  # read later too, wherever that is
         made = recipe_lib.read(folder)
         model = model or models.make(made["model"].get("kind", ""), recipe_lib.settings(made))
         leaves = read_tensors(folder / "params.safetensors")

@@ -2,9 +2,9 @@
 
 import pathlib
 
-from soup_jax import storage as files
+from soup_jax import places, remote
 from soup_jax.config import schema as config_lib
-from soup_jax.data.corpus import artefacts_of, open_corpus
+from soup_jax.data.corpus import Corpus, artefacts_of, open_corpus
 from soup_jax.errors import DamagedError, UserError
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists.open import load
@@ -21,13 +21,11 @@ def verify(path: str | pathlib.Path) -> list[str]:
     Raises:
       UserError: no such folder, or everything in it that is damaged.
     """
-    files.refuse_address(path)
-    path = pathlib.Path(path)
+    if remote.is_object(path) and remote.stat(f"{remote.spelled(path)}/manifest.json"):
+        return _verify_corpus(open_corpus(path))
+    path = places.local(path)
     if (path / "manifest.json").exists():
-        corpus = open_corpus(path)
-        corpus.verify()
-        num_files = len(artefacts_of(corpus.manifest))
-        return [f"{path}: corpus, {num_files} files as they were written"]
+        return _verify_corpus(open_corpus(path))
     if (path / "recipe.json").exists():
         made = recipe_lib.read_any(path)
         kind = f"specialist of step {made.get('step')}"
@@ -51,6 +49,13 @@ def verify(path: str | pathlib.Path) -> list[str]:
         f"{path} is no corpus, run, soup folder or specialist: it has no manifest.json, "
         "config.json, soup.json or recipe.json"
     )
+
+
+def _verify_corpus(corpus: Corpus) -> list[str]:
+    corpus.verify()
+    place = corpus.cache.address if corpus.cache else corpus.path
+    num_files = len(artefacts_of(corpus.manifest))
+    return [f"{place}: corpus, {num_files} files as they were written"]
 
 
 def _verify_run(path: pathlib.Path) -> list[str]:

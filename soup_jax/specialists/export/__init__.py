@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from soup_jax import storage as files
+from soup_jax import places
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.registry import Registry
@@ -68,7 +68,7 @@ def check_target(out: pathlib.Path) -> None:
     Raises:
       UserError: it is a file, a folder with other content, or cannot be written.
     """
-    files.check_replaceable(out, "recipe.json", "is not a specialist")
+    places.check_replaceable(out, "recipe.json", "is not a specialist")
 
 
 def export(specialist: Exportable, out: pathlib.Path, *, format: str, **options: Any) -> None:
@@ -88,5 +88,5 @@ def export(specialist: Exportable, out: pathlib.Path, *, format: str, **options:
     check_target(out)
     if format != "soup_jax" and out.resolve() == specialist.tokenizer_path.resolve().parent:
         raise UserError(f"{out} holds the specialist itself; choose another folder for the export")
-    with files.atomic_folder(out) as folder:
+    with places.written(out) as folder:
         write(specialist, folder, **options)

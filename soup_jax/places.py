@@ -1,0 +1,115 @@
+"""Folders of specialists and soups: on a file system, or in a bucket, through a copy here.
+
+On a file system a folder appears whole or not at all. A bucket has no folders that could be put in
+place at once: the file by which one is known (recipe.json, soup.json) goes first and comes last, so
+that one that is not whole is refused, and the same command makes it whole.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+from soup_jax import inputs, remote
+from soup_jax import storage as files
+from soup_jax.errors import UserError
+
+KNOWN_BY = ("recipe.json", "soup.json")
+
+
+def check_replaceable(out: pathlib.Path, holds: str, otherwise: str) -> None:
+    """Refuse, before work, a place whose content is not for us to replace by a folder.
+
+    Args:
+      holds: the file by which a folder that may be replaced is known.
+      otherwise: what the place is without it, for the sentence.
+
+    Raises:
+      UserError: a folder with other content, or one that cannot be written.
+    """
+    if remote.is_object(out):
+        address = remote.spelled(out).rstrip("/")
+        remote.check_writable(address, "--out")
+        names = {found.address.removeprefix(f"{address}/") for found in remote.find(address)}
+        other = bool(names) and holds not in names and not (names & {_UPLOADING})
+    else:
+        files.check_folder_target(out, "--out")
+        files.recover_folder(out)
+        other = out.exists() and any(out.iterdir()) and not (out / holds).exists()
+    if other:
+        raise UserError(f"{remote.spelled(out)} exists and {otherwise}; choose another folder")
+
+
+# There while a folder is copied to a bucket; tells that what lies there is ours.
+_UPLOADING = ".soup_jax-uploading"
+
+
+@contextlib.contextmanager
+def written(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder to fill, which takes the place of `out` at the end of the block."""
+    if not remote.is_object(out):
+        with files.atomic_folder(out) as folder:
+            yield folder
+        return
+    with files.temporary_folder("folder") as folder:
+        yield folder
+        _put(folder, remote.spelled(out).rstrip("/"))
+
+
+def _put(folder: pathlib.Path, address: str) -> None:
+    mark = folder.parent / f"{folder.name}.mark"
+    mark.write_bytes(b"soup_jax")
+    try:
+        remote.put(mark, f"{address}/{_UPLOADING}")
+    finally:
+        mark.unlink()
+    old = {found.address for found in remote.find(address)}
+    for name in KNOWN_BY:
+        if f"{address}/{name}" in old:
+            remote.remove(f"{address}/{name}")
+    names = [path.relative_to(folder).as_posix() for path in files.files_in(folder)]
+    for name in sorted(names, key=lambda name: (name in KNOWN_BY, name)):
+        remote.put(folder / name, f"{address}/{name}")
+    for stale in old - {f"{address}/{name}" for name in names}:
+        remote.remove(stale)
+
+
+def local(place: str | os.PathLike) -> pathlib.Path:
+    """The folder itself; of a specialist or soup folder at an address, the copy here.
+
+    Copies lie below ~/.cache/soup_jax/folders; only what has changed is copied again.
+
+    Raises:
+      UserError: another address, or nothing of the kind is there.
+    """
+    if not remote.is_object(place):
+        files.refuse_address(place, objects=True)
+        return pathlib.Path(place)
+    address = remote.spelled(place).rstrip("/")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    digest = hashlib.sha256(address.encode()).hexdigest()[:12]
+    parent = pathlib.Path(home) / "soup_jax" / "folders"
+    folder = parent / f"{address.rpartition('/')[2]}-{digest}"
+    found = {f.address.removeprefix(f"{address}/"): f for f in remote.find(address)}
+    if not set(KNOWN_BY) & found.keys():
+        raise UserError(
+            f"{address} holds neither {' nor '.join(KNOWN_BY)}: it is no specialist and no soup "
+            "folder, or not all of it was copied there. A run is read from a file system only; "
+            "`soup-jax pack` makes a soup folder of it"
+        )
+    parent.mkdir(parents=True, exist_ok=True)
+    record = parent / f"{folder.name}.json"
+    with files.waiting(parent / f"{folder.name}.lock"):
+        known = inputs.read_json(record) if record.exists() else {}
+        files.check_room(parent, sum(f.size for f in found.values()), f"a copy of {address}")
+        for name, f in found.items():
+            path = folder / name
+            if known.get(name) != f.tag or not path.is_file() or path.stat().st_size != f.size:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.fetch(f.address, path)
+        for path in files.files_in(folder):
+            if path.relative_to(folder).as_posix() not in found:
+                path.unlink()
+        files.write_json(record, {name: f.tag for name, f in found.items()})
+    return folder
