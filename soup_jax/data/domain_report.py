@@ -21,6 +21,7 @@ from soup_jax.errors import UserError
 MOST_EPOCHS = 10
 _DRAWS = 4096
 _NAMED = 40  # domains of the picture, the largest
+_DISCS = 30_000  # square points, the area of all discs together
 
 
 def rows(domain_map: DomainMap) -> list[dict[str, Any]]:
@@ -84,7 +85,7 @@ def draw(
 
     place, share = positions(domain_map.centroids()), domain_map.domain_frequencies
     figure, axes = plt.subplots(figsize=(11, 8), layout="constrained")
-    size = 6000 * np.maximum(share, 1e-5) / max(1, 30 * share.max())
+    size = np.clip(_DISCS * share, 4, _DISCS / 8)
     colours: Any = "tab:blue" if weights_K is None else weights_K
     x, y = place.T
     discs = axes.scatter(x, y, s=size, c=colours, alpha=0.5, linewidths=0.5, edgecolors="k")
@@ -93,7 +94,8 @@ def draw(
     named = np.argsort(-(share if weights_K is None else weights_K), kind="stable")[:_NAMED]
     for k in named:
         axes.annotate(domain_map.label(int(k)), place[k], fontsize=7, ha="center", va="center")
-    axes.set(xticks=[], yticks=[], title=domain_map.balance().partition(",")[0])
+    title = f"{domain_map.num_domains} domains; area: share of the train windows"
+    axes.set(xticks=[], yticks=[], title=title)
     axes.margins(0.08)
     with files.atomic_path(out) as temporary:
         figure.savefig(temporary, dpi=120, format=out.suffix[1:])
