@@ -148,7 +148,7 @@ def test_searched_in_a_file(tiny_run, tiny_text, tmp_path, monkeypatch, capsys):
         ("specialists: {a: {blend: {b: 1}}}", "'b' is no other specialist"),
         ("specialists: {a: {blend: {a: 1}}}", "'a' is no other specialist"),
         ("specialists: {b: {text: x}, a: {blend: {b: -1}}}", "weights above 0"),
-        ("specialists: {a: {documents: s3://b/x}}", "s3://"),
+        ("specialists: {a: {documents: az://b/x}}", "az://"),
         ("specialists: {a: [", "is not valid YAML"),
         ("specialists: &x {a: {text: x}}\nb: *x", "aliases"),
         ("a: !!python/object/apply:os.system [ls]", "is not valid YAML"),
