@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Lint, format check, types and the tests on 8 simulated CPU devices, in environments of their own.
 #
-#   bash launch/test.sh [--fast | --all | --lowest | --hf] [pytest arguments, paths from the root]
+#   bash launch/test.sh [--fast | --all | --lowest | --hf | --servers] [pytest arguments, paths from the root]
 #
 # (nothing)  all but the tests marked slow; then, on Python 3.12 with the newest jax, the fast ones
 # --fast     the test files that find most mistakes in about two minutes (FAST in conftest.py)
 # --all      also the tests marked slow
 # --lowest   the fast ones, with the lowest releases that pyproject.toml allows; no lint
-# --hf       against transformers, torch, gguf, lm_eval, Apache Beam and servers of object storage, which
-#            are installed for it; no lint
+# --hf       against transformers, torch, gguf and lm_eval, which are installed for it; no lint
+# --servers  likewise against Apache Beam and servers of S3 and GCS; their drivers and lm_eval ask for
+#            different releases of fsspec
 # PYTHON     the interpreter to use (default python3), 3.11 or newer
 # PYTHON312  the second one (default: python3.12, or pyenv's); nothing else is given to pytest there,
 #            so it is left out where there are pytest arguments, and `none` leaves it out always
@@ -16,7 +17,7 @@
 # DRY_RUN=1  print the commands, run nothing
 #
 # The first run installs the dependencies into .venv-test (about 1.5 GB, minutes, needs the
-# network), and .venv-test-3.12, -lowest or -hf; later ones reuse them until pyproject.toml, setup.cfg
+# network), and .venv-test-3.12, -lowest, -hf or -servers; later ones reuse them until pyproject.toml, setup.cfg
 # or the interpreter changes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -58,13 +59,14 @@ tests() {
   run "$venv/bin/python" -m pytest -n "$workers" --dist=loadfile --no-loadscope-reorder "$@"
 }
 
-arguments=() options=() lowest='' hf=''
+arguments=() options=() lowest='' hf='' servers=''
 for argument in "$@"; do
   case "$argument" in
     --fast) options+=(--fast) ;;
     --all) options+=(--run-slow) ;;
     --lowest) lowest=1 ;;
     --hf) hf=1 ;;
+    --servers) servers=1 ;;
     *) arguments+=("$argument") ;;
   esac
 done
@@ -83,8 +85,14 @@ for requirement in tomllib.load(open("pyproject.toml", "rb"))["project"]["depend
 fi
 
 if [[ -n "$hf" ]]; then
-  environment .venv-test-hf "$python" test,hf,gguf,lm_eval,beam,servers
-  tests .venv-test-hf tests/{hf,gguf,lm_eval,minilm,parts,object_storage}_test.py ${arguments[@]+"${arguments[@]}"}
+  environment .venv-test-hf "$python" test,hf,gguf,lm_eval
+  tests .venv-test-hf tests/{hf,gguf,lm_eval,minilm}_test.py ${arguments[@]+"${arguments[@]}"}
+  exit
+fi
+
+if [[ -n "$servers" ]]; then
+  environment .venv-test-servers "$python" test,beam,servers
+  tests .venv-test-servers tests/{parts,object_storage}_test.py ${arguments[@]+"${arguments[@]}"}
   exit
 fi
 

@@ -137,11 +137,11 @@ def test_test_script_runs_the_fast_tests_with_other_releases(tmp_path):
     lowest = script_commands(tmp_path, "--lowest", "-x")
     assert [c for c in lowest if "pytest" in c] == [[*PYTEST, "--fast", "-x"]]
     hf = script_commands(tmp_path, "--hf", "-x")
-    files = [
-        f"tests/{name}_test.py"
-        for name in ("hf", "gguf", "lm_eval", "minilm", "parts", "object_storage")
-    ]
+    files = [f"tests/{name}_test.py" for name in ("hf", "gguf", "lm_eval", "minilm")]
     assert [c for c in hf if "pytest" in c] == [[*PYTEST, *files, "-x"]]
+    servers = script_commands(tmp_path, "--servers")
+    files = [f"tests/{name}_test.py" for name in ("parts", "object_storage")]
+    assert [c for c in servers if "pytest" in c] == [[*PYTEST, *files]]
     assert not any(c[0] == "ruff" for c in [*lowest, *hf])
 
 

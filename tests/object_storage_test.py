@@ -1,6 +1,6 @@
 """Sources, documents and corpora in object storage, against servers that speak its protocols.
 
-Run where the drivers and the servers are installed: `bash launch/test.sh --hf`.
+Run where the drivers and the servers are installed: `bash launch/test.sh --servers`.
 """
 
 import contextlib
