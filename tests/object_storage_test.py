@@ -153,6 +153,19 @@ def put(address: str, data: bytes) -> None:
     remote._call(address, lambda driver, path: driver.pipe_file(path, data))
 
 
+def dying_put(number: int):
+    """`remote.put` that is interrupted instead of writing its `number`-th object."""
+    whole, calls = remote.put, []
+
+    def put_or_die(source, target):
+        calls.append(target)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return whole(source, target)
+
+    return put_or_die
+
+
 def lines(texts) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
@@ -304,16 +317,8 @@ def test_a_kill_changes_nothing(bucket, sources, tmp_path, monkeypatch, stage):
         patch.setattr(stages, stage, die)
         with pytest.raises(KeyboardInterrupt):
             stages.prepare(config(sources[0], place))
-    put_, calls = remote.put, []
-
-    def dies(source, target):
-        calls.append(target)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return put_(source, target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "put", dies)
+        patch.setattr(remote, "put", dying_put(4))
         with pytest.raises(KeyboardInterrupt):
             stages.prepare(config(sources[0], place))
     with pytest.raises(UserError, match="is not a prepared corpus"):
@@ -354,17 +359,9 @@ def test_soups_and_specialists_live_there(
         f.address for f in remote.find(f"{address}/made/hf")
     }
     # Over itself: killed, it is refused as it lies there, and the same command makes it whole.
-    put_, calls = remote.put, []
-
-    def dies(source, target):
-        calls.append(target)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return put_(source, target)
-
     again = ["instantiate", f"--run={soup}", f"--documents={documents}", f"--out={made}"]
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "put", dies)
+        patch.setattr(remote, "put", dying_put(3))
         assert cli.run(again) == 130
     assert cli.run(["generate", f"--model={made}", *prompt]) == 2
     assert "not all of it was copied there" in capsys.readouterr().err
