@@ -36,12 +36,18 @@ def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
+_NO_MATRIX = re.compile(
+    r"(?:norm[^/]*|(?:^|/)ln(?:\d+|_[^/]*)?)/(?:scale|weight|gamma)$|bias$", re.IGNORECASE
+)
+
+
 def is_matrix(path: str, ndim: int) -> bool:
     """Whether a leaf is a matrix or a stack of them; norm scales and biases are not.
 
-    A norm scale that is stacked by layer has two dimensions, so the name decides for it.
+    A norm scale that is stacked by layer has two dimensions, so the name decides for it: "scale",
+    "weight" or "gamma" of what is named norm, as in layer_norm, or ln, as in ln_1; and "bias".
     """
-    return ndim >= 2 and not re.search(r"(?i:norm)[^/]*/scale$|bias$", path)
+    return ndim >= 2 and not _NO_MATRIX.search(path)
 
 
 def match_rules(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> dict[str, str]:

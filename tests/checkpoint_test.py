@@ -170,8 +170,27 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_then_replaced(damage, tmp_pa
             restored, data = checkpointer.restore(abstract(state))
             assert data["step"] == step_number
             assert_equal(copied(restored), newest)
+        assert not list(tmp_path.glob("unreadable_*"))  # the run is beyond what was set aside
     with Checkpointer(tmp_path) as reader:
         assert reader.restore(abstract(state))[1]["step"] == 8
+
+
+def test_a_read_is_tried_again_and_its_error_is_short(monkeypatch):
+    monkeypatch.setattr(checkpoint, "_RETRY_SECS", 0)
+    left = [OSError("a passing fault")]
+
+    def read(*_):
+        if left:
+            raise left.pop()
+        return {"data": 1}
+
+    monkeypatch.setattr(checkpoint, "_read_once", read)
+    assert checkpoint._read(None, 3, {}) == ({"data": 1}, "")
+    left += [OSError("the driver's own words\n" * 99)] * 2
+    items, failure = checkpoint._read(None, 3, {})
+    assert items is None
+    assert failure.startswith("OSError: the driver's own words the")
+    assert len(failure) < 250
 
 
 def test_a_reader_skips_damage_and_leaves_the_folder_alone(tmp_path):

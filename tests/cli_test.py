@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax.cli import config_flag, main
+from soup_jax.cli import __main__, config_flag, main
 from soup_jax.config import schema as config_lib
 from soup_jax.specialists import compare
 from soup_jax.training import learning_curve, loop
@@ -82,10 +82,11 @@ def test_positional_rubbish(name, capsys):
         (["prepare", "--config=nowhere.py"], ["nowhere.py", "experiments/quickstart.py"]),
         (["train", CONFIG, "--config.num_expert=3"], ["num_expert", "num_experts"]),
         (["train", CONFIG, "--config.model.dmi=3"], ["dmi"]),
-        (["train", CONFIG, "--config.num_steps=many"], ["num_steps", "many"]),
+        (["train", CONFIG, "--config.num_steps=many"], ["num_steps", "base 10: 'many'"]),
         (["train", CONFIG, "--config.model=3"], ["model"]),
         (["train", CONFIG, "--config.num_mixtures=0", "--workdir=r"], ["num_mixtures"]),
         (["train", CONFIG, "--config.corpus.dir=gone", "--workdir=r"], ["gone", "prepare"]),
+        (["plan", CONFIG, "--chip=H200", f"--config.seed={1 << 63}"], ["must be below 2^32"]),
         (["evaluate"], ["--workdir=RUN is required"]),
         (["evaluate", "--workdir=gone"], ["gone is not a run"]),
         (["evaluate", "--workdir=gone", "--step=last"], ["step", "last"]),
@@ -111,6 +112,7 @@ def test_mistake_is_one_line(arguments, words, capsys, tmp_path):
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), 2, "x: the disk is full"),
         (OSError(errno.EROFS, "Read-only file system", "x"), 2, "x: the file system is read-only"),
+        (OSError(errno.EFBIG, "File too large", "x"), 2, "x: the file may not grow further"),
         (MemoryError(), 2, "the machine is out of memory"),
     ],
 )
@@ -121,6 +123,43 @@ def test_what_stops_a_command_is_one_line(error, status, says, monkeypatch, caps
     monkeypatch.setattr(main.SUBCOMMANDS["verify"], "run", run)
     assert main.run(["verify", "x"]) == status
     assert capsys.readouterr().err.startswith(f"soup-jax: error: {says}")
+
+
+INTERRUPTED = """
+import gc, sys, time
+from soup_jax.cli import main
+
+def interrupt(phase, _):
+    if phase == "stop":
+        gc.callbacks.remove(interrupt)
+        raise KeyboardInterrupt
+
+def run(values):
+    gc.callbacks.append(interrupt)
+    gc.collect()
+    time.sleep(60)
+    return 0
+
+main.SUBCOMMANDS["verify"].run = run
+sys.exit(main.run(["verify", "x"]))
+"""
+
+
+def test_an_interrupt_amid_garbage_collection_is_not_lost():
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stderr) == (130, "soup-jax: error: interrupted\n")
+
+
+def test_an_interrupt_while_the_command_is_imported_is_one_line(monkeypatch, capsys):
+    class Importing:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "soup_jax.cli.main", Importing())
+    with pytest.raises(SystemExit) as e:
+        __main__.main()
+    assert (e.value.code, capsys.readouterr().err) == (130, "soup-jax: error: interrupted\n")
 
 
 @pytest.mark.parametrize("arguments", [["help"], ["verify", "--help"]])

@@ -57,6 +57,15 @@ def test_an_unwritable_home_is_a_warning(home):
     assert "compiled in" in line
 
 
+def test_a_folder_that_others_may_write_is_not_used(tmp_path):
+    folder, _ = start(XDG_CACHE_HOME=str(tmp_path))
+    assert pathlib.Path(folder).stat().st_mode & 0o077 == 0
+    pathlib.Path(folder).chmod(0o777)
+    nothing, log = start(XDG_CACHE_HOME=str(tmp_path))
+    assert nothing == "None"
+    assert f"{folder} is another user's, or others may write there" in log
+
+
 def test_the_users_own_settings_win(tmp_path):
     own, other = str(tmp_path / "own"), str(tmp_path / "other")
     folder, _ = start(XDG_CACHE_HOME=other, JAX_COMPILATION_CACHE_DIR=own)

@@ -1,9 +1,11 @@
 """Held-out losses: what is scored, how it is averaged, and the shape of the result."""
 
 import dataclasses
+import gc
 import json
 import math
 import pathlib
+import weakref
 
 import conftest
 import jax
@@ -21,6 +23,7 @@ from soup_jax.evaluation import sample as sample_lib
 from soup_jax.evaluation import sets, table
 from soup_jax.evaluation.sample import read_sample
 from soup_jax.soup import merge
+from soup_jax.specialists import compare
 from soup_jax.specialists import open as open_lib
 from soup_jax.specialists.compare import evaluate_runs
 
@@ -445,3 +448,25 @@ def test_validation_set_is_the_split(corpus):
     assert len(whole.tokens) == total > 0
     assert whole.num_targets.sum() == total * 32 - int(np.sum(corpus.pad["validation"]))
     assert tiny_config().seq_len == whole.tokens.shape[1] - 1
+
+
+def test_one_run_at_a_time_is_on_the_devices(trained, tiny_text, monkeypatch):
+    opened, load = [], compare.load
+
+    def watched(*arguments, **settings):
+        gc.collect()
+        assert not [r for r in opened if r() is not None]
+        soup = load(*arguments, **settings)
+        opened.append(weakref.ref(soup))
+        return soup
+
+    monkeypatch.setattr(compare, "load", watched)
+    monkeypatch.setattr(compare, "_evaluate_one", lambda *_: {})
+    monkeypatch.setattr(compare.table, "combine", lambda *_: None)
+    copies = [trained.workdir.parent / name for name in ("a", "b")]
+    monkeypatch.setattr(compare, "corpus_of", lambda _: trained.corpus)
+    for copy in copies:
+        copy.symlink_to(trained.workdir)
+    monkeypatch.setattr(pathlib.Path, "resolve", pathlib.Path.absolute)
+    evaluate_runs(trained.workdir, against=copies, specialists=[str(tiny_text / "cooking.jsonl")])
+    assert len(opened) == 3

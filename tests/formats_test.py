@@ -142,6 +142,15 @@ def test_recipes_that_cannot_be_read(specialist, change, message):
         recipe_lib.read(specialist)
 
 
+def test_a_recipe_that_was_edited_is_refused_though_it_could_be_read(specialist):
+    path = specialist / "recipe.json"
+    recipe = json.loads(path.read_text())
+    recipe["model"]["rope_theta"] *= 2
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(UserError, match="changed"):
+        recipe_lib.read(specialist)
+
+
 def test_a_recipe_that_lacks_a_field_has_the_value_from_before_it(specialist):
     expected = recipe_lib.read(specialist)
     edit(specialist / "recipe.json", lambda v: v["model"].pop("attention"))

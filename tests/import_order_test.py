@@ -8,11 +8,14 @@ nothing of configs, data or processes.
 
 import ast
 import configparser
+import importlib.metadata
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -214,6 +217,28 @@ def test_nobody_imports_tensorflow_torch_or_pickle():
         if isinstance(node, ast.keyword)
         and node.arg == "allow_pickle"
         and not (isinstance(node.value, ast.Constant) and node.value.value is False)
+    )
+
+
+def test_whatever_is_imported_is_declared():
+    """As a dependency or in an extra, and not only one of another package's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    requirements = [*project["dependencies"], *(r for extra in extras for r in extra)]
+    plain = [re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in requirements]
+    distributions = importlib.metadata.packages_distributions()
+    ours = {"soup_jax", *sys.stdlib_module_names}
+
+    def declared(name: str) -> bool:
+        # What is not installed has the name of its distribution, as far as extras are concerned.
+        found = distributions.get(name, [name])
+        return name in ours or any(d.lower().replace("_", "-") in plain for d in found)
+
+    no_violation(
+        f"{name}.py:{line}: imports {imported}, which pyproject.toml does not declare"
+        for name, tree in LIBRARY.items()
+        for line, imported in imports(tree)
+        if not declared(imported.split(".")[0])
     )
 
 

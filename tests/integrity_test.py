@@ -114,6 +114,13 @@ def test_a_changed_checkpoint_is_told_and_passed_over(what, tiny_run, other_run,
     assert "unreadable checkpoint, trying the one before: step 12: " in caplog.text
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_not_sound(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "run" / "checkpoints").touch()
+    with pytest.raises(UserError, match="checkpoints is a file, where a run has a folder"):
+        verify(tmp_path / "run")
+
+
 def test_what_is_sound_is_said_to_be(tiny_run, tiny_corpus, capsys):
     assert main.run(["verify", str(tiny_run)]) == 0
     assert "checkpoints/12: " in (out := capsys.readouterr().out)

@@ -22,6 +22,7 @@ from soup_jax.config import schema as config
 from soup_jax.data import loader
 from soup_jax.errors import UserError
 from soup_jax.evaluation import evaluator
+from soup_jax.processes.group import Solo
 from soup_jax.specialists import open as open_lib
 from soup_jax.training import build, divergence, metrics
 from soup_jax.training import loop as train
@@ -119,7 +120,7 @@ def get_config():
 
 @pytest.mark.parametrize("bank", ["merged", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_killed_and_terminated_runs_end_bit_identical(bank, make_cfg, tmp_path):
-    cfg = make_cfg(**{"optimizer.bank": bank, "num_steps": 48})
+    cfg = make_cfg(**{"optimizer.bank": bank, "num_steps": 33})
     flat = {
         f"{a}.{b}" if b else a: v
         for a, section in cfg.to_dict().items()
@@ -144,27 +145,27 @@ def test_killed_and_terminated_runs_end_bit_identical(bank, make_cfg, tmp_path):
         raise AssertionError(process.communicate())
 
     process = start(SLOW="1")
-    wait_for(process, random.randrange(9, 18, 3))
+    wait_for(process, random.randrange(6, 12, 3))
     time.sleep(random.random() * 0.2)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
     process = start(SLOW="1")
-    wait_for(process, 24)
+    wait_for(process, 15)
     process.terminate()
     out, err = process.communicate()
     assert process.returncode == 0, err
     with Checkpointer(workdir / "checkpoints") as reader:
         stopped = reader.steps()[-1]
-    assert f"SIGTERM: saved step {stopped} of 48" in out
-    assert 24 <= stopped < 48
+    assert f"SIGTERM: saved step {stopped} of 33" in out
+    assert 15 <= stopped < 33
 
     out, err = (process := start()).communicate()
     assert process.returncode == 0, err
     whole = train.train(cfg, tmp_path / "whole")
     state, data = final_state(cfg, workdir)
-    assert data["step"] == 48
+    assert data["step"] == 33
     assert_same_state(state, whole)
     assert lines_of(workdir) == lines_of(tmp_path / "whole")
 
@@ -430,6 +431,30 @@ def test_an_evaluation_cut_by_sigterm_is_made_up(
     assert evaluations(workdir) == evaluations(whole)
 
 
+def test_processes_must_have_the_same_evaluation_sets(make_cfg, tiny_text, tmp_path, monkeypatch):
+    compared = []
+
+    def require_same(_, what, facts, **__):
+        if what == "evaluation sets":
+            compared.append(facts)
+            raise UserError("stop here")
+
+    monkeypatch.setattr(Solo, "require_same", require_same)
+    lines = (tiny_text / "cooking.jsonl").read_text().splitlines(keepends=True)
+    fields = evaluating(tiny_text) | {"evaluate.specialists": (str(tmp_path / "set.jsonl"),)}
+    for kept in (lines, lines, lines[::2]):
+        (tmp_path / "set.jsonl").write_text("".join(kept))
+        with pytest.raises(UserError, match="stop here"):
+            train.train(make_cfg(**fields), tmp_path / "run")
+    assert compared[0] == compared[1] != compared[2]
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_refused(make_cfg, tmp_path):
+    tmp_path.joinpath("checkpoints").touch()
+    with pytest.raises(UserError, match="checkpoints is no folder"):
+        train.train(make_cfg(), tmp_path)
+
+
 def test_two_trainings_do_not_share_a_folder(make_cfg, tmp_path, fed):
     def again():
         with pytest.raises(UserError, match="another `soup-jax train` is at work in "):
@@ -445,6 +470,16 @@ def test_a_loss_that_grew_beyond_all_bounds_is_a_divergence(make_cfg, tmp_path):
         FloatingPointError, match=r"is \S+ nats, more than 17\.97[\s\S]*another --workdir and"
     ):
         train.train(cfg, tmp_path)
+
+
+def test_a_run_that_diverged_at_its_end_is_never_finished(make_cfg, tmp_path):
+    fields = {"optimizer.learning_rate": 30.0, "optimizer.schedule": "constant"}
+    cfg = make_cfg(**fields, **{"log.every_steps": 1000})
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="steps before step 12 is"):
+            train.train(cfg, tmp_path)
+    with Checkpointer(tmp_path / "checkpoints") as reader:
+        assert reader.steps()[-1] == 8
 
 
 def test_steps_before_a_damaged_window_are_saved(make_cfg, tmp_path, monkeypatch):

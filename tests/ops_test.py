@@ -1,5 +1,6 @@
 """The hand-written backward passes against autodiff of the plain formulas."""
 
+import functools
 import types
 
 import jax
@@ -120,3 +121,14 @@ def test_where_cudnn_is_taken(kind, dtype, head_dim, takes, monkeypatch):
         device.device_kind = "the one here"
         with pytest.raises(UserError, match=f"{dtype}, heads of {head_dim} and the one here"):
             layers.attend(query, query, query, kind="cudnn")
+
+
+def test_attention_keeps_no_scores_for_the_backward_pass():
+    rows, length, heads, head_dim = 2, 64, 4, 8
+    shape = jax.ShapeDtypeStruct((rows, length, heads, head_dim), jnp.float32)
+    attend = functools.partial(layers.attend, kind="xla")
+    kept = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(attend, *a)[1], *[shape] * 3))
+    assert kept
+    assert max(x.size for x in kept) < rows * heads * length * length
+    plain = jax.eval_shape(lambda *a: jax.vjp(jax.nn.dot_product_attention, *a)[1], *[shape] * 3)
+    assert max(x.size for x in jax.tree.leaves(plain)) >= rows * heads * length * length

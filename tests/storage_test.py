@@ -217,3 +217,23 @@ def test_addresses_are_refused_also_after_pathlib(path):
 def test_paths_are_no_addresses(path):
     storage.refuse_address(path)
     storage.refuse_address(pathlib.Path(path))
+
+
+def test_what_appears_was_written_to_the_disk_before(tmp_path, monkeypatch):
+    synced, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+
+    def checked(source, target):
+        files = [p for p in (source, *pathlib.Path(source).rglob("*")) if pathlib.Path(p).is_file()]
+        assert files
+        assert {os.stat(p).st_ino for p in files} <= set(synced)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", checked)
+    storage.write_text(tmp_path / "file", "text")
+    assert synced[-1] == tmp_path.stat().st_ino  # the name, too
+    with storage.atomic_folder(tmp_path / "folder") as new:
+        (new / "below").mkdir()
+        (new / "below" / "a").write_text("a")
+        (new / "b").write_text("b")
+    assert synced[-1] == tmp_path.stat().st_ino

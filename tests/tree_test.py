@@ -52,3 +52,8 @@ def test_norm_scales_and_biases_are_no_matrices():
     assert not tree.is_matrix("layers/mlp_norm/scale", 2)
     assert not tree.is_matrix("final_norm/scale", 1)
     assert not tree.is_matrix("hidden_bias", 2)
+    for name in ("LayerNorm_0/scale", "attn_norm/weight", "ln_1/scale", "ln1/weight", "ln/gamma"):
+        assert not tree.is_matrix(f"layers/{name}", 2)
+        assert not tree.is_matrix(name, 2)
+    for name in ("linear/weight", "mlp/up", "kiln/scale"):
+        assert tree.is_matrix(f"layers/{name}", 3)

@@ -23,10 +23,14 @@ something you can fix, said in one line; 75 if `prepare --merge` waits for shard
 interrupted it, 141 if nobody reads its output any more.
 """
 
+import functools
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -86,9 +90,25 @@ def _is_not_told_later(record: logging.LogRecord) -> bool:
     return error is None or not explain(error)
 
 
+@functools.cache
+def _heed_interrupts() -> None:
+    # jax has the garbage collector call Python: an interrupt that arrives there is printed, and the
+    # command goes on. It is sent again, and not from here, where it would be lost as well.
+    hook = sys.unraisablehook
+
+    def heed(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            hook(unraisable)
+
+    sys.unraisablehook = heed
+
+
 def run(argv: Sequence[str]) -> int:
     """Run one subcommand with its arguments; returns the exit status."""
     _set_up_logging()
+    _heed_interrupts()
     try:
         status = _run(argv)
         sys.stdout.flush()  # a closed pipe is told here, not at the end of the interpreter
@@ -189,12 +209,3 @@ def _about_flags(error: BaseException) -> bool:
             return True
         trace = trace.tb_next
     return False
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(run(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,8 @@ own variables win:
     JAX_COMPILATION_CACHE_DIR=DIR          another folder, as it is, with no limit but your own
     JAX_ENABLE_COMPILATION_CACHE=false     no cache
 
-What is in the folder is run: whoever may write there may run code as you.
+What is in the folder is run: whoever may write there may run code as you. So a default folder that
+is another user's, or that others may write, is not used; one that you choose is not looked at.
 """
 
 import contextlib
@@ -49,6 +50,7 @@ def enable() -> pathlib.Path | None:
     folder = _default_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_owner(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         _log.warning(
@@ -62,6 +64,12 @@ def enable() -> pathlib.Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     return folder
+
+
+def _check_owner(folder: pathlib.Path) -> None:
+    found = folder.stat()
+    if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & 0o022):
+        raise PermissionError(f"{folder} is another user's, or others may write there")
 
 
 def _default_folder() -> pathlib.Path:

@@ -112,6 +112,7 @@ def make_plan(cfg: ConfigDict, target: Target, *, model: BaseModel | None = None
       UserError: the config is not valid on these devices.
     """
     config_lib.check(cfg)
+    config_lib.check_start(cfg)
     fields = {"mesh.platform": ""}  # checked; CPUs may stand in
     if target.devices[0].platform != "gpu":
         fields["model.attention"] = "xla"  # the others ask this machine's devices, not the target's

@@ -60,19 +60,20 @@ def evaluate_runs(
                 "documents that are in its training text are scored like others",
                 corpus.path,
             )
-    others = list(corpora.values())
-    result = _evaluate_one(trained, paths, max_windows, COLUMNS, part, others)
+    settings = (paths, max_windows, part, list(corpora.values()))
+    result = _evaluate_one(trained, COLUMNS, *settings)
     result["part"] = part
     result["runs"] = {"specialist": _origin(trained)}
+    fingerprint = trained.corpus.fingerprint
     for name, path in zip(names, against):
-        other = load(path).resident()
-        if other.corpus.fingerprint != trained.corpus.fingerprint:
+        del trained  # one run at a time is on the devices
+        trained = load(path).resident()
+        if trained.corpus.fingerprint != fingerprint:
             _log.warning(
                 "%s was trained on another corpus: compare bits per byte, not nats per token", path
             )
-        numbers = _evaluate_one(other, paths, max_windows, COLUMNS[:2], part, others)
-        table.combine(result, numbers, name)
-        result["runs"][name] = _origin(other)
+        table.combine(result, _evaluate_one(trained, COLUMNS[:2], *settings), name)
+        result["runs"][name] = _origin(trained)
     return result
 
 
@@ -83,9 +84,9 @@ def _origin(trained: Soup) -> dict[str, Any]:
 
 def _evaluate_one(
     trained: Soup,
+    columns: Sequence[str],
     paths: dict[str, str],
     max_windows: int | None,
-    columns: Sequence[str],
     part: str,
     others: Sequence[Corpus],
 ) -> dict[str, Any]:

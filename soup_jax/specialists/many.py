@@ -265,9 +265,14 @@ def _line(
 
 
 def _first(texts: Sequence[str], model: Specialist) -> list[str]:
-    # Enough of them to tell what the specialist gains.
-    ends = np.cumsum(model.tokenizer.lengths(texts))
-    return list(texts[: int(np.searchsorted(ends, _SCORED_TOKENS)) + 1])
+    # Enough of them to tell what the specialist gains; the others are not tokenised.
+    taken, tokens = [], 0
+    for text in texts:
+        taken.append(text)
+        tokens += int(model.tokenizer.lengths([text])[0])
+        if tokens >= _SCORED_TOKENS:
+            break
+    return taken
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -61,6 +61,8 @@ def _verify_corpus(corpus: Corpus) -> list[str]:
 def _verify_run(path: pathlib.Path) -> list[str]:
     config_lib.load(path / "config.json")
     lines, problems = [], []
+    if (path / "checkpoints").exists() and not (path / "checkpoints").is_dir():
+        raise UserError(f"{path}/checkpoints is a file, where a run has a folder")
     with Checkpointer(path / "checkpoints") as reader:
         for step, (problem, note) in reader.verify().items():
             place = f"{path}/checkpoints/{step}"

@@ -117,7 +117,7 @@ class Checkpointer:
 
     def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
         try:
-            self.close()
+            self.close()  # before other processes hear of an error: they save with this one
         except Exception as e:
             if error is None:
                 raise
@@ -338,8 +338,7 @@ def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -
 @functools.cache
 def _drop_echoes() -> None:
     # When a read fails, orbax leaves the others that are under way: Python then tells of their
-    # coroutines, and tensorstore of a closed event loop, in tracebacks by the dozen beside the
-    # message that counts.
+    # coroutines, and tensorstore of a closed event loop, in tracebacks by the dozen.
     hook = sys.unraisablehook
 
     def others(unraisable: Any) -> None:

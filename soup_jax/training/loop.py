@@ -246,11 +246,12 @@ class _Loop:
                     self._evaluate(state, done)
                     meter.skip(time.perf_counter() - before)
                 if self._saves(done):
+                    if pending is not None:  # a run that diverged must not save its end as sound
+                        self._log(pending, state)
+                        pending = None
                     self._save(state, done)
             if run.evaluation_due:
                 self._stop(state, cfg.num_steps, pending)
-            if pending is not None:
-                self._log(pending, state)
         if start == cfg.num_steps:
             _log.info("all %d steps are done already", cfg.num_steps)
         return state

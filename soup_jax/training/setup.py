@@ -255,7 +255,6 @@ def _bytes(path: pathlib.Path) -> bytes:
 
 
 def _says(path: pathlib.Path, cfg: ConfigDict) -> bool:
-    # A finished run on a read-only disk can be asked for again.
     return path.exists() and not config_lib.diff(config_lib.load(path), cfg)
 
 
