@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 # Of merged models that are held together, while the bank is read once for all of them.
 _GROUP_BYTES = 8 << 30
 # Of a specialist's documents, for the losses that are printed.
-_SCORED_TOKENS = 8192
+_SCORED_TOKENS = 4096
 
 
 @dataclasses.dataclass(kw_only=True)
