@@ -26,25 +26,13 @@ import time
 import numpy as np
 
 from soup_jax.data.domain_histogram import document_histogram
-from soup_jax.evaluation.sample import read_sample
-from soup_jax.evaluation.sets import document_sets, pack, part_fraction
+from soup_jax.evaluation.sets import document_sets, pack, split_documents
 from soup_jax.hardware import compile_cache
 from soup_jax.specialists.finetune import finetune
 from soup_jax.specialists.open import load
 from soup_jax.specialists.search import mean_loss, search
 
 METHODS = ("generic", "histogram", "alpha", "h", "finetuned")
-
-
-def parts(soup, path: str) -> tuple[list[str], list[str]]:
-    """Texts that give h, and the final ones without those in the training text."""
-    documents = read_sample([path], text_field=soup.cfg.corpus.text_field).documents
-    place = [(d, part_fraction(d.hash)) for d in documents]
-    end_h = soup.cfg.evaluate.histogram_fraction
-    final = [d for d, at in place if at >= end_h + soup.cfg.evaluate.tuning_fraction]
-    known = soup.corpus.trained_on([d.hash for d in final])
-    scored = [d.text for i, d in enumerate(final) if known is None or not known[i]]
-    return [d.text for d, at in place if at < end_h], scored
 
 
 def table(logs: list[pathlib.Path]) -> str:
@@ -95,7 +83,10 @@ def main() -> None:
     soup, methods = load(given.run, corpus_dir=given.corpus), given.methods.split(",")
     tokenizer = soup.map.tokenizer()
     settings = {"eos_id": soup.map.eos_id, "seq_len": soup.cfg.seq_len}
-    sets = {n: parts(soup, p) for n, p in document_sets([given.specialists]).items()}
+    sets = {
+        n: split_documents(n, p, soup.corpus, soup.cfg)[:2]
+        for n, p in document_sets([given.specialists]).items()
+    }
     scored = {
         n: pack(tokenizer, final, max_windows=given.max_windows, **settings)
         for n, (_, final) in sets.items()

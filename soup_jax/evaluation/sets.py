@@ -102,10 +102,37 @@ def specialist_set(
     part: str = "final",
     others: Sequence[Corpus] = (),
 ) -> SpecialistSet:
-    """Read, split, histogram and tokenise one specialist.
+    """One specialist's histogram and windows; arguments and errors are those of `split_documents`."""
+    for_h, scored, num_in_training = split_documents(
+        name, path, corpus, cfg, part=part, others=others
+    )
+    return SpecialistSet(
+        name,
+        document_histogram(corpus, for_h),
+        pack(
+            corpus.tokenizer(),
+            scored,
+            eos_id=corpus.eos_id,
+            seq_len=corpus.seq_len,
+            max_windows=cfg.evaluate.max_windows,
+        ),
+        num_in_training,
+    )
+
+
+def split_documents(
+    name: str,
+    path: str,
+    corpus: Corpus,
+    cfg: ConfigDict,
+    *,
+    part: str = "final",
+    others: Sequence[Corpus] = (),
+) -> tuple[list[str], list[str], int | None]:
+    """(texts that give h, texts to score, how many of these were left out) of one specialist.
 
     What the network was trained on is not scored, as it would look better than unseen text; it may
-    give h.
+    give h. How many that are is None if no corpus knows.
 
     Args:
       part: of the documents, to score: one of PARTS. With `evaluate.tuning_fraction` = 0 there is
@@ -135,18 +162,7 @@ def specialist_set(
             "evaluate.histogram_fraction and evaluate.tuning_fraction"
             + "".join(f". {line}" for line in [*sample.warnings(), *sample.damage])
         )
-    return SpecialistSet(
-        name,
-        document_histogram(corpus, for_h),
-        pack(
-            corpus.tokenizer(),
-            scored,
-            eos_id=corpus.eos_id,
-            seq_len=corpus.seq_len,
-            max_windows=cfg.evaluate.max_windows,
-        ),
-        int(trained_on.sum()) if seen else None,
-    )
+    return for_h, scored, int(trained_on.sum()) if seen else None
 
 
 def pack(

@@ -23,7 +23,6 @@ from soup_jax.evaluation.score import total
 from soup_jax.specialists import export, stored
 from soup_jax.specialists.entries import Entry, read_entries
 from soup_jax.specialists.open import load
-from soup_jax.specialists.search import OVER, search
 from soup_jax.specialists.specialist import Specialist
 from soup_jax.specialists.trained import Soup
 
@@ -220,16 +219,11 @@ def _there(soup: Soup, out: pathlib.Path, wanted: _Wanted) -> bool:
 def _make(soup: Soup, wanted: Sequence[_Wanted], out: pathlib.Path) -> Soup:
     h_MK = np.stack([w.h_K for w in wanted])
     try:
-        alpha_ME = soup.coefficients(h_MK).copy()
+        methods = [w.entry.method if w.texts else "histogram" for w in wanted]
+        alpha_ME, h_MK, found = soup.find(h_MK, [w.texts for w in wanted], methods)
         for m, w in enumerate(wanted):
             if w.alpha_E is not None:
                 alpha_ME[m] = w.alpha_E
-        found: list[Any] = [None] * len(wanted)
-        for method, over in OVER.items():
-            chosen = [m for m, w in enumerate(wanted) if w.texts and w.entry.method == method]
-            texts = [wanted[m].texts for m in chosen]
-            for m, result in zip(chosen, search(soup, texts, h_MK[chosen], over=over)):
-                found[m], alpha_ME[m], h_MK[m] = result, result.alpha_E, result.h_K
         made = soup.make(h_MK, alpha_ME, histograms=[w.histogram for w in wanted], found=found)
     except DamagedError as e:
         return _make(soup.earlier(e), wanted, out)

@@ -136,15 +136,27 @@ class Soup:
         histograms = [document_histogram(self.map, texts) for texts in documents]
         h_MK = np.stack([histogram.h_K for histogram in histograms])
         try:
-            alpha_ME = self.coefficients(h_MK)
-            found = None
-            if method in OVER:
-                found = search(self, documents, h_MK, over=OVER[method])
-                alpha_ME = np.stack([f.alpha_E for f in found])
-                h_MK = np.stack([f.h_K for f in found])
+            alpha_ME, h_MK, found = self.find(h_MK, documents, [method] * len(documents))
             return self.make(h_MK, alpha_ME, histograms=histograms, found=found)
         except DamagedError as e:
             return self.earlier(e).instantiate_each(documents, method=method)
+
+    def find(
+        self, h_MK: np.ndarray, documents: Sequence[Sequence[str]], methods: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray, list[Found | None]]:
+        """(alpha_ME, h_MK, searches) of histograms h and their documents, each by its method.
+
+        Raises:
+          DamagedError: an array is not what was saved.
+        """
+        alpha_ME, h_MK = self.coefficients(h_MK).copy(), np.array(h_MK)
+        found: list[Found | None] = [None] * len(methods)
+        for method, over in OVER.items():
+            chosen = [m for m, name in enumerate(methods) if name == method]
+            texts = [documents[m] for m in chosen]
+            for m, result in zip(chosen, search(self, texts, h_MK[chosen], over=over)):
+                found[m], alpha_ME[m], h_MK[m] = result, result.alpha_E, result.h_K
+        return alpha_ME, h_MK, found
 
     def at(self, h_K: Sequence[float] | np.ndarray) -> Specialist:
         """The specialist Theta(h) of given domain weights.
