@@ -102,7 +102,7 @@ def specialist_set(
     part: str = "final",
     others: Sequence[Corpus] = (),
 ) -> SpecialistSet:
-    """One specialist's histogram and windows; arguments and errors are those of `split_documents`."""
+    """One specialist's histogram and windows; arguments and errors as of `split_documents`."""
     for_h, scored, num_in_training = split_documents(
         name, path, corpus, cfg, part=part, others=others
     )
