@@ -4,7 +4,7 @@ The router turns the histogram of the documents into coefficients alpha. Here Ad
 itself, E numbers, down the loss on the documents. How far is decided by documents that were held
 back: they are cut into folds, each fold has an alpha that is fitted on the others, and all of them
 stop at the step that is surest to predict the held-back documents better: where the gain over the
-histogram, less two standard errors, is largest. If that is above 0 nowhere, the histogram stays. The
+histogram, less two standard errors, is largest. If it is above 0 nowhere, the histogram stays. The
 answer is the mean of the folds' alphas.
 
 Each step reads the bank twice, in blocks (`stored`): to merge, and to project the gradients of the
