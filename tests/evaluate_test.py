@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import pathlib
+import shutil
 import weakref
 
 import conftest
@@ -450,7 +451,7 @@ def test_validation_set_is_the_split(corpus):
     assert tiny_config().seq_len == whole.tokens.shape[1] - 1
 
 
-def test_one_run_at_a_time_is_on_the_devices(trained, tiny_text, monkeypatch):
+def test_one_run_at_a_time_is_on_the_devices(tiny_run, tiny_text, tmp_path, monkeypatch):
     opened, load = [], compare.load
 
     def watched(*arguments, **settings):
@@ -461,12 +462,10 @@ def test_one_run_at_a_time_is_on_the_devices(trained, tiny_text, monkeypatch):
         return soup
 
     monkeypatch.setattr(compare, "load", watched)
-    monkeypatch.setattr(compare, "_evaluate_one", lambda *_: {})
-    monkeypatch.setattr(compare.table, "combine", lambda *_: None)
-    copies = [trained.workdir.parent / name for name in ("a", "b")]
-    monkeypatch.setattr(compare, "corpus_of", lambda _: trained.corpus)
+    copies = [tmp_path / name for name in ("a", "b")]
     for copy in copies:
-        copy.symlink_to(trained.workdir)
-    monkeypatch.setattr(pathlib.Path, "resolve", pathlib.Path.absolute)
-    evaluate_runs(trained.workdir, against=copies, specialists=[str(tiny_text / "cooking.jsonl")])
+        shutil.copytree(tiny_run, copy)
+    documents = [str(tiny_text / "cooking.jsonl")]
+    result = evaluate_runs(tiny_run, against=copies, specialists=documents, max_windows=1)
     assert len(opened) == 3
+    assert result["average"]["a"] == result["average"]["b"] == result["average"]["specialist"]
