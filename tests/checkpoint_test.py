@@ -1,6 +1,7 @@
 """Checkpoints: other topologies, damage, mismatch, the keep policy and donated buffers."""
 
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -72,7 +73,7 @@ def test_restored_on_other_device_counts_and_back_exactly(bank, tmp_path):
         )
 
 
-def test_reads_that_outlive_a_failed_one_print_nothing(tmp_path, capsys, monkeypatch):
+def test_reads_that_outlive_a_failed_one_print_nothing(capsys, caplog, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     checkpoint._drop_echoes.__wrapped__()
 
@@ -86,6 +87,9 @@ def test_reads_that_outlive_a_failed_one_print_nothing(tmp_path, capsys, monkeyp
     code = SimpleNamespace(co_filename="lib/orbax/checkpoint/serialization.py")
     sys.unraisablehook(unraisable("a part of an array", SimpleNamespace(cr_code=code)))
     assert capsys.readouterr().err == ""
+    for text in ("Task exception was never retrieved: [tensorstore_spec='{}']", "Task of another"):
+        logging.getLogger("asyncio").error(text)
+    assert [r.getMessage() for r in caplog.records] == ["Task of another"]
     with pytest.raises(TypeError):  # Python's own hook, which takes no stand-in, has got it
         sys.unraisablehook(unraisable("another"))
 

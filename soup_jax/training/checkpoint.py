@@ -338,7 +338,8 @@ def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -
 @functools.cache
 def _drop_echoes() -> None:
     # When a read fails, orbax leaves the others that are under way: Python then tells of their
-    # coroutines, and tensorstore of a closed event loop, in tracebacks by the dozen.
+    # coroutines and tasks, and tensorstore of a closed event loop, in tracebacks by the dozen.
+    logging.getLogger("asyncio").addFilter(lambda r: "tensorstore_spec" not in r.getMessage())
     hook = sys.unraisablehook
 
     def others(unraisable: Any) -> None:
