@@ -486,7 +486,7 @@ def test_a_run_that_diverged_at_its_end_is_never_finished(make_cfg, tmp_path):
         assert reader.steps()[-1] == 8
 
 
-def test_steps_before_a_damaged_window_are_saved(make_cfg, tmp_path, monkeypatch):
+def test_steps_before_a_damaged_window_are_saved(make_cfg, undisturbed, tmp_path, monkeypatch):
     from soup_jax.data.corpus import Corpus
 
     read, calls = Corpus.read_windows, []
@@ -503,6 +503,10 @@ def test_steps_before_a_damaged_window_are_saved(make_cfg, tmp_path, monkeypatch
         train.train(cfg, tmp_path)
     with Checkpointer(tmp_path / "checkpoints") as reader:
         assert reader.steps()[-1] == 6
+    monkeypatch.undo()
+    state, whole = undisturbed()
+    assert_same_state(train.train(cfg, tmp_path, accept_changes=True), state)
+    assert lines_of(tmp_path) == lines_of(whole)
 
 
 def test_steps_before_an_evaluation_without_room_are_saved(

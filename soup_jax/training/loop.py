@@ -197,6 +197,7 @@ class _Loop:
         peak = run.cfg.log.peak_tflops or metrics.peak_tflops(jax.devices()[0].device_kind)
         self.peak_flops = peak * 1e12 * run.mesh.size
         self.bar: Any = None
+        self.pending: dict[str, Any] | None = None  # of the line that is written next
         self.meter = Meter(run.mesh, run.cfg.num_domains)
         self.meter.restore(run.unfinished, run.plan, step=start)
         self.sent: collections.deque[jax.Array] = collections.deque()
@@ -212,14 +213,14 @@ class _Loop:
             num_threads=cfg.loader.num_threads,
             prefetch=cfg.loader.prefetch,
         )
-        meter, pending = self.meter, None
+        meter = self.meter
         shown = sys.stderr.isatty() and self.group.process_id == 0
         self.bar = tqdm(total=cfg.num_steps, initial=start, unit="step", disable=not shown)
         with self.bar:
             self._make_up_evaluation(state, start)
             for step in range(start, cfg.num_steps):
                 if not self.group.enter(step):
-                    self._stop(state, step, pending)
+                    self._stop(state, step)
                 self.group.at("reading data")
                 before = time.perf_counter()
                 batch = loader.to_device(self._next(batches, state, step, start), run.mesh)
@@ -235,23 +236,18 @@ class _Loop:
                 if step == start:
                     meter.note_first()
                 self.bar.update()
-                if pending is not None:  # read only now, with the next step under way
-                    self._log(pending, state)
-                    pending = None
+                self._log(state)  # the line before, with the next step under way
                 if done % cfg.log.every_steps == 0 or done == cfg.num_steps:
-                    pending = meter.close(done)
+                    self.pending = meter.close(done)
                 if self._evaluates(done):
                     self._sent(ahead=0)
                     before = time.perf_counter()
                     self._evaluate(state, done)
                     meter.skip(time.perf_counter() - before)
                 if self._saves(done):
-                    if pending is not None:  # a run that diverged must not save its end as sound
-                        self._log(pending, state)
-                        pending = None
                     self._save(state, done)
             if run.evaluation_due:
-                self._stop(state, cfg.num_steps, pending)
+                self._stop(state, cfg.num_steps)
         if start == cfg.num_steps:
             _log.info("all %d steps are done already", cfg.num_steps)
         return state
@@ -319,14 +315,13 @@ class _Loop:
 
     def _save(self, state: TrainState, done: int) -> None:
         self._sent(ahead=0)
+        self._log(state)  # the next start makes no line of these steps; and it may have diverged
         self._check_finite(state)
         self.group.at("saving")
         self.checkpointer.save(state, {**self.run_.data_state(done), "meter": self.meter.state()})
         self.group.at("training")
 
-    def _stop(self, state: TrainState, done: int, pending: Any) -> None:
-        if pending is not None:
-            self._log(pending, state)
+    def _stop(self, state: TrainState, done: int) -> None:
         self._save(state, done)
         self.group.at("saving")
         self.checkpointer.wait()
@@ -341,8 +336,11 @@ class _Loop:
         if self.group.stop_reason and self.group.num_processes == 1:
             raise _EvaluationCut
 
-    def _log(self, pending: dict[str, Any], state: TrainState) -> None:
-        cfg = self.run_.cfg
+    def _log(self, state: TrainState) -> None:
+        # Of the interval that was closed last, if its line is not written yet.
+        cfg, pending, self.pending = self.run_.cfg, self.pending, None
+        if pending is None:
+            return
         jax.block_until_ready(pending["sums"])
         line = metrics.summarize(
             pending["sums"], seconds=self.meter.lap(), wait_seconds=pending["wait"]
