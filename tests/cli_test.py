@@ -126,8 +126,10 @@ def test_what_stops_a_command_is_one_line(error, status, says, monkeypatch, caps
 
 
 INTERRUPTED = """
-import gc, sys, time
+import gc, signal, sys, time
 from soup_jax.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 def interrupt(phase, _):
     if phase == "stop":

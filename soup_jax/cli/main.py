@@ -29,6 +29,7 @@ import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,16 +94,29 @@ def _is_not_told_later(record: logging.LogRecord) -> bool:
 @functools.cache
 def _heed_interrupts() -> None:
     # jax has the garbage collector call Python: an interrupt that arrives there is printed, and the
-    # command goes on. It is sent again, and not from here, where it would be lost as well.
+    # command goes on. It is sent again, until it arrives where it can be raised.
     hook = sys.unraisablehook
+
+    def again() -> None:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     def heed(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+            again()
         else:
             hook(unraisable)
 
+    def interrupt(_: int, frame: types.FrameType | None) -> None:
+        while frame is not None and frame.f_code is not heed.__code__:
+            frame = frame.f_back
+        if frame is None:
+            raise KeyboardInterrupt
+        again()
+
     sys.unraisablehook = heed
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def run(argv: Sequence[str]) -> int:
