@@ -44,7 +44,8 @@ STEP_TOKENS = 4096
 HELD_TOKENS = 4096
 _EVERY = 3  # steps between two looks at the held-back documents
 # A gain must be this many of its standard errors above 0: with none, two of 16 specialists of 20
-# documents lost up to 0.006 nats on others; with two, none, and the mean gain was as large.
+# documents lost up to 0.006 nats on others; with two, none, and the mean gain was as large
+# (benchmarks/search.py; docs/specialists.md).
 _SURE = 2.0
 # Merged parameters and their gradients that are held together, of all folds.
 _GROUP_BYTES = 4 << 30

@@ -62,7 +62,10 @@ def _verify_run(path: pathlib.Path) -> list[str]:
     config_lib.load(path / "config.json")
     lines, problems = [], []
     if (path / "checkpoints").exists() and not (path / "checkpoints").is_dir():
-        raise UserError(f"{path}/checkpoints is a file, where a run has a folder")
+        raise UserError(
+            f"{path}/checkpoints is a file, where a run has a folder: put the folder back, or delete "
+            "the file and train again"
+        )
     with Checkpointer(path / "checkpoints") as reader:
         for step, (problem, note) in reader.verify().items():
             place = f"{path}/checkpoints/{step}"
