@@ -20,8 +20,8 @@ from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Array, Params
 
-# Logits that are held at a time, float32; rows are taken together up to it. More would leave a CPU's
-# caches.
+# Logits that are held at a time, float32; rows are taken together up to it. More would leave the
+# caches of a CPU.
 _LOGIT_BYTES = 16 << 20
 _MAX_ROWS = 32
 _SHORTEST = 16

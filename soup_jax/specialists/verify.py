@@ -63,8 +63,8 @@ def _verify_run(path: pathlib.Path) -> list[str]:
     lines, problems = [], []
     if (path / "checkpoints").exists() and not (path / "checkpoints").is_dir():
         raise UserError(
-            f"{path}/checkpoints is a file, where a run has a folder: put the folder back, or delete "
-            "the file and train again"
+            f"{path}/checkpoints is a file, where a run has a folder: put the folder back, or "
+            "delete the file and train again"
         )
     with Checkpointer(path / "checkpoints") as reader:
         for step, (problem, note) in reader.verify().items():
