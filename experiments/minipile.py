@@ -55,7 +55,7 @@ and on another split of the documents, gave 4.5484, 4.6471, 4.6636 and 4.6349: a
 corpus.
 
 On a third machine, with other clusters again, the soup's three seeds had 4.5105, 4.5134 and 4.5647,
-and 4.6048, 4.6120 and 4.6648 at the generic h: 0.098 better. The runs of an early version (3f8331b),
+and 4.6048, 4.6120 and 4.6648 at the generic h: 0.098 better. Runs of an early version (3f8331b),
 on its own corpus there, scored by the present `evaluate`: 4.5213, 4.5302 and 4.6078. So clusters
 move the losses of one code by 0.05, and what the soup gains over its generic h by 0.03.
 
