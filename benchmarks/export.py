@@ -143,8 +143,8 @@ def main() -> int:
     print(
         f"{engine.name}, tied {m['tie_embeddings']}, "
         f"{m['num_heads']} heads / {m['num_kv_heads']} key-value heads: {len(texts)} texts, "
-        f"{tokens} tokens; numbers differ by at most {worst:.1e} (largest {largest:.1f}); ids equal "
-        f"in {same_ids}, greedy texts in {same_texts} ({len(generated)} tokens, "
+        f"{tokens} tokens; numbers differ by at most {worst:.1e} (largest {largest:.1f}); ids "
+        f"equal in {same_ids}, greedy texts in {same_texts} ({len(generated)} tokens, "
         f"{len(set(generated))} different ones)"
     )
     return int(worst > 1e-4 or not len(texts) == same_ids == same_texts)

@@ -1,4 +1,4 @@
-"""Folders of specialists and soups: on a file system, or in a bucket, through a copy here.
+"""Folders of specialists, soups and runs: on a file system, or in a bucket, through a copy here.
 
 On a file system a folder appears whole or not at all. A bucket has no folders that could be put in
 place at once: the file by which one is known (recipe.json, soup.json) goes first and comes last, so
@@ -10,12 +10,16 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
 
 from soup_jax import inputs, remote
 from soup_jax import storage as files
 from soup_jax.errors import UserError
 
 KNOWN_BY = ("recipe.json", "soup.json")
+_RUN, _CHECKPOINTS = "domains/map.json", "checkpoints"
 
 
 def check_replaceable(out: pathlib.Path, holds: str, otherwise: str) -> None:
@@ -75,8 +79,56 @@ def _put(folder: pathlib.Path, address: str) -> None:
         remote.remove(stale)
 
 
+def checkpoints(run: str | os.PathLike) -> Any:
+    """The folder of a run's checkpoints, as orbax takes it: in a bucket it reads and writes them
+    at their address.
+
+    Raises:
+      UserError: an address that orbax does not write.
+    """
+    if not remote.is_object(run):
+        return pathlib.Path(run) / _CHECKPOINTS
+    place = remote.spelled(run).rstrip("/")
+    if remote.scheme(run) != "gs":
+        raise UserError(
+            f"{place}: orbax writes no checkpoints to {remote.scheme(run)}://. Train at gs:// or "
+            "on a file system (a mounted bucket is one); `soup-jax pack --out=ADDRESS` puts the "
+            "soup there"
+        )
+    remote.check_installed(place)
+    import fsspec
+
+    # Its listings are remembered, and tensorstore writes past it, as other processes do.
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    return epath.Path(place) / _CHECKPOINTS
+
+
+def move(folder: epath.Path, target: epath.Path) -> None:
+    """Give a folder another name; nothing may have that name."""
+    if remote.is_object(folder):
+        remote.move(folder, target)
+    else:
+        folder.rename(target)
+
+
+def small_files(run: str | os.PathLike) -> dict[str, remote.Found]:
+    """What lies in a run at an address but for checkpoints and hidden files, by relative name."""
+    address = remote.spelled(run).rstrip("/")
+    found = {f.address.removeprefix(f"{address}/"): f for f in remote.find(address)}
+    return {n: f for n, f in found.items() if not n.startswith((f"{_CHECKPOINTS}/", "."))}
+
+
+def given_back(path: pathlib.Path, place: str | os.PathLike) -> str:
+    """The place of a file that was written to `local(place)`: in a bucket, it is copied there."""
+    if not remote.is_object(place):
+        return str(path)
+    address = f"{remote.spelled(place).rstrip('/')}/{path.name}"
+    remote.put(path, address)
+    return address
+
+
 def local(place: str | os.PathLike) -> pathlib.Path:
-    """The folder itself; of a specialist or soup folder at an address, the copy here.
+    """The folder itself; of one at an address, the copy here, of a run without its checkpoints.
 
     Copies lie below ~/.cache/soup_jax/folders; only what has changed is copied again.
 
@@ -91,12 +143,11 @@ def local(place: str | os.PathLike) -> pathlib.Path:
     digest = hashlib.sha256(address.encode()).hexdigest()[:12]
     parent = pathlib.Path(home) / "soup_jax" / "folders"
     folder = parent / f"{address.rpartition('/')[2]}-{digest}"
-    found = {f.address.removeprefix(f"{address}/"): f for f in remote.find(address)}
-    if not set(KNOWN_BY) & found.keys():
+    found = small_files(address)
+    if not {*KNOWN_BY, _RUN} & found.keys():
         raise UserError(
             f"{address} holds neither {' nor '.join(KNOWN_BY)}: it is no specialist and no soup "
-            "folder, or not all of it was copied there. A run is read from a file system only; "
-            "`soup-jax pack` makes a soup folder of it"
+            f"folder, or not all of it was copied there; nor a run, which has a {_RUN}"
         )
     parent.mkdir(parents=True, exist_ok=True)
     record = parent / f"{folder.name}.json"

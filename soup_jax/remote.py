@@ -138,6 +138,15 @@ _LOGIN = {
 }
 
 
+def check_installed(address: str) -> None:
+    """Refuse an address whose driver is missing.
+
+    Raises:
+      UserError: names the extra.
+    """
+    _driver(scheme(address))
+
+
 def is_glob(path: str) -> bool:
     """Whether it has the signs of a glob."""
     return any(c in path for c in "*?[")
@@ -257,18 +266,28 @@ def put(source: pathlib.Path, address: str) -> Found:
       UserError: as the module says.
     """
 
-    def copy(driver: Any, path: str) -> None:
+    def copy(driver: Any, path: str) -> Found:
         driver.put_file(str(source), path)
-        driver.invalidate_cache()
+        found = stat(address)
+        if found is None or found.size != source.stat().st_size:
+            raise ConnectionError("it is not there after it was written, or cut off")
+        return found
 
     try:
-        _call(address, copy)
+        return _call(address, copy)
     except FileNotFoundError as e:
         raise UserError(f"{spelled(address)}: there is no such bucket") from e
-    found = stat(address)
-    if found is None or found.size != source.stat().st_size:
-        raise UserError(f"{spelled(address)} is not there after it was written, or cut off")
-    return found
+
+
+def move(folder: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Move all objects below an address; killed, it leaves all of them at the old one."""
+    old, new = (spelled(place).rstrip("/") for place in (folder, target))
+    found = find(old)
+    for f in found:
+        to = new.partition("://")[2] + f.address.removeprefix(old)
+        _call(f.address, lambda driver, path: driver.cp_file(path, to))  # noqa: B023
+    for f in found:
+        remove(f.address)
 
 
 def remove(address: str) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import socketserver
 import threading
 import urllib.error
 import urllib.request
@@ -25,6 +26,7 @@ from soup_jax.data.prepare import stages
 from soup_jax.data.prepare.work import Part
 from soup_jax.errors import UserError
 from soup_jax.evaluation.sample import read_sample
+from soup_jax.training import workdir
 from soup_jax.training.loop import train
 
 moto = pytest.importorskip("moto.server")
@@ -123,6 +125,8 @@ def bucket(request, tmp_path_factory):
     """(address of an empty bucket, its faults)."""
     patch, faults, port = pytest.MonkeyPatch(), Faults(), free_port()
     patch.setattr(remote, "PAUSE", 0.01)
+    # Tensorstore opens more connections at once than the five that a server of Python's lets wait.
+    patch.setattr(socketserver.TCPServer, "request_queue_size", 128)
     remote._driver.cache_clear()
     if request.param == "s3":
         server = moto.ThreadedMotoServer("127.0.0.1", port)
@@ -138,6 +142,8 @@ def bucket(request, tmp_path_factory):
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
         "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "testing",
         "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
     }.items():
         patch.setenv(name, value)
@@ -374,7 +380,140 @@ def test_soups_and_specialists_live_there(
     assert "/thesis exists and is not a specialist" in capsys.readouterr().err
     put(f"{address}/run/config.json", b"{}")
     assert cli.run(["generate", f"--model={address}/run", *prompt]) == 2
-    assert "A run is read from a file system only" in capsys.readouterr().err
+    assert "not all of it was copied there" in capsys.readouterr().err
+
+
+@pytest.fixture
+def gs(bucket):
+    """(address, faults) of the bucket that orbax can write to."""
+    if not bucket[0].startswith("gs:"):
+        pytest.skip("orbax writes gs:// only")
+    return bucket
+
+
+def ran(capsys, *arguments: str, status: int = 0) -> str:
+    assert cli.run(list(arguments)) == status, capsys.readouterr().err
+    shown = capsys.readouterr()
+    return shown.err if status else shown.out
+
+
+def metrics_of(run: str) -> list[dict]:
+    rows = [json.loads(line) for line in inputs.read_text(f"{run}/metrics.jsonl").splitlines()]
+    kept = ("step", "kind", "loss", "batch_hash", "average")
+    return [{name: row[name] for name in kept if name in row} for row in rows]
+
+
+def test_a_run_lies_there_killed_and_resumed(gs, sources, tiny_text, tmp_path, capsys, monkeypatch):
+    address, faults = gs
+    corpus, documents = f"{address}/corpora/run", str(tiny_text / "*.jsonl")
+    stages.prepare(config(sources[0], corpus))
+    fields = {
+        "num_steps": 6,
+        "checkpoint.every_steps": 2,
+        "log.every_steps": 1,
+        "log.trackers": ("tensorboard",),
+        "evaluate.every_steps": 3,
+        "evaluate.specialists": (documents,),
+        "corpus.cache_dir": str(tmp_path / "cache"),
+    }
+    cfg, run, local = config(sources[0], corpus, **fields), f"{address}/runs/a", tmp_path / "local"
+    train(cfg, local)
+    # Killed in the middle: between two saves, with lines that no save has.
+    original = workdir._Bucket.publish
+    calls: list[int] = []
+
+    def die(self):
+        calls.append(1)
+        if len(calls) == 4:  # those of the claim, of its settling, of step 2
+            raise KeyboardInterrupt
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir._Bucket, "publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(cfg, run)
+    with faults.of("503", 3):
+        train(cfg, run)
+    assert metrics_of(run) == metrics_of(str(local))
+    names = {f.address.removeprefix(f"{run}/") for f in remote.find(run)}
+    assert {"config.json", "metrics.jsonl", "parameters.txt", "domains/map.json"} <= names
+    assert ".claim" not in names
+    assert any(name.startswith("tensorboard/") for name in names)
+    for name in ("config.json", "parameters.txt"):
+        assert inputs.open_file(f"{run}/{name}").read() == (local / name).read_bytes()
+    # All that reads a run reads it there.
+    tables = []
+    capsys.readouterr()
+    for place in (run, str(local)):
+        evaluated = ran(capsys, "evaluate", f"--workdir={place}", f"--specialists={documents}")
+        tables.append(evaluated.partition("numbers:")[0])
+        assert f"numbers: {place}/evaluation.json" in evaluated
+        assert f"learning curve: {place}/learning_curve.png" in evaluated
+    assert tables[0] == tables[1]
+    lines = ran(capsys, "verify", run)
+    assert f"{run}/checkpoints/6: " in lines
+    assert "2 checkpoints" in lines
+    sample = f"--documents={tiny_text / 'cooking.jsonl'}"
+    for place, out in ((run, "there"), (str(local), "here")):
+        ran(capsys, "instantiate", f"--run={place}", sample, f"--out={tmp_path / out}")
+    weights = [tmp_path / out / "params.safetensors" for out in ("there", "here")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    recipe = json.loads((tmp_path / "there" / "recipe.json").read_text())
+    assert recipe["run"] == run
+    ran(capsys, "pack", f"--run={run}", f"--out={address}/soups/of_run")
+    # A new run starts from it.
+    train(config(sources[0], corpus, **{**fields, "checkpoint.init_from": run}), tmp_path / "next")
+    # A newest checkpoint that cannot be read is set aside, and the run goes on from the one before.
+    for found in remote.find(f"{run}/checkpoints/6/params"):
+        if "/d/" in found.address:
+            remote.remove(found.address)
+    train(cfg, run)
+    assert metrics_of(run) == metrics_of(str(local))
+    assert remote.find(f"{run}/checkpoints/unreadable_6")
+
+
+def test_a_run_that_was_taken_over_saves_nothing_more(gs, sources, tmp_path, monkeypatch):
+    address, _ = gs
+    corpus, run = f"{address}/corpora/taken", f"{address}/runs/taken"
+    stages.prepare(config(sources[0], corpus))
+    cache = str(tmp_path / "cache")
+    fields = {"num_steps": 4, "checkpoint.every_steps": 2, "corpus.cache_dir": cache}
+    cfg, original = config(sources[0], corpus, **fields), workdir._Bucket.publish
+
+    def other_start(self):
+        if int(os.environ.setdefault("SOUP_TEST_CALLS", "0")) == 3:
+            put(f"{run}/.claim", json.dumps({"host": "elsewhere", "pid": 7}).encode())
+        os.environ["SOUP_TEST_CALLS"] = str(int(os.environ["SOUP_TEST_CALLS"]) + 1)
+        original(self)
+
+    monkeypatch.setenv("SOUP_TEST_CALLS", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir._Bucket, "publish", other_start)
+        with pytest.raises(UserError, match="process 7 on elsewhere"):
+            train(cfg, run)
+    assert remote.find(f"{run}/checkpoints/2")
+    assert not remote.find(f"{run}/checkpoints/4")
+    assert remote.stat(f"{run}/.claim")  # not ours: it stays
+    train(cfg, run)
+    assert remote.find(f"{run}/checkpoints/4")
+
+
+def test_where_no_run_can_lie_is_one_sentence(bucket, sources, tmp_path, capsys, monkeypatch):
+    address, _ = bucket
+    scheme = address.partition(":")[0]
+    arguments = ["train", "--config=experiments/quickstart.py"]
+    if scheme == "s3":
+        message = ran(capsys, *arguments, f"--workdir={address}/run", status=2)
+        assert "orbax writes no checkpoints to s3://" in message
+        return
+    message = ran(capsys, *arguments, "--workdir=gs://nobody/run", status=2)
+    assert "there is no such bucket" in message
+    message = ran(capsys, "generate", f"--model={address}/nothing", "--prompt=x", status=2)
+    assert "holds neither recipe.json nor soup.json" in message
+    monkeypatch.delenv("SOUP_JAX_SECRET", raising=False)
+    several = ("--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=0")
+    message = ran(capsys, *arguments, *several, f"--workdir={address}/run", status=2)
+    assert "need SOUP_JAX_SECRET on all of them" in message
 
 
 def test_what_cannot_be_is_one_sentence(bucket, sources, tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from soup_jax import places
 from soup_jax.errors import UserError
 from soup_jax.storage import check_file_target, nulled, refuse_address, write_json, write_text
 
@@ -56,10 +57,10 @@ def run(values: flags.FlagValues) -> int:
     """Evaluate the run and print the table; returns the exit status, 1 if a loss is not finite."""
     if not values.workdir:
         raise UserError("--workdir=RUN is required: the run to evaluate")
-    refuse_address(values.workdir, "--workdir")
+    refuse_address(values.workdir, "--workdir", objects=True)
     for flag in ("against", "specialists"):
         for path in values[flag].value or ():
-            refuse_address(path, f"--{flag}", objects=flag == "specialists")
+            refuse_address(path, f"--{flag}", objects=True)
     from soup_jax.hardware import compile_cache
 
     compile_cache.enable()
@@ -68,7 +69,7 @@ def run(values: flags.FlagValues) -> int:
     from soup_jax.training import learning_curve
 
     name = "evaluation" if values.part == "final" else f"evaluation_{values.part}"
-    numbers = values.json or str(pathlib.Path(values.workdir) / f"{name}.json")
+    numbers = values.json or str(places.local(values.workdir) / f"{name}.json")
     check_file_target(numbers, "--json")
     if values.text:
         check_file_target(values.text, "--text")
@@ -84,6 +85,8 @@ def run(values: flags.FlagValues) -> int:
     text = f"{table.table(result)}\n{table.verdict(result)}"
     print(text)  # before anything is written: what was computed must not be lost
     write_json(numbers, nulled(result))
+    if not values.json:
+        numbers = places.given_back(pathlib.Path(numbers), workdir)
     where = f"numbers: {numbers}\nlearning curve: {learning_curve.drawn(workdir, against=against)}"
     print(where)
     if values.text:

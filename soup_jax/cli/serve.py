@@ -92,7 +92,7 @@ def run(values: flags.FlagValues) -> int:
     hosts = values.allowed_host or (["*"] if token else _HERE)
     app = make_app(engine, token=token, hosts=hosts)
     soup = engine.soup
-    print(f"step {soup.step} of {soup.workdir}: {soup.num_experts} experts", flush=True)
+    print(f"step {soup.step} of {soup.place}: {soup.num_experts} experts", flush=True)
     config = uvicorn.Config(
         app,
         host=values.host,

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from soup_jax.cli import config_flag
 from soup_jax.errors import UserError
-from soup_jax.storage import check_folder_target
+from soup_jax.remote import spelled
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -53,7 +53,9 @@ def run(values: flags.FlagValues) -> int:
     cfg = config_flag.checked(values)
     if not values.workdir:
         raise UserError("--workdir=DIR is required: the folder the run is written to")
-    check_folder_target(values.workdir, "--workdir")
+    from soup_jax.training import workdir as workdir_lib
+
+    workdir_lib.check(values.workdir)
     from soup_jax.processes import place as place_lib
 
     ids = values.local_device_ids
@@ -95,5 +97,5 @@ def _train_here(cfg: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool,
         tell(f"soup-jax: error: {e}", file=sys.stderr)
         return 1
     if show:
-        tell(f"trained: {workdir} (learning curve: {learning_curve.drawn(workdir)})")
+        tell(f"trained: {spelled(workdir)} (learning curve: {learning_curve.drawn(workdir)})")
     return 0

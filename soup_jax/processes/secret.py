@@ -13,6 +13,7 @@ import pathlib
 import secrets
 from collections.abc import Mapping
 
+from soup_jax import remote
 from soup_jax.errors import UserError
 
 VARIABLE = "SOUP_JAX_SECRET"
@@ -110,6 +111,11 @@ def find_secret(workdir: pathlib.Path | None, env: Mapping[str, str] = os.enviro
                 "with `python -c 'import secrets; print(secrets.token_hex(32))'`"
             )
         return Secret(value.encode("utf-8", "surrogateescape"))
+    if workdir is not None and remote.is_object(workdir):
+        raise UserError(
+            f"many processes with a --workdir in a bucket need {VARIABLE} on all of them: "
+            "`python -c 'import secrets; print(secrets.token_hex(32))'` makes one"
+        )
     if workdir is None:
         raise UserError(f"many processes need {VARIABLE}, or a workdir to write a secret to")
     return Secret(None, workdir / FILE_NAME)

@@ -79,7 +79,7 @@ def evaluate_runs(
 
 def _origin(trained: Soup) -> dict[str, Any]:
     cfg = trained.cfg
-    return {"workdir": str(trained.workdir), "name": cfg.name, "step": trained.step}
+    return {"workdir": trained.place, "name": cfg.name, "step": trained.step}
 
 
 def _evaluate_one(

@@ -46,7 +46,7 @@ def instantiate_to(
     soup = load(run, step=step, average=average, corpus_dir=corpus_dir)
     sample = read_sample(sources, text_field=soup.cfg.corpus.text_field)
     older = "" if soup.step == soup.newest else f" (its newest checkpoint is step {soup.newest})"
-    say(f"from step {soup.step} of {soup.workdir}{older}")
+    say(f"from step {soup.step} of {soup.place}{older}")
     for line in sample.summary():
         say(line)
     size = stored.merge_bytes(soup.arrays, 1)

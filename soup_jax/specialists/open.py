@@ -5,7 +5,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from soup_jax import places
+from soup_jax import places, remote
 from soup_jax.config import schema as config_lib
 from soup_jax.data import domain_map
 from soup_jax.data.corpus import Corpus, open_corpus
@@ -15,7 +15,6 @@ from soup_jax.models.base import BaseModel
 from soup_jax.specialists import folder as folder_lib
 from soup_jax.specialists import stored
 from soup_jax.specialists.trained import Soup, another_corpus, open_corpus_of
-from soup_jax.storage import refuse_address
 from soup_jax.training import build
 from soup_jax.training.checkpoint import Checkpointer
 from soup_jax.training.checkpoint_arrays import open_params
@@ -44,13 +43,14 @@ def load(
       UserError: neither is there, or no such checkpoint, or a run of an earlier version whose
         corpus is gone.
     """
-    workdir = places.local(workdir)
+    place, workdir = workdir, places.local(workdir)
+    address = remote.spelled(place).rstrip("/") if remote.is_object(place) else ""
     if (workdir / "soup.json").exists():
         if average != 1:
             raise UserError(
                 f"{workdir} is a soup folder, of one checkpoint: average those of a run"
             )
-        return _load_folder(workdir, step=step, corpus_dir=corpus_dir, model=model)
+        return _load_folder(workdir, address=address, step=step, corpus_dir=corpus_dir, model=model)
     cfg = _here(_config(workdir), model)
     copy = workdir / "domains"
     if (copy / "map.json").exists():
@@ -61,7 +61,7 @@ def load(
         folder = corpus_dir or cfg.corpus.dir
         domains = open_corpus_of(folder, workdir, None, cfg)
     model = model or build.base_model(cfg)
-    with Checkpointer(workdir / "checkpoints") as checkpointer:
+    with Checkpointer(places.checkpoints(place)) as checkpointer:
         abstract = jax.eval_shape(build.initial_state(cfg, model, domains)).params
         arrays: stored.Arrays
         arrays, found = open_params(checkpointer, abstract, step=step)
@@ -89,11 +89,17 @@ def load(
         newest=newest,
         corpus_dir=corpus_dir or cfg.corpus.dir,
         fixed=step is not None or average != 1,
+        address=address,
     )
 
 
 def _load_folder(
-    folder: pathlib.Path, *, step: int | None, corpus_dir: str, model: BaseModel | None
+    folder: pathlib.Path,
+    *,
+    address: str,
+    step: int | None,
+    corpus_dir: str,
+    model: BaseModel | None,
 ) -> Soup:
     described, arrays = folder_lib.read(folder)
     if step not in (None, described["step"]):
@@ -109,6 +115,7 @@ def _load_folder(
         newest=described["step"],
         corpus_dir=corpus_dir or cfg.corpus.dir,
         fixed=True,
+        address=address,
     )
 
 
@@ -131,7 +138,7 @@ def corpus_of(workdir: str | pathlib.Path, *, corpus_dir: str = "") -> Corpus:
     Raises:
       UserError: no run there, or its corpus is gone.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = places.local(workdir)
     cfg = _config(workdir)
     folder = corpus_dir or cfg.corpus.dir
     return open_corpus_of(folder, workdir, None, cfg)
@@ -156,7 +163,6 @@ def map_of(*, run: str = "", corpus_dir: str = "", num_domains: int = 0) -> Doma
 
 
 def _config(workdir: pathlib.Path) -> ConfigDict:
-    refuse_address(workdir)
     if not (workdir / "config.json").exists():
         raise UserError(
             f"{workdir} is not a run: it has no config.json (see `soup-jax train`); nor a soup "

@@ -72,7 +72,7 @@ def pack(
                 out,
                 config=soup.workdir / "config.json",
                 domains=soup.map,
-                described={"name": soup.cfg.name, "step": soup.step, "run": str(soup.workdir)},
+                described={"name": soup.cfg.name, "step": soup.step, "run": soup.place},
                 card=_card(soup, dtype or (str(stored[0].dtype) if stored else "float32")),
                 dtype=dtype,
             )

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from soup_jax import inputs, soup, tree
+from soup_jax import inputs, places, soup, tree
 from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.data.domain_map import DomainMap
@@ -45,7 +45,8 @@ class Soup:
     the bank. With `params` on the devices it takes milliseconds.
 
     Attributes:
-      workdir: the folder.
+      workdir: the folder; of one in a bucket, the copy here.
+      address: in a bucket, where.
       cfg: the run's config, but for what belongs to the devices here.
       map: its domains, and the way from documents to them.
       model: the base network.
@@ -66,6 +67,12 @@ class Soup:
     newest: int
     corpus_dir: str
     fixed: bool
+    address: str = ""
+
+    @property
+    def place(self) -> str:
+        """The folder, as a user names it."""
+        return self.address or str(self.workdir)
 
     @property
     def config(self) -> SoupConfig:
@@ -202,7 +209,7 @@ class Soup:
         """That of an older checkpoint, after an error; which is raised if there is none."""
         if self.fixed:
             raise error
-        with Checkpointer(self.workdir / "checkpoints") as checkpointer:
+        with Checkpointer(places.checkpoints(self.address or self.workdir)) as checkpointer:
             if self.step <= min(checkpointer.steps()):
                 raise error
             _log.warning(TRYING, error)
@@ -213,7 +220,7 @@ class Soup:
 
     @property
     def _where(self) -> str:
-        return f"{self.workdir} at step {self.step}"
+        return f"{self.place} at step {self.step}"
 
     def generic(self) -> Specialist:
         """The specialist of the natural frequencies: of text like the corpus."""
@@ -302,7 +309,7 @@ class Soup:
         cfg = self.cfg
         return {
             "format": recipe_lib.FORMAT,
-            "run": str(self.workdir.absolute()),
+            "run": self.address or str(self.workdir.absolute()),
             "name": cfg.name,
             "step": self.step,
             "h": [float(x) for x in h_K],

@@ -23,7 +23,7 @@ def verify(path: str | pathlib.Path) -> list[str]:
     """
     if remote.is_object(path) and remote.stat(f"{remote.spelled(path)}/manifest.json"):
         return _verify_corpus(open_corpus(path))
-    path = places.local(path)
+    place, path = path, places.local(path)
     if (path / "manifest.json").exists():
         return _verify_corpus(open_corpus(path))
     if (path / "recipe.json").exists():
@@ -44,7 +44,7 @@ def verify(path: str | pathlib.Path) -> list[str]:
             raise UserError("\n".join(damage))
         return [f"{path}: soup folder of step {soup.step}, all of it as it was written"]
     if (path / "config.json").exists():
-        return _verify_run(path)
+        return _verify_run(path, place)
     raise UserError(
         f"{path} is no corpus, run, soup folder or specialist: it has no manifest.json, "
         "config.json, soup.json or recipe.json"
@@ -58,7 +58,7 @@ def _verify_corpus(corpus: Corpus) -> list[str]:
     return [f"{place}: corpus, {num_files} files as they were written"]
 
 
-def _verify_run(path: pathlib.Path) -> list[str]:
+def _verify_run(path: pathlib.Path, run: str | pathlib.Path) -> list[str]:
     config_lib.load(path / "config.json")
     lines, problems = [], []
     if (path / "checkpoints").exists() and not (path / "checkpoints").is_dir():
@@ -66,9 +66,9 @@ def _verify_run(path: pathlib.Path) -> list[str]:
             f"{path}/checkpoints is a file, where a run has a folder: put the folder back, or "
             "delete the file and train again"
         )
-    with Checkpointer(path / "checkpoints") as reader:
+    with Checkpointer(places.checkpoints(run)) as reader:
         for step, (problem, note) in reader.verify().items():
-            place = f"{path}/checkpoints/{step}"
+            place = f"{reader.directory}/{step}"
             if problem:
                 problems.append(f"{place}: {problem}")
             else:

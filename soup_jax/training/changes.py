@@ -19,6 +19,7 @@ from soup_jax.data.sampling import plan_index
 from soup_jax.errors import UserError
 from soup_jax.inputs import check_structure, open_file
 from soup_jax.storage import write_text
+from soup_jax.training.workdir import Workdir
 
 _log = logging.getLogger(__name__)
 
@@ -27,13 +28,13 @@ _LINE = {"step": int, "field": str}
 Changes = Mapping[str, tuple[Any, Any]]  # field -> (old, new)
 
 
-def compare(workdir: pathlib.Path, cfg: ConfigDict, *, accept: bool) -> Changes:
-    """The tunable fields in which `cfg` differs from the run in `workdir`; none for a new run.
+def compare(home: Workdir, cfg: ConfigDict, *, accept: bool) -> Changes:
+    """The tunable fields in which `cfg` differs from the run there; none for a new run.
 
     Raises:
       UserError: fixed fields differ, or tunable ones and `accept` is False; each is listed.
     """
-    path = workdir / "config.json"
+    path = home.path / "config.json"
     if not path.exists():
         return {}
     old = config_lib.load(path)
@@ -49,11 +50,13 @@ def compare(workdir: pathlib.Path, cfg: ConfigDict, *, accept: bool) -> Changes:
     ]
     advice = "Use the old values to continue it, or another --workdir"
     if fixed:
-        advice += f" (with --config.checkpoint.init_from={workdir} a new run starts from its end)"
+        advice += (
+            f" (with --config.checkpoint.init_from={home.place} a new run starts from its end)"
+        )
     else:
         advice += ", or --accept_changes to go on with the new ones"
     raise UserError(
-        f"{workdir} holds a run with another config (old -> new):\n  "
+        f"{home.place} holds a run with another config (old -> new):\n  "
         + "\n  ".join(lines)
         + f"\n{advice}"
     )

@@ -16,8 +16,6 @@ import contextlib
 import functools
 import json
 import logging
-import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -26,10 +24,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from soup_jax import storage, tree
+from soup_jax import places, remote, storage, tree
 from soup_jax.errors import UserError, explain
 from soup_jax.inputs import check_structure, read_format
 from soup_jax.processes import start as distributed
@@ -60,7 +59,7 @@ _DATA = {
 class Checkpointer:
     """Saves and restores the train state of one run; close it, or use it as a context."""
 
-    def __init__(self, directory: pathlib.Path, cfg: ConfigDict | None = None):
+    def __init__(self, directory: epath.PathLike, cfg: ConfigDict | None = None):
         """`cfg` gives the keep policy and time-out; without it the checkpoints are only read."""
         if cfg is None:
             options = ocp.CheckpointManagerOptions(
@@ -76,7 +75,8 @@ class Checkpointer:
                 async_options=ocp.AsyncOptions(timeout_secs=cfg.checkpoint.async_timeout_secs),
             )
         _drop_echoes()
-        self.directory = directory.absolute()
+        path = epath.Path(directory)
+        self.directory = path if remote.is_object(path) else path.absolute()
         self._group = distributed.current()
         self._timeout = 300.0 if cfg is None else cfg.checkpoint.async_timeout_secs
         self._read_only = cfg is None
@@ -242,9 +242,10 @@ class Checkpointer:
     def _set_aside(self, last: int) -> None:
         # Left in place, orbax would refuse to save at or before these later steps.
         if self._group.process_id == 0:
-            for old in self.directory.glob("unreadable_*"):
-                if int(old.name.removeprefix("unreadable_")) <= last:
-                    shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for old in self.directory.glob("unreadable_*"):
+                    if int(old.name.removeprefix("unreadable_")) <= last:
+                        old.rmtree()
         steps = [s for s in self._agreed(self.steps()) if s > last]
         if not steps:
             return
@@ -252,8 +253,8 @@ class Checkpointer:
         if self._group.process_id == 0:
             for step in steps:
                 aside = self.directory / f"unreadable_{step}"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.directory / str(step)).rename(aside)
+                aside.rmtree(missing_ok=True)
+                places.move(self.directory / str(step), aside)
         self._group.meet("unreadable checkpoints set aside")
         self._manager.reload()
 
@@ -279,9 +280,8 @@ class Checkpointer:
             _, differences = self._group.meet(
                 f"checkpoint {candidate}", {"failure": failure}, timeout=self._timeout
             )
-            problems = items if isinstance(items, list) else []
-            if problems:
-                raise self.misfit(candidate, problems)
+            if isinstance(items, list):
+                raise self.misfit(candidate, items)
             if not failure and not differences:
                 # By all processes, for each has a part of the arrays.
                 changed = integrity.differences(

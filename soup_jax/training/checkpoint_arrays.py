@@ -1,14 +1,14 @@
 """The parameters in a checkpoint, read by rows, without the rest of it in memory."""
 
 import logging
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from soup_jax import tree
+from soup_jax import remote, tree
 from soup_jax.errors import DamagedError, UserError
 from soup_jax.training import formats
 from soup_jax.training.checkpoint import TRYING, Checkpointer, check_data
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 class CheckpointArrays:
     """The item "params" of a checkpoint that orbax wrote: an OCDBT store of Zarr arrays."""
 
-    def __init__(self, folder: pathlib.Path, data: Mapping[str, Any], params: Any):
+    def __init__(self, folder: epath.Path, data: Mapping[str, Any], params: Any):
         """Opens the arrays; reads none.
 
         Args:
@@ -36,8 +36,11 @@ class CheckpointArrays:
             name: tensorstore.open(
                 {
                     "driver": "zarr",
-                    "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/params"},
+                    "kvstore": {"driver": "ocdbt", "base": _url(folder / "params")},
                     "path": path.replace("/", ".") + "/",
+                    # A finished checkpoint changes no more: a bucket need not be asked each time.
+                    "recheck_cached_metadata": "open",
+                    "recheck_cached_data": "open",
                 },
                 read=True,
                 open=True,
@@ -72,6 +75,10 @@ class CheckpointArrays:
                 f"{self.where} is damaged: {name} cannot be read: {reason}. "
                 "Restore it, or take another step"
             ) from e
+
+
+def _url(folder: epath.Path) -> str:
+    return str(folder) if remote.is_object(folder) else f"file://{folder}"
 
 
 def open_params(

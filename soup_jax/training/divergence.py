@@ -48,7 +48,7 @@ def earlier(run: Run, step: int, *, saved: list[int]) -> str:
     before = [s for s in saved if s < step]
     if not before:
         return f"No checkpoint is older: start again with another --workdir and {rate}"
-    source = f"--config.checkpoint.init_from={run.workdir}"
+    source = f"--config.checkpoint.init_from={run.home.place}"
     return (
         "A new run starts from an earlier step with\n"
         f"  --workdir=NEW {source} --config.checkpoint.init_step={before[-1]} {rate}"

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from soup_jax import places
 from soup_jax import storage as files
 from soup_jax.errors import explain
 from soup_jax.training import metrics
@@ -17,10 +18,11 @@ def draw(workdir: pathlib.Path, *, against: Sequence[pathlib.Path] = ()) -> path
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for path in (workdir, *against):
+    for place in (workdir, *against):
+        path = places.local(place)
         lines = metrics.read_metrics(path / "metrics.jsonl")
         lines = [v for v in lines if "tokens" in v and "loss" in v]
-        name = path.resolve().name
+        name = pathlib.Path(place).resolve().name
         left.plot([v["tokens"] / 1e6 for v in lines], [v["loss"] for v in lines], label=name)
         tokens = {v["step"]: v["tokens"] / 1e6 for v in lines}
         points = metrics.read_metrics(path / "metrics.jsonl", kind="evaluation")
@@ -36,7 +38,7 @@ def draw(workdir: pathlib.Path, *, against: Sequence[pathlib.Path] = ()) -> path
             axes.legend(fontsize=8)
     if not right.lines:
         right.text(0.5, 0.5, "evaluate.every_steps is 0", ha="center", transform=right.transAxes)
-    out = workdir / "learning_curve.png"
+    out = places.local(workdir) / "learning_curve.png"
     with files.atomic_path(out) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
@@ -49,7 +51,7 @@ def drawn(workdir: pathlib.Path, *, against: Sequence[pathlib.Path] = ()) -> str
     What the command was for is done by then, so nothing that goes wrong here may make it fail.
     """
     try:
-        return str(draw(workdir, against=against))
+        return places.given_back(draw(workdir, against=against), workdir)
     except Exception as e:
         return f"not drawn: {explain(e) or f'{type(e).__name__}: {e}'}"
 

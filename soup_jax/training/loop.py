@@ -80,17 +80,16 @@ def train(
       FloatingPointError: loss or gradient not finite; the report's path is in the message.
       Interrupted: a signal arrived; the state was saved.
     """
-    run = setup(cfg, pathlib.Path(workdir), model=model, devices=devices)
-    specialists, validation = _evaluation_sets(run)
-    read_initial(run)
+    run = setup(cfg, workdir, model=model, devices=devices)
     with run.lock:
+        specialists, validation = _evaluation_sets(run)
+        read_initial(run)
         claim_workdir(run, accept_changes=accept_changes)
         return _train(run, specialists, validation)
 
 
 def _train(run: Run, specialists: list[sets_lib.SpecialistSet], validation: Any) -> TrainState:
     cfg = run.cfg
-    checkpoints = run.workdir / "checkpoints"
     saving = cfg.checkpoint.async_timeout_secs
     compiling = watchdog.COMPILE_SECS
     allowances = {"compiling": compiling, "saving": saving, "restoring": compiling + saving}
@@ -98,7 +97,7 @@ def _train(run: Run, specialists: list[sets_lib.SpecialistSet], validation: Any)
     with (
         stop_requests(run.group),
         watchdog.watch(run.group, run.workdir, limit=limit, allowances=allowances),
-        checkpoint_lib.Checkpointer(checkpoints, cfg) as checkpointer,
+        checkpoint_lib.Checkpointer(run.home.checkpoints, cfg) as checkpointer,
     ):
         state = restore_or_init(run, checkpointer)
         start = int(state.step)
@@ -114,6 +113,7 @@ def _train(run: Run, specialists: list[sets_lib.SpecialistSet], validation: Any)
             return state
         finally:
             writer.close()
+            run.publish()
 
 
 def _evaluation_sets(run: Run) -> tuple[list[sets_lib.SpecialistSet], Any]:
@@ -289,9 +289,10 @@ class _Loop:
         if bad < 0:
             return
         report = divergence.report(self.run_, bad)
-        path = self.run_.workdir / f"nonfinite_{bad}.json"
+        name = f"nonfinite_{bad}.json"
         if self.group.process_id == 0:
-            write_json(path, report)
+            write_json(self.run_.workdir / name, report)
+        self.run_.publish()
         # The step froze the state before this update, so what is saved here is sound.
         meter = {"first_loss": self.meter.first_loss}
         self.checkpointer.save(state, {**self.run_.data_state(bad), "meter": meter})
@@ -299,7 +300,7 @@ class _Loop:
         labels = ", ".join(d["label"] for d in report["domains"].values())
         raise FloatingPointError(
             f"loss or gradient of step {bad} is not finite (domains: {labels}); its domain weights "
-            f"and windows are in {path}, the state before it is saved in "
+            f"and windows are in {self.run_.home.place}/{name}, the state before it is saved in "
             f"{self.checkpointer.directory}.\n"
             + divergence.advice(self.run_, bad, saved=self.checkpointer.steps())
         )
@@ -318,6 +319,7 @@ class _Loop:
         self._log(state)  # the next start makes no line of these steps; and it may have diverged
         self._check_finite(state)
         self.group.at("saving")
+        self.run_.publish()  # before it: a save whose lines are missing would stay without them
         self.checkpointer.save(state, {**self.run_.data_state(done), "meter": self.meter.state()})
         self.group.at("training")
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from soup_jax import inputs, tree
+from soup_jax import inputs, places, tree
 from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.data import loader
@@ -37,11 +37,13 @@ from soup_jax.shapes import Params
 from soup_jax.training import build, pretrained, trackers
 from soup_jax.training import changes as changes_lib
 from soup_jax.training import checkpoint as checkpoint_lib
+from soup_jax.training import workdir as workdir_lib
 from soup_jax.training.state import (
     TrainState,
     abstract_with_shardings,
     state_shardings,
 )
+from soup_jax.training.workdir import Workdir
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class Run:
     """What a training run is made of, set up before the first step."""
 
     cfg: ConfigDict
-    workdir: pathlib.Path
+    home: Workdir
     corpus: Corpus
     model: BaseModel
     mesh: Mesh
@@ -67,6 +69,16 @@ class Run:
     unfinished: Any = None  # the metrics since the last line, of the restored step
     changes: changes_lib.Changes = dataclasses.field(default_factory=dict)  # since the last start
     initial: Params = dataclasses.field(default_factory=dict)  # parts from checkpoint.init_from
+
+    @property
+    def workdir(self) -> pathlib.Path:
+        """The folder of all that is no checkpoint."""
+        return self.home.path
+
+    def publish(self) -> None:
+        """Let others see what process 0 has written."""
+        if self.group.process_id == 0:
+            self.home.publish()
 
     def fingerprint(self) -> dict[str, Any]:
         """What must agree for the data of a resumed run to continue the old data."""
@@ -92,7 +104,7 @@ class Run:
 
 def setup(
     cfg: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: str | pathlib.Path,
     *,
     model: BaseModel | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -107,8 +119,8 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
-    files.refuse_address(workdir, "--workdir")
-    new = not (workdir / "config.json").exists()
+    home = workdir_lib.at(workdir)
+    new = not (home.path / "config.json").exists()
     _check_new(new, config_lib.check_start, cfg)
     trackers.find(cfg.log.trackers)
     corpus = open_corpus(
@@ -142,7 +154,7 @@ def setup(
     shardings = state_shardings(mesh, abstract, build.optimizer_config(cfg))
     return Run(
         cfg=cfg,
-        workdir=workdir,
+        home=home,
         corpus=corpus,
         model=model,
         mesh=mesh,
@@ -174,12 +186,12 @@ def read_initial(run: Run) -> None:
     cfg = run.cfg.checkpoint
     if not cfg.init_from:
         return
-    with checkpoint_lib.Checkpointer(run.workdir / "checkpoints") as own:
+    with checkpoint_lib.Checkpointer(run.home.checkpoints) as own:
         lead, _ = run.group.meet("own checkpoints", {"steps": own.steps()})
     if lead["steps"]:
         return
-    files.refuse_address(cfg.init_from, "checkpoint.init_from")
-    source = pathlib.Path(cfg.init_from)
+    files.refuse_address(cfg.init_from, "checkpoint.init_from", objects=True)
+    source = places.local(cfg.init_from)
     config = source / "config.json"
     if not config.exists():
         raise UserError(
@@ -197,7 +209,7 @@ def read_initial(run: Run) -> None:
         run.initial = {"shared": pretrained.read(source, run.cfg, shared, run.corpus)}
         origin |= {"model": str(source.absolute())}
     else:
-        with checkpoint_lib.Checkpointer(source / "checkpoints") as reader:
+        with checkpoint_lib.Checkpointer(places.checkpoints(cfg.init_from)) as reader:
             wanted = cfg.init_step or None
             run.initial, step = reader.restore_params(run.abstract.params, step=wanted)
             corpus = reader.data(step)["fingerprint"]["corpus"]
@@ -221,15 +233,9 @@ def claim_workdir(run: Run, *, accept_changes: bool = False) -> None:
     timeout = run.cfg.distributed.init_timeout_secs
     path = run.workdir / "config.json"
     if run.group.process_id == 0:
-        files.check_folder_target(run.workdir, "--workdir")
-        files.check_folder_target(run.workdir / "checkpoints", "the run's folder of checkpoints")
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        run.lock.enter_context(
-            files.locked(run.workdir, f"another `soup-jax train` is at work in {run.workdir}")
-        )
         size = tree.num_bytes((run.abstract.params, run.abstract.opt_state))
-        files.check_room(run.workdir, size, f"a checkpoint of the run {run.workdir}")
-    changes = changes_lib.compare(run.workdir, run.cfg, accept=accept_changes)
+        run.lock.enter_context(run.home.claimed(size))
+    changes = changes_lib.compare(run.home, run.cfg, accept=accept_changes)
     run.changes = {**run.changes, **changes}
     # Nobody writes before everybody has compared.
     run.group.require_same("data", run.fingerprint(), timeout=timeout)
@@ -243,9 +249,12 @@ def claim_workdir(run: Run, *, accept_changes: bool = False) -> None:
         listing, text = run.workdir / "parameters.txt", "".join(lines)
         if not listing.exists() or _bytes(listing) != text.encode():
             files.write_text(listing, text)
+        run.home.publish()
     if run.group.num_processes > 1:
         run.group.meet("workdir written", timeout=timeout)
-        seen = {"config.json": _seen(path), "workdir": str(run.workdir.resolve())}
+        if run.group.process_id:
+            run.home.refresh()
+        seen = {"config.json": _seen(path), "workdir": run.home.same()}
         run.group.require_same("workdir, which must be on a disk that all share", seen)
 
 
@@ -269,6 +278,7 @@ def settle(run: Run, start: int) -> None:
         changes_lib.record(run.workdir, run.changes, start=start)
         if run.changes:
             config_lib.save(run.cfg, run.workdir / "config.json")
+        run.home.publish()
 
 
 def _seen(path: pathlib.Path) -> str:
