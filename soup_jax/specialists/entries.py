@@ -57,7 +57,7 @@ class Entry:
     alpha: Any = None
     blend: Mapping[str, float] | None = None
     without: tuple[int, ...] = ()
-    method: str = "histogram"
+    method: str = "auto"
     formats: tuple[str, ...] = ()
 
 
@@ -146,10 +146,10 @@ def _entry(path: pathlib.Path, name: Any, given: Any) -> Entry:
     )
     if not isinstance(fields.get("text") or "", str):
         raise UserError(f"{where}: text must be a text")
-    if fields.setdefault("method", "histogram") not in METHODS:
+    if fields.setdefault("method", "auto") not in METHODS:
         raise UserError(f"{where}: method {fields['method']!r} is none of {', '.join(METHODS)}")
-    if origins[0] in ("h", "alpha", "blend") and given.get("method", "histogram") != "histogram":
-        fields["method"] = "histogram"  # a default that is for those with documents
+    if origins[0] in ("h", "alpha", "blend"):
+        fields["method"] = "histogram"  # a default is for those with documents
     for name_ in fields["formats"]:
         export.FORMATS.get(name_)
     for key in ("h", "alpha"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from soup_jax import storage as files
 from soup_jax.errors import UserError
 from soup_jax.evaluation.sample import read_sample
-from soup_jax.specialists import export, stored
+from soup_jax.specialists import export
 from soup_jax.specialists.open import load
 from soup_jax.specialists.specialist import Specialist
 
@@ -19,7 +19,7 @@ def instantiate_to(
     documents: str | Sequence[str],
     out: str | pathlib.Path,
     *,
-    method: str = "histogram",
+    method: str = "auto",
     step: int | None = None,
     average: int = 1,
     corpus_dir: str = "",
@@ -49,8 +49,7 @@ def instantiate_to(
     say(f"from step {soup.step} of {soup.place}{older}")
     for line in sample.summary():
         say(line)
-    size = stored.merge_bytes(soup.arrays, 1)
-    say(f"merging holds about {size / 1e6:,.0f} MB of arrays, beside the program and its code")
+    say(soup.memory(1, [method]))
     try:
         trained_on = soup.corpus.trained_on([d.hash for d in sample.documents])
     except UserError:  # it is needed for nothing else here

@@ -20,7 +20,7 @@ from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.errors import DamagedError, UserError
 from soup_jax.evaluation.sample import read_sample
 from soup_jax.evaluation.score import total
-from soup_jax.specialists import export, stored
+from soup_jax.specialists import export
 from soup_jax.specialists.entries import Entry, read_entries
 from soup_jax.specialists.open import load
 from soup_jax.specialists.specialist import Specialist
@@ -84,9 +84,7 @@ def instantiate_many(
     missing = [w for w in wanted if not _there(soup, out, w)]
     group = min(max(_GROUP_BYTES // max(size, 1), 1), len(missing))
     if missing:
-        need = stored.merge_bytes(soup.arrays, group)
-        arrays = f"about {need / 1e6:,.0f} MB of arrays"
-        say(f"merging {group} at a time holds {arrays}, beside the program and its code")
+        say(soup.memory(group, [_method(w) for w in missing]))
     for start in range(0, len(missing), max(group, 1)):
         soup = _make(soup, missing[start : start + group], out)
     made = {w.entry.name for w in missing}
@@ -216,10 +214,14 @@ def _there(soup: Soup, out: pathlib.Path, wanted: _Wanted) -> bool:
     return True
 
 
+def _method(wanted: _Wanted) -> str:
+    return wanted.entry.method if wanted.texts else "histogram"
+
+
 def _make(soup: Soup, wanted: Sequence[_Wanted], out: pathlib.Path) -> Soup:
     h_MK = np.stack([w.h_K for w in wanted])
     try:
-        methods = [w.entry.method if w.texts else "histogram" for w in wanted]
+        methods = [_method(w) for w in wanted]
         alpha_ME, h_MK, found = soup.find(h_MK, [w.texts for w in wanted], methods)
         for m, w in enumerate(wanted):
             if w.alpha_E is not None:

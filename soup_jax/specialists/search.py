@@ -183,9 +183,7 @@ def search(
     """
     if not texts:
         return []
-    shapes = soup.arrays.shapes
-    size = 2 * tree.num_bytes([s for n, s in shapes.items() if n.startswith("shared/")])
-    group = max(_GROUP_BYTES // max(FOLDS * size, 1), 1)
+    group = max(_GROUP_BYTES // max(_fold_bytes(soup.arrays), 1), 1)
     arrays = stored.held(soup.arrays)
     tokenizer, eos_id, seq_len = soup.map.tokenizer(), soup.map.eos_id, soup.cfg.seq_len
     found: list[Found] = []
@@ -197,6 +195,20 @@ def search(
         space = (_Alpha if over == "alpha" else _Weights)(soup, h_MK[chosen])
         found += _search(soup, arrays, space, folds, h_MK[chosen], seed)
     return found
+
+
+def search_bytes(arrays: Arrays, num_specialists: int) -> int:
+    """About what the arrays of `search` take at most: the folds' parameters with their gradients,
+    and the soup, where it is small enough to be read once."""
+    folds = min(num_specialists * _fold_bytes(arrays), max(_GROUP_BYTES, _fold_bytes(arrays)))
+    held = tree.num_bytes(arrays.shapes) if stored.are_held(arrays) else 0
+    return folds + held + stored.merge_bytes(arrays, 0)
+
+
+def _fold_bytes(arrays: Arrays) -> int:
+    # Of one specialist's folds: parameters and gradients.
+    shared = [s for n, s in arrays.shapes.items() if n.startswith("shared/")]
+    return 2 * FOLDS * tree.num_bytes(shared)
 
 
 def _folds(

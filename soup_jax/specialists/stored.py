@@ -222,7 +222,12 @@ def held(arrays: Arrays) -> Arrays:
     Raises:
       DamagedError: an array is not what was saved.
     """
-    return _Held(arrays) if tree.num_bytes(arrays.shapes) <= HELD_BYTES else arrays
+    return _Held(arrays) if are_held(arrays) else arrays
+
+
+def are_held(arrays: Arrays) -> bool:
+    """Whether they are small enough for that."""
+    return tree.num_bytes(arrays.shapes) <= HELD_BYTES
 
 
 def merge_bytes(arrays: Arrays, num_models: int) -> int:

@@ -23,7 +23,7 @@ from soup_jax.shapes import Array, Params
 from soup_jax.soup import SoupConfig, merge
 from soup_jax.specialists import recipe as recipe_lib
 from soup_jax.specialists import stored
-from soup_jax.specialists.search import OVER, Found, search
+from soup_jax.specialists.search import OVER, Found, search, search_bytes
 from soup_jax.specialists.specialist import Specialist
 from soup_jax.specialists.stored import Arrays
 from soup_jax.storage import nulled
@@ -34,7 +34,7 @@ from soup_jax.training.state import state_shardings
 
 _log = logging.getLogger(__name__)
 
-METHODS = ("histogram", *OVER)
+METHODS = ("auto", "histogram", *OVER)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -133,7 +133,7 @@ class Soup:
         Args:
           method: "histogram": the merge at their histogram h, Theta(h); "search": at coefficients
             that predict the documents better, found from there (see `search`); "search_h": at
-            domain weights that do so.
+            domain weights that do so; "auto", the default of commands: see `method`.
 
         Raises:
           UserError: no documents, or no such method.
@@ -148,6 +148,28 @@ class Soup:
         except DamagedError as e:
             return self.earlier(e).instantiate_each(documents, method=method)
 
+    def method(self, name: str) -> str:
+        """One of METHODS; "auto" is "search", or "histogram" where a search would read the bank
+        from disk in each of its steps."""
+        if name != "auto":
+            return name
+        return "search" if stored.are_held(self.arrays) else "histogram"
+
+    def memory(self, num_models: int, methods: Sequence[str]) -> str:
+        """A sentence on what making so many specialists, by these methods, holds at most."""
+        searched = sum(self.method(name) in OVER for name in methods)
+        size = stored.merge_bytes(self.arrays, num_models)
+        if searched:
+            size = max(size, search_bytes(self.arrays, searched))
+        work = "searching" if searched else "merging"
+        if num_models > 1:
+            work += f" {num_models} at a time"
+        text = f"{work} holds about {size / 1e6:,.0f} MB of arrays, beside the program and its code"
+        if "auto" in methods and not searched:
+            limit = f"{stored.HELD_BYTES / 2**30:.0f} GiB"
+            text += f". A soup of more than {limit} is not searched in, unless the method says so"
+        return text
+
     def find(
         self, h_MK: np.ndarray, documents: Sequence[Sequence[str]], methods: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray, list[Found | None]]:
@@ -158,6 +180,7 @@ class Soup:
         """
         alpha_ME, h_MK = self.coefficients(h_MK).copy(), np.array(h_MK)
         found: list[Found | None] = [None] * len(methods)
+        methods = [self.method(name) for name in methods]
         for method, over in OVER.items():
             chosen = [m for m, name in enumerate(methods) if name == method]
             texts = [documents[m] for m in chosen]
