@@ -34,7 +34,7 @@ def trained(tiny_run) -> open_lib.Soup:
 @pytest.fixture(scope="module")
 def made(tiny_run, documents, tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("made") / "cooking"
-    instantiate_to(tiny_run, documents, out)
+    instantiate_to(tiny_run, documents, out, method="histogram")
     return out
 
 
@@ -197,7 +197,7 @@ def test_several_files_are_one_specialist_and_what_was_read_is_said(
     (tmp_path / "c.txt").write_text(json.loads(lines[0])["text"])
     said: list[str] = []
     sources = [str(tmp_path / "*.jsonl"), str(tmp_path / "c.txt")]
-    instantiate_to(tiny_run, sources, tmp_path / "out", say=said.append)
+    instantiate_to(tiny_run, sources, tmp_path / "out", method="histogram", say=said.append)
     assert said == [
         f"from step 12 of {tiny_run}",
         f"read {tmp_path}/a.jsonl: 15 documents",
@@ -209,7 +209,12 @@ def test_several_files_are_one_specialist_and_what_was_read_is_said(
     ]
     assert not caplog.messages  # of orbax neither
     assert _bytes(tmp_path / "out") == _bytes(made)
-    command = ["instantiate", f"--run={tiny_run}", f"--out={tmp_path / 'other'}"]
+    command = [
+        "instantiate",
+        f"--run={tiny_run}",
+        f"--out={tmp_path / 'other'}",
+        "--method=histogram",
+    ]
     assert main.run([*command, *(f"--documents={source}" for source in sources)]) == 0
     assert _bytes(tmp_path / "other") == _bytes(made)
 

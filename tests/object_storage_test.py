@@ -479,14 +479,15 @@ def test_a_run_that_was_taken_over_saves_nothing_more(gs, sources, tmp_path, mon
     cache = str(tmp_path / "cache")
     fields = {"num_steps": 4, "checkpoint.every_steps": 2, "corpus.cache_dir": cache}
     cfg, original = config(sources[0], corpus, **fields), workdir._Bucket.publish
+    calls: list[int] = []
+    other = {"host": "elsewhere", "pid": 7, "since": "noon"}
 
     def other_start(self):
-        if int(os.environ.setdefault("SOUP_TEST_CALLS", "0")) == 3:
-            put(f"{run}/.claim", json.dumps({"host": "elsewhere", "pid": 7}).encode())
-        os.environ["SOUP_TEST_CALLS"] = str(int(os.environ["SOUP_TEST_CALLS"]) + 1)
+        calls.append(1)
+        if len(calls) == 4:  # at the save of step 4
+            put(f"{run}/.claim", json.dumps(other).encode())
         original(self)
 
-    monkeypatch.setenv("SOUP_TEST_CALLS", "0")
     with monkeypatch.context() as patch:
         patch.setattr(workdir._Bucket, "publish", other_start)
         with pytest.raises(UserError, match="process 7 on elsewhere"):

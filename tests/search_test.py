@@ -146,6 +146,17 @@ def test_by_command_and_from_its_recipe_again(trained, tiny_text, tmp_path, caps
     assert main.run(["instantiate", *flags, f"--out={tmp_path}/s", "--method=search"]) == 0
     assert "documents held back:" in capsys.readouterr().out
     made = Specialist.load(tmp_path / "s")
+    # It is the default, unless each step would read the soup from disk.
+    assert main.run(["instantiate", *flags, f"--out={tmp_path}/default"]) == 0
+    assert "searching holds about" in capsys.readouterr().out
+    default = Specialist.load(tmp_path / "default")
+    np.testing.assert_array_equal(default.alpha_E, made.alpha_E)
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "HELD_BYTES", 100)
+        assert main.run(["instantiate", *flags, f"--out={tmp_path}/large"]) == 0
+    assert "is not searched in, unless the method says so" in capsys.readouterr().out
+    large = Specialist.load(tmp_path / "large")
+    np.testing.assert_allclose(large.alpha_E, trained.coefficients(large.h_K[None])[0], rtol=1e-6)
     assert made.recipe["search"]["steps"] > 0
     assert not np.allclose(made.alpha_E, trained.coefficients(made.h_K[None])[0])
     (again,) = trained.make(made.h_K[None], made.alpha_E[None])
@@ -155,5 +166,5 @@ def test_by_command_and_from_its_recipe_again(trained, tiny_text, tmp_path, caps
     assert weights.recipe["search"]["steps"] > 0
     assert not np.allclose(weights.h_K, made.h_K)
     np.testing.assert_allclose(weights.alpha_E, trained.coefficients(weights.h_K[None])[0])
-    with pytest.raises(UserError, match="method 'magic' is none of histogram, search"):
+    with pytest.raises(UserError, match="method 'magic' is none of auto, histogram, search"):
         trained.instantiate(["butter"], method="magic")

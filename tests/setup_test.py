@@ -15,6 +15,7 @@ from soup_jax.errors import UserError
 from soup_jax.specialists import open as open_lib
 from soup_jax.training import build, changes
 from soup_jax.training import setup as run_lib
+from soup_jax.training import workdir as workdir_lib
 from soup_jax.training.checkpoint import Checkpointer
 
 
@@ -99,7 +100,7 @@ def test_a_checkpoint_of_other_data_is_refused(tiny_corpus, tmp_path):
     with pytest.raises(UserError, match=r"other data[\s\S]*seed: 0 -> 3"):
         restore(start(tmp_path, tiny_corpus, seed=3))
     run = start(tmp_path / "other", tiny_corpus)
-    run.workdir = tmp_path
+    run.home = workdir_lib.at(tmp_path)
     object.__setattr__(run.corpus, "fingerprint", "another")
     with pytest.raises(UserError, match=r"other data[\s\S]*corpus: .* -> 'another'"):
         restore(run)

@@ -86,7 +86,7 @@ def test_evaluation(monkeypatch, caplog):
 
 
 def test_instantiation():
-    made, _ = instantiate_to("soup", "text/cooking.jsonl", "made")
+    made, _ = instantiate_to("soup", "text/cooking.jsonl", "made", method="histogram")
     np.testing.assert_allclose(made.alpha_E, _json("expected.json")["alpha"], rtol=1e-5)
     new, old = (Specialist.load(folder) for folder in ("made", "specialist"))
     assert new.recipe["h"] == old.recipe["h"]

@@ -61,6 +61,8 @@ def run(values: flags.FlagValues) -> int:
     for flag in ("against", "specialists"):
         for path in values[flag].value or ():
             refuse_address(path, f"--{flag}", objects=True)
+    for run in (values.workdir, *values.against):
+        places.checkpoints(run)  # at s3:// there are none
     from soup_jax.hardware import compile_cache
 
     compile_cache.enable()

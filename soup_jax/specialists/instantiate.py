@@ -1,4 +1,4 @@
-"""A specialist from files of documents: embed, histogram, route, merge, save. No training."""
+"""A specialist from files of documents: embed, histogram, route, search, merge, save."""
 
 import logging
 import pathlib

@@ -47,10 +47,8 @@ def load(
     address = remote.spelled(place).rstrip("/") if remote.is_object(place) else ""
     if (workdir / "soup.json").exists():
         if average != 1:
-            raise UserError(
-                f"{workdir} is a soup folder, of one checkpoint: average those of a run"
-            )
-        return _load_folder(workdir, address=address, step=step, corpus_dir=corpus_dir, model=model)
+            raise UserError(f"{place} is a soup folder, of one checkpoint: average those of a run")
+        return _load_folder(workdir, address, step=step, corpus_dir=corpus_dir, model=model)
     cfg = _here(_config(workdir), model)
     copy = workdir / "domains"
     if (copy / "map.json").exists():
@@ -95,8 +93,8 @@ def load(
 
 def _load_folder(
     folder: pathlib.Path,
-    *,
     address: str,
+    *,
     step: int | None,
     corpus_dir: str,
     model: BaseModel | None,

@@ -113,7 +113,6 @@ def _train(run: Run, specialists: list[sets_lib.SpecialistSet], validation: Any)
             return state
         finally:
             writer.close()
-            run.publish()
 
 
 def _evaluation_sets(run: Run) -> tuple[list[sets_lib.SpecialistSet], Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from soup_jax import inputs, places, tree
+from soup_jax import inputs, places, remote, tree
 from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.data import loader
@@ -215,7 +215,8 @@ def read_initial(run: Run) -> None:
             corpus = reader.data(step)["fingerprint"]["corpus"]
         if corpus != run.corpus.fingerprint:
             _log.warning("%s was trained on another corpus: its domains meant other text", source)
-        origin |= {"run": str(source.absolute()), "step": step}
+        place = remote.spelled(cfg.init_from) if remote.is_object(cfg.init_from) else ""
+        origin |= {"run": place or str(source.absolute()), "step": step}
     run.changes = {"checkpoint.init_from": ("", origin)}
 
 

@@ -6,6 +6,7 @@ here has it, which is filled at each start and copied to the bucket before each 
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -18,6 +19,8 @@ from typing import Any
 from soup_jax import inputs, places, remote
 from soup_jax import storage as files
 from soup_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _CLAIM = ".claim"  # the object that names who trains there
 
@@ -119,13 +122,17 @@ class _Bucket(Workdir):
         try:
             yield
         finally:
-            with contextlib.suppress(UserError):
-                if self._claimed_by() == self._claim:
-                    remote.remove(f"{self.place}/{_CLAIM}")
+            # What came after the last save is for people; what ended the run is to be told first.
+            try:
+                self.publish()
+                remote.remove(f"{self.place}/{_CLAIM}")
+            except UserError as e:
+                _log.warning("the last of the run's small files are not there: %s", e)
             self._claim = None
 
-    def _claimed_by(self) -> Any:
-        return json.loads(inputs.read_text(f"{self.place}/{_CLAIM}"))
+    def _claimed_by(self) -> dict[str, Any]:
+        address = f"{self.place}/{_CLAIM}"
+        return json.loads(inputs.read_text(address)) if remote.stat(address) else {}
 
     def refresh(self) -> None:
         for name, found in places.small_files(self.place).items():
@@ -134,10 +141,10 @@ class _Bucket(Workdir):
 
     def publish(self) -> None:
         if self._claim is not None and (other := self._claimed_by()) != self._claim:
+            who = "process {pid} on {host}, since {since}".format_map(other) if other else "ended"
             raise UserError(
-                f"another `soup-jax train` has taken over {self.place} (process {other.get('pid')} "
-                f"on {other.get('host')}, since {other.get('since')}): this one ends, and saves "
-                "nothing more"
+                f"another `soup-jax train` has taken over {self.place} ({who}): this one ends, and "
+                "saves nothing more"
             )
         with files.temporary_folder("copy") as folder:
             for path in files.files_in(self.path):
