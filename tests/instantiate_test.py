@@ -34,7 +34,7 @@ def trained(tiny_run) -> open_lib.Soup:
 @pytest.fixture(scope="module")
 def made(tiny_run, documents, tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("made") / "cooking"
-    instantiate_to(tiny_run, documents, out, method="histogram")
+    instantiate_to(tiny_run, documents, out)
     return out
 
 
@@ -197,7 +197,7 @@ def test_several_files_are_one_specialist_and_what_was_read_is_said(
     (tmp_path / "c.txt").write_text(json.loads(lines[0])["text"])
     said: list[str] = []
     sources = [str(tmp_path / "*.jsonl"), str(tmp_path / "c.txt")]
-    instantiate_to(tiny_run, sources, tmp_path / "out", method="histogram", say=said.append)
+    instantiate_to(tiny_run, sources, tmp_path / "out", say=said.append)
     assert said == [
         f"from step 12 of {tiny_run}",
         f"read {tmp_path}/a.jsonl: 15 documents",
@@ -205,16 +205,11 @@ def test_several_files_are_one_specialist_and_what_was_read_is_said(
         f"read {tmp_path}/c.txt: 1 document",
         "one specialist of 3 files",
         "6 exact duplicates dropped",
-        "merging holds about 1 MB of arrays, beside the program and its code",
+        "searching holds about 2 MB of arrays, beside the program and its code",
     ]
     assert not caplog.messages  # of orbax neither
     assert _bytes(tmp_path / "out") == _bytes(made)
-    command = [
-        "instantiate",
-        f"--run={tiny_run}",
-        f"--out={tmp_path / 'other'}",
-        "--method=histogram",
-    ]
+    command = ["instantiate", f"--run={tiny_run}", f"--out={tmp_path / 'other'}"]
     assert main.run([*command, *(f"--documents={source}" for source in sources)]) == 0
     assert _bytes(tmp_path / "other") == _bytes(made)
 
