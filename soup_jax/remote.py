@@ -280,7 +280,7 @@ def put(source: pathlib.Path, address: str) -> Found:
 
 
 def move(folder: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Move all objects below an address; killed, it leaves all of them at the old one."""
+    """Move all objects below an address; killed, it leaves all of them at the old or the new."""
     old, new = (spelled(place).rstrip("/") for place in (folder, target))
     found = find(old)
     for f in found:
