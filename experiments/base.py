@@ -55,6 +55,9 @@ FIELDS = (
           at_least=1),
     fixed("corpus.levels", (), "fewer domains, ascending, that `prepare` cuts first and then these "
           "into num_domains; a training may take a level. (): none, or sqrt(K) above K = 1024"),
+    fixed("corpus.domain_field", "",
+          "of a JSON line or Parquet row: the number or name of the document's domain, for sources "
+          "that are clustered already; empty: k-means"),
     fixed("corpus.near_duplicates", 0.0,
           "of two documents whose word 5-grams have this Jaccard similarity, estimated, the later "
           "is dropped; 0: not looked for; 0.8 is usual, below 0.7 many are missed",

@@ -7,6 +7,7 @@ from typing import Any
 DAMAGE = {
     "broken_json": "lines that are not a JSON object",
     "no_text": "records without a text (field missing or not a string)",
+    "no_domain": "records that name no domain (field missing, or neither a number nor a name)",
     "empty": "empty documents",
     "invalid_utf8": "lines or files that are not UTF-8",
     "too_large": "lines or files that are too large for a document",

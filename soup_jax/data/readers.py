@@ -11,6 +11,7 @@ of it: what is compressed is decompressed in pieces that are small whatever it c
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,7 @@ _UNREACHABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
 _PIECE_BYTES = 1 << 18  # of decompressed data at a time
 _PARQUET_ROWS = 8  # as long as a document may be, they take a quarter of a gigabyte
 _PARQUET_BUFFER = 1 << 20
+_DOMAIN_CHARS = 200  # of the name of a domain
 _TOO_LARGE = "the limit for one document is {:,} bytes"
 
 
@@ -53,12 +55,27 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text, where it stands (`line` counts lines or rows from 1), and its `text_hash`."""
+    """A text, where it stands (`line` counts lines or rows from 1), its `text_hash`, and the domain
+    that its record names, if that was asked for."""
 
     text: str
     source: str
     line: int
     hash: bytes
+    domain: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Names of fields of JSON lines, or of columns of Parquet.
+
+    Attributes:
+      text: the one that holds the text.
+      domain: the one that names the document's domain; "" where none is asked for.
+    """
+
+    text: str
+    domain: str = ""
 
 
 class _TooLarge(Exception):
@@ -75,25 +92,30 @@ def short_hashes(hashes: np.ndarray) -> np.ndarray:
     return hashes[:, 8:].copy().view(">u8").ravel().astype(np.uint64)
 
 
-def read_file(source: SourceFile, field: str, report: Report, skip: int = 0) -> Iterator[Document]:
+def read_file(
+    source: SourceFile, fields: Fields, report: Report, skip: int = 0
+) -> Iterator[Document]:
     """Documents of one file; what is damaged goes to `report`, and reading goes on behind it.
 
     Args:
-      field: the field of JSON lines, or the column of Parquet, that holds the text.
       skip: lines or rows at the beginning that are neither returned nor reported.
     """
     line = 0
     try:
-        for line, value in _READERS[source.kind](source, field, report, skip):
+        for line, value, domain in _READERS[source.kind](source, fields, report, skip):
             if not value.strip():
                 report.add("empty", source.path, line, "the text is empty or white space")
+                continue
+            if fields.domain and not (name := _domain_name(domain)):
+                reason = f"{fields.domain!r} is {str(domain)[:50]!r}, not a number or a short name"
+                report.add("no_domain", source.path, line, reason)
                 continue
             try:
                 digest = text_hash(value)
             except UnicodeEncodeError as e:
                 report.add("invalid_utf8", source.path, line, f"not a Unicode text: {e.reason}")
                 continue
-            yield Document(value, source.path, line, digest)
+            yield Document(value, source.path, line, digest, name if fields.domain else "")
     except (EOFError, zlib.error, zstandard.ZstdError) as e:
         report.add("truncated", source.path, line, f"after this line: {e}")
     except (_TooLarge, MemoryError) as e:
@@ -108,9 +130,15 @@ def read_file(source: SourceFile, field: str, report: Report, skip: int = 0) -> 
         report.add("unreadable", source.path, line, str(e))
 
 
+def _domain_name(value: Any) -> str:
+    # "" for what names no domain.
+    name = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+    return name if len(name) <= _DOMAIN_CHARS else ""
+
+
 def _read_text(
-    source: SourceFile, field: str, report: Report, skip: int
-) -> Iterator[tuple[int, str]]:
+    source: SourceFile, fields: Fields, report: Report, skip: int
+) -> Iterator[tuple[int, str, Any]]:
     if skip:
         return
     parts, size = [], 0
@@ -135,12 +163,13 @@ def _read_text(
         report.add("invalid_utf8", source.path, 0, f"zero bytes{hint}")
         return
     del data
-    yield 1, text
+    yield 1, text, None
 
 
 def _read_lines(
-    source: SourceFile, field: str, report: Report, skip: int
-) -> Iterator[tuple[int, str]]:
+    source: SourceFile, fields: Fields, report: Report, skip: int
+) -> Iterator[tuple[int, str, Any]]:
+    field = fields.text
     for number, data in enumerate(_lines(_chunks(source)), start=1):
         if number <= skip or (data is not None and not data.strip()):
             continue
@@ -175,8 +204,9 @@ def _read_lines(
             )
             report.add("no_text", source.path, number, reason, field=_longest_text(record))
         else:
+            domain = record.get(fields.domain)
             del record, data
-            yield number, text
+            yield number, text, domain
 
 
 def _containers(data: bytes) -> int:
@@ -203,12 +233,12 @@ def _encoding_hint(data: bytes) -> str:
 
 
 def _read_parquet(
-    source: SourceFile, field: str, report: Report, skip: int
-) -> Iterator[tuple[int, str]]:
+    source: SourceFile, fields: Fields, report: Report, skip: int
+) -> Iterator[tuple[int, str, Any]]:
     import pyarrow  # slow to import and needed for this kind alone
     import pyarrow.parquet
 
-    number = 0
+    number, field = 0, fields.text
     try:
         with (
             inputs.open_file(source.path) as f,
@@ -225,11 +255,18 @@ def _read_parquet(
                 )
                 report.add("no_text", source.path, 0, reason, field=texts[0] if texts else "")
                 return
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=[field], use_threads=False):
-                for scalar in batch.column(0):
+            if fields.domain and fields.domain not in schema.names:
+                reason = f"no column {fields.domain!r}; there are {listed(schema.names)}"
+                report.add("no_domain", source.path, 0, reason)
+                return
+            columns = [field, *filter(None, [fields.domain])]
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns, use_threads=False):
+                domains = batch.column(fields.domain) if fields.domain else itertools.repeat(None)
+                for scalar, domain in zip(batch.column(field), domains):
                     number += 1
                     if number > skip:
-                        yield from _parquet_text(scalar, number, source, field, report)
+                        for text in _parquet_text(scalar, number, source, field, report):
+                            yield number, text, domain and domain.as_py()
     except MemoryError:  # pyarrow's too
         reason = "the rows that follow do not fit into the memory: write smaller pages"
         report.add("too_large", source.path, number, reason)
@@ -247,7 +284,7 @@ def _is_text(kind: Any) -> bool:
 
 def _parquet_text(
     scalar: Any, number: int, source: SourceFile, field: str, report: Report
-) -> Iterator[tuple[int, str]]:
+) -> Iterator[str]:
     value = getattr(scalar, "value", scalar) if scalar.is_valid else scalar  # of a dictionary
     buffer = value.as_buffer() if value.is_valid and hasattr(value, "as_buffer") else None
     if buffer is None:
@@ -257,12 +294,12 @@ def _parquet_text(
         report.add("too_large", source.path, number, reason)
     else:
         try:
-            yield number, str(buffer, "utf-8")
+            yield str(buffer, "utf-8")
         except UnicodeDecodeError as e:
             report.add("invalid_utf8", source.path, number, f"byte {e.start}: {e.reason}")
 
 
-_READERS: dict[str, Callable[[SourceFile, str, Report, int], Iterator[tuple[int, str]]]] = {
+_READERS: dict[str, Callable[[SourceFile, Fields, Report, int], Iterator[tuple[int, str, Any]]]] = {
     "text": _read_text,
     "lines": _read_lines,
     "parquet": _read_parquet,

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from soup_jax import remote
 from soup_jax import storage as files
 from soup_jax.data.damage import Report
-from soup_jax.data.readers import Document, SourceFile, read_file
+from soup_jax.data.readers import Document, Fields, SourceFile, read_file
 from soup_jax.errors import UserError
 
 _TEXT_SUFFIXES = (
@@ -185,15 +185,18 @@ def read_documents(
     text_field: str,
     report: Report,
     *,
+    domain_field: str = "",
     start: tuple[int, int] = (0, 0),
 ) -> Iterator[Document]:
     """Documents of `sources` (of `find_files`) in order; damage goes to `report`.
 
-    `start` = (file, line) continues after that line of the file with that index, without reporting
-    again what lies before. Texts are not deduplicated here.
+    With a `domain_field`, a record that names no domain there is damaged. `start` = (file, line)
+    continues after that line of the file with that index, without reporting again what lies before.
+    Texts are not deduplicated here.
     """
+    fields = Fields(text_field, domain_field)
     for index, source in enumerate(sources):
         if index < start[0]:
             continue
         skip = start[1] if index == start[0] else 0
-        yield from read_file(source, text_field, report, skip)
+        yield from read_file(source, fields, report, skip)

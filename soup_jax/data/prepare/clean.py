@@ -120,7 +120,8 @@ def keep_shard(source: pathlib.Path, target: pathlib.Path, kept: pathlib.Path, n
         "text": np.concatenate([shard["text"][:0], *texts]),
         "offsets": np.concatenate([[0], ends]).astype(np.int64),
     }
-    tensors |= {name: shard[name][rows] for name in ("hash", "split", "piece")}
+    by_row = ("hash", "split", "piece", "domain")
+    tensors |= {name: shard[name][rows] for name in by_row if name in shard}
     shards.save(target, tensors)
     source.unlink(missing_ok=True)
 

@@ -13,7 +13,8 @@ from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import load_embedder
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare.clean import DROPPED
-from soup_jax.data.prepare.work import Work
+from soup_jax.data.prepare.given import given_domains
+from soup_jax.data.prepare.work import Work, say
 from soup_jax.data.readers import short_hashes
 from soup_jax.errors import UserError
 
@@ -33,8 +34,10 @@ def describe_domains(work: Work, layout: windows.Layout) -> None:
     train: list[np.ndarray] = []
     validation: list[np.ndarray] = []
     documents = np.zeros((len(work.splits), cfg.num_domains), np.int64)
+    agree, names = 0, given_domains(work)
     for source, path in zip(work.documents, work.shards("grouped")):
-        grouped = shards.load(path, "documents", "similarity")
+        grouped = shards.load(path, "documents", "similarity", *(["agree"] if names else []))
+        agree += int(grouped.get("agree", 0))
         documents = documents + grouped["documents"].reshape(len(work.splits), -1)
         split = shards.load(source, "split")["split"]
         similarity = grouped["similarity"]
@@ -57,6 +60,13 @@ def describe_domains(work: Work, layout: windows.Layout) -> None:
     nearest = shards.chosen_rows(work.shards("grouped"), rows, "nearest")
     terms = domains.top_terms(texts, nearest, cfg.num_domains)
     described = _entries(work, layout, terms, documents, np.arange(cfg.num_domains + 1))
+    for entry, name in zip(described, names):
+        entry["label"] = name
+    if names:
+        say(
+            f"{agree / documents.sum():.0%} of the documents are nearest to the centroid of the "
+            "domain that they name; a specialist's documents are counted by the nearest centroid"
+        )
     empty = [entry["domain"] for entry in described if not entry["windows"]["train"]]
     if empty:
         raise UserError(f"domains {empty} have no train documents: lower --config.num_domains")

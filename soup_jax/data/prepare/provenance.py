@@ -55,6 +55,8 @@ def make_request(
         paths = cfg.corpus.evaluation
         scored = corpus_lib.find_files(paths, Report()) if paths else []
         parameters["evaluation"] = [inputs.sha256_file(source.path) for source in scored]
+    if cfg.corpus.domain_field:
+        parameters["corpus.domain_field"] = cfg.corpus.domain_field
     parameters["corpus.levels"] = list(cfg.corpus.levels)
     parameters |= {f"tokenizer.{name}": value for name, value in tokenizer.items()}
     embed = dict(cfg.embed.items())
@@ -227,9 +229,29 @@ def check(cfg: Any) -> None:
             f"corpus.levels = {cfg.corpus.levels!r} must be ascending numbers of domains below "
             f"num_domains = {cfg.num_domains}"
         )
-    if cfg.num_domains > cfg.embed.fit_documents:
+    if cfg.corpus.domain_field:
+        if cfg.corpus.levels:
+            raise UserError(
+                f"corpus.levels = {cfg.corpus.levels!r} cuts domains by k-means, and "
+                f"corpus.domain_field = {cfg.corpus.domain_field!r} names them: set one of both"
+            )
+    elif cfg.num_domains > cfg.embed.fit_documents:
         raise UserError(
             f"num_domains is {cfg.num_domains}, but k-means sees only embed.fit_documents = "
             f"{cfg.embed.fit_documents} documents: raise --config.embed.fit_documents, best to "
             "some 50 per domain"
         )
+
+
+def check_fields(sources: Iterable[corpus_lib.SourceFile], domain_field: str) -> None:
+    """Refuse sources whose documents can name no domain.
+
+    Raises:
+      UserError: one is a text file.
+    """
+    for source in sources:
+        if source.kind == "text":
+            raise UserError(
+                f"{source.path} is a text, which has no field {domain_field!r}: with "
+                "corpus.domain_field, sources are .jsonl or .parquet"
+            )

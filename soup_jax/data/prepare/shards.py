@@ -1,6 +1,7 @@
 """Shards of documents: the pieces that `prepare` works on, one safetensors file each.
 
-    documents/  text, offsets, hash, split, piece; counts, damage   `read_group`
+    documents/  text, offsets, hash, split, piece, perhaps domain;
+                counts, damage                                      `read_group`
     clean/      the same without those that are left out            `clean.keep_shard`
     encoded/    token ids with EOS, ends, unit vectors              `encode_shard`
     grouped/    token ids sorted by split and domain (data/corpus)  `group_shard`
@@ -11,6 +12,7 @@ soup_jax/data/prepare/stages.py says when and where all this runs, and what a ki
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,24 +46,28 @@ class Reading:
     validation_fraction: float
     held_out_fraction: float
     splits: tuple[str, ...]
+    domain_field: str = ""
 
 
 class _ShardBuilder:
     """Documents (whole ones or pieces) of the shard that is being filled."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, named: bool) -> None:
+        self._named = named  # whether documents name their domains
         self.texts: list[bytes] = []
         self.hashes: list[bytes] = []
         self.splits: list[int] = []
         self.pieces: list[int] = []
+        self.domains: list[str] = []
         self.size = 0
         self.counts = dict.fromkeys(("documents", "too_short"), 0)
 
-    def add(self, text: str, digest: bytes, split: int, piece: int) -> None:
+    def add(self, text: str, digest: bytes, split: int, piece: int, domain: str) -> None:
         self.texts.append(text.encode("utf-8"))
         self.hashes.append(digest)
         self.splits.append(split)
         self.pieces.append(piece)
+        self.domains.append(domain)
         self.size += len(self.texts[-1])
 
     def full(self) -> bool:
@@ -77,8 +83,17 @@ class _ShardBuilder:
             "split": np.array(self.splits, np.uint8),
             "piece": np.array(self.pieces, np.uint32),
         }
-        state = {"counts": self.counts, "report": report.take().to_json()}
+        state: dict[str, Any] = {"counts": self.counts, "report": report.take().to_json()}
+        if self._named:
+            tensors["domain"] = domain_keys(self.domains)
+            state["domains"] = sorted(set(self.domains))
         save(path, tensors, state | {"end": list(end), "last": last})
+
+
+def domain_keys(names: Iterable[str]) -> np.ndarray:
+    """uint64 [n]: what stands for the names of given domains in shards."""
+    digests = [hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest() for name in names]
+    return np.frombuffer(b"".join(digests), "<u8")
 
 
 def hash_files(sources: Sequence[corpus_lib.SourceFile], target: pathlib.Path) -> None:
@@ -108,7 +123,7 @@ def read_group(
     """Files -> the shards of their documents that are missing, duplicates too, and last NUMBER.json
     with what was counted and what was damaged."""
     counts: dict[str, int] = {}
-    report = Report()
+    report, names = Report(), set[str]()
     end, last, shards = [0, 0], False, 0
 
     def account(path: pathlib.Path) -> None:
@@ -117,6 +132,7 @@ def read_group(
         report.merge(Report(state["report"]))
         for name, count in state["counts"].items():
             counts[name] = counts.get(name, 0) + count
+        names.update(state.get("domains", ()))
         end, last, shards = state["end"], state["last"], shards + 1
 
     def path() -> pathlib.Path:
@@ -126,18 +142,23 @@ def read_group(
         account(path())
     if not last:
         index = {source.path: i for i, source in enumerate(sources)}
-        found, shard = Report(), _ShardBuilder()
+        named = bool(reading.domain_field)
+        found, shard = Report(), _ShardBuilder(named=named)
         start = (end[0], end[1])
-        for document in corpus_lib.read_documents(sources, reading.text_field, found, start=start):
+        for document in corpus_lib.read_documents(
+            sources, reading.text_field, found, domain_field=reading.domain_field, start=start
+        ):
             _add(shard, document, reading)
             if shard.full():
                 place = (index[document.source], document.line)
                 shard.write(path(), found, place, last=False)
                 account(path())
-                shard = _ShardBuilder()
+                shard = _ShardBuilder(named=named)
         shard.write(path(), found, (len(sources), 0), last=True)
         account(path())
-    state = {"counts": counts, "report": report.to_json()}
+    state: dict[str, Any] = {"counts": counts, "report": report.to_json()}
+    if reading.domain_field:
+        state["domains"] = sorted(names)
     files.write_json(directory / f"{number:06d}.json", state)
 
 
@@ -150,7 +171,7 @@ def _add(shard: _ShardBuilder, document: Document, reading: Reading) -> None:
         document.hash, reading.validation_fraction, reading.held_out_fraction
     )
     for piece, text in enumerate(corpus_lib.cut(document.text, reading.max_chars)):
-        shard.add(text, document.hash, reading.splits.index(split), piece)
+        shard.add(text, document.hash, reading.splits.index(split), piece, document.domain)
 
 
 Rows = list[np.ndarray]  # for every document shard, the chosen documents in it, ascending
@@ -229,10 +250,20 @@ def group_shard(
     centroids_path: pathlib.Path,
     num_splits: int,
 ) -> None:
-    """Tokens of a shard -> tokens sorted by (split, domain), document order kept."""
-    tree = domains.Tree.of(load(centroids_path))
-    shard, data = load(source, "split"), load(encoded)
+    """Tokens of a shard -> tokens sorted by (split, domain), document order kept.
+
+    The domain is that of the nearest centroid, or the one that the document names; `agree` counts
+    those for which they are the same.
+    """
+    tensors = load(centroids_path)
+    tree, given_K = domains.Tree.of(tensors), tensors.get("given")
+    shard, data = load(source, *["split", "domain"][: 1 if given_K is None else 2]), load(encoded)
     nearest, similarity = tree.assign(data["embeddings"])
+    agree = len(nearest)
+    if given_K is not None:
+        order = np.argsort(given_K)
+        named = order[np.searchsorted(given_K, shard["domain"], sorter=order)].astype(np.int32)
+        nearest, agree = named, int((named == nearest).sum())
     num_cells = num_splits * tree.sizes[-1]
     cell = shard["split"].astype(np.int64) * tree.sizes[-1] + nearest
     order = np.argsort(cell, kind="stable")
@@ -248,6 +279,7 @@ def group_shard(
             "documents": np.bincount(cell, minlength=num_cells).astype(np.int64),
             "nearest": nearest,
             "similarity": similarity,
+            "agree": np.array(agree, np.int64),
         },
     )
     encoded.unlink()

@@ -6,7 +6,7 @@
 2. shards     -> tokenizer.json    BPE on train documents chosen by hash, or a given file
 3. shards     -> embedder          fitted on train documents chosen by hash
 4. shard      -> token ids + unit vectors per document; shards in parallel
-5. vectors    -> centroids         k-means on the documents of 3
+5. vectors    -> centroids         k-means on the documents of 3, or the mean of each given domain
 6. shard      -> token ids sorted by split and domain, document order kept; shards in parallel
 7. all shards -> windows/          ArrayRecord files; files in parallel (data/windows.py)
 8.            -> domains.json, train_hashes.safetensors, report.json and, last, manifest.json
@@ -45,12 +45,13 @@ from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
 from soup_jax.data.corpus import CLEANED, Corpus, artefacts_of, open_corpus
 from soup_jax.data.corpus_cache import CorpusCache, folder_of, upload
-from soup_jax.data.damage import Report
+from soup_jax.data.damage import Report, listed
 from soup_jax.data.embed.base import EMBEDDERS, save_embedder
 from soup_jax.data.prepare import provenance as request_lib
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare.clean import clean, sign
 from soup_jax.data.prepare.describe import describe_domains, write_manifest, write_train_hashes
+from soup_jax.data.prepare.given import given_centroids, given_domains
 from soup_jax.data.prepare.start import finished, least_bytes, start, write_request
 from soup_jax.data.prepare.work import Job, Map, Part, Waiting, Work, alone, progress, run_jobs, say
 from soup_jax.errors import UserError
@@ -186,8 +187,11 @@ def _hash(work: Work) -> None:
 
 def _read(work: Work, report: Report) -> dict[str, int]:
     cfg, folder = work.cfg.corpus, work.path / "documents"
+    if cfg.domain_field:
+        request_lib.check_fields(work.sources, cfg.domain_field)
     reading = shards.Reading(
         text_field=cfg.text_field,
+        domain_field=cfg.domain_field,
         min_chars=cfg.min_chars,
         max_chars=cfg.max_chars,
         validation_fraction=cfg.validation_fraction,
@@ -215,6 +219,13 @@ def _read(work: Work, report: Report) -> dict[str, int]:
 
 
 def _check_enough(work: Work, totals: dict[str, int], report: Report) -> None:
+    field, names = work.cfg.corpus.domain_field, given_domains(work)
+    if field and names and len(names) != work.cfg.num_domains:
+        raise UserError(
+            f"the sources name {len(names)} domains in the field {field!r} "
+            f"({listed(names, most=3)}), and num_domains is {work.cfg.num_domains}: give "
+            f"--config.num_domains={len(names)}, or another field as --config.corpus.domain_field"
+        )
     num_documents = num_bytes = 0
     for path in work.documents:
         shard = shards.load(path, "split", "offsets")
@@ -304,6 +315,9 @@ def _fit_centroids(work: Work) -> None:
         return
     alone(work, "fitting the centroids")
     cfg = work.cfg
+    if cfg.corpus.domain_field:
+        shards.save(path, given_centroids(work))
+        return
     rows = shards.choose(work.documents, num_documents=cfg.embed.fit_documents)
     embeddings = shards.chosen_rows(work.shards("encoded"), rows, "embeddings")
     levels = domains.level_sizes(cfg.num_domains, cfg.corpus.levels)
