@@ -126,6 +126,9 @@ FIELDS = (
           choices=("none", "full", "dots")),
     fixed("model.loss_chunk", 0, "positions whose logits exist at once; divides seq_len. 0: all",
           at_least=0),
+    fixed("model.attention_reset", -1,
+          "the corpus's end-of-text token: from it on, attention sees nothing before it, so that a "
+          "document sees no other in its window. -1: it sees the whole window", at_least=-1),
     fixed("model.args", (), 'pairs for a network of your own, such as (("window", 64),)'),
     fixed("model.attention", "auto",
           "cudnn: on NVIDIA GPUs, bfloat16; auto: cudnn where it works, else xla",

@@ -71,6 +71,42 @@ def test_cached_decoding_equals_the_full_forward(tokens):
         np.testing.assert_allclose(logits[:, 0], full[jnp.arange(2), at], atol=2e-5)
 
 
+RESET = dataclasses.replace(CONFIG, attention_reset=7)
+
+
+def test_documents_of_a_window_see_nothing_of_each_other(tokens):
+    params = init()
+    packed = jnp.where(tokens == 7, 8, tokens).at[:, jnp.array([5, 11])].set(7)
+    found = forward(RESET, params, packed)
+    for part in (slice(0, 5), slice(5, 11), slice(11, L)):
+        alone = forward(CONFIG, params, packed[:, part])
+        np.testing.assert_allclose(found[:, part], alone, atol=2e-5)
+    assert abs(found - forward(CONFIG, params, packed))[:, 6:].max() > 0.01
+    rows = {"tokens": packed, "num_targets": jnp.full(3, L - 1)}
+    for remat in ("none", "full"):
+        config = dataclasses.replace(RESET, remat=remat)
+        losses, _ = llama.base_model(config, seq_len=L).example_losses(params, rows)
+        plain, _ = model.next_token_losses(lambda t: forward(RESET, params, t), rows)
+        np.testing.assert_allclose(losses, plain, atol=2e-5)
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_cache_knows_where_the_document_begins(tokens, padding):
+    params = init()
+    packed = tokens[:2].at[:, jnp.array([3, 9])].set(7)
+    full = forward(RESET, params, packed)
+    network = llama.base_model(RESET, seq_len=L)
+    decode = jax.jit(functools.partial(network.decode, cache_len=32))
+    params = network.decode_params(params)
+    # A padded prompt, of a token that ends documents perhaps: it is behind all that is asked for.
+    prompt = packed[:, :8].at[:, 5:].set(padding)
+    logits, cache = decode(params, prompt, jnp.zeros(2, jnp.int32), None)
+    np.testing.assert_allclose(logits[:, :5], full[:, :5], atol=2e-5)
+    for i in range(5, L):
+        logits, cache = decode(params, packed[:, i : i + 1], jnp.full(2, i), cache)
+        np.testing.assert_allclose(logits[:, 0], full[:, i], atol=2e-5)
+
+
 @pytest.mark.parametrize("chunk", [4, 8])
 def test_chunked_losses_and_gradients_equal_the_plain_ones(tokens, chunk):
     batch = {"tokens": jnp.pad(tokens, ((0, 0), (0, 1))), "num_targets": jnp.array([16, 9, 1])}
@@ -227,6 +263,7 @@ def test_any_flax_module_can_be_souped(base_model):
         ({"kind": "no_such_package.nets:make"}, "there is no module no_such_package"),
         ({"kind": "soup_jax.tree:no_such"}, "has no attribute no_such"),
         ({"kind": "soup_jax.tree:flatten"}, "returned a dict, and must return a BaseModel"),
+        ({"attention_reset": 10_000}, "attention_reset = 10000 is no token"),
     ],
 )
 def test_networks_that_cannot_be_made_are_refused(fields, message):

@@ -65,7 +65,7 @@ def test_the_domains_are_those_of_the_records(folder):
         h_K = domain_histogram.document_histogram(
             corpus, [topic_text(topic, seed) for seed in range(900, 910)]
         ).h_K
-        assert h_K.argmax() == t and h_K[t] == 1
+        assert h_K[t] == 1
 
 
 def test_windows_hold_the_documents_that_name_their_domain(folder):
@@ -127,7 +127,7 @@ def test_refusals(folder, tmp_path, changes, words):
 
 def test_a_text_file_names_no_domain(tmp_path):
     (tmp_path / "a.txt").write_text("Some text.")
-    with pytest.raises(UserError, match="a.txt is a text, which has no field 'cluster'"):
+    with pytest.raises(UserError, match=r"a\.txt is a text, which has no field 'cluster'"):
         stages.prepare(config(tmp_path, **{"corpus.sources": (str(tmp_path),)}))
 
 
@@ -141,7 +141,7 @@ def test_a_domain_of_which_no_document_is_left(tmp_path):
 
 def test_another_field_is_another_corpus(folder, capsys):
     changed = config(folder, **{"corpus.domain_field": ""})
-    with pytest.raises(UserError, match="corpus.domain_field: cluster, now "):
+    with pytest.raises(UserError, match=r"corpus\.domain_field: cluster, now "):
         stages.prepare(changed)
     assert cli.main(["domains", f"--corpus={folder / 'corpus'}"]) == 0
     assert "21" in capsys.readouterr().out

@@ -561,6 +561,19 @@ def test_a_last_interval_that_is_shorter_has_a_line(make_cfg, tmp_path):
     assert (line["step"], line["steps"]) == (12, 12)
 
 
+def test_a_run_whose_documents_see_no_other(make_cfg, tmp_path):
+    train.train(make_cfg(**{"model.attention_reset": 0}), tmp_path / "reset")
+    train.train(make_cfg(), tmp_path / "whole")
+    reset, whole = (lines_of(tmp_path / name)[-1]["loss"] for name in ("reset", "whole"))
+    assert reset != whole
+    assert abs(reset - whole) < 0.5
+    specialist = open_lib.load(tmp_path / "reset").instantiate(["flour and butter"])
+    assert len(specialist.generate("flour", max_tokens=5, temperature=0)) > 0
+    score = specialist.score(["flour and butter", "a sail"])
+    alone = [specialist.score([text])[0] for text in ("flour and butter", "a sail")]
+    assert [s.nats for s in score] == pytest.approx([s.nats for s in alone], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -587,6 +600,7 @@ def test_a_last_interval_that_is_shorter_has_a_line(make_cfg, tmp_path):
         ),
         ({"corpus.min_chars": 9, "corpus.max_chars": 8}, "at most corpus.max_chars = 8"),
         ({"domain_weights.support_exponent": 1e9}, "support_exponent = 1e[+]09 is too large"),
+        ({"model.attention_reset": 5}, "attention_reset = 5, documents end with 0"),
     ],
 )
 def test_settings_that_contradict_are_refused_before_work(fields, message, make_cfg, tmp_path):

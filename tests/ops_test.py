@@ -63,6 +63,22 @@ def test_attention(kv_heads):
     check_same(layers.attend, plain, query, key, normal(B, L, kv_heads, D, seed=1))
 
 
+def test_attention_that_sees_no_other_document():
+    token = jnp.asarray(np.random.default_rng(1).integers(0, 5, (B, L)))
+    position = jnp.broadcast_to(jnp.arange(L), (B, L))
+
+    def ours(q, k, v, token):
+        return layers.attend(q, k, v, layers.document_begins(token, position, 3))
+
+    def plain(q, k, v, token):
+        document = (token == 3).cumsum(axis=1)
+        mask = document[:, None, :, None] == document[:, None, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+
+    query, key = normal(B, L, 4, D), normal(B, L, 2, D)
+    check_same(ours, plain, query, key, normal(B, L, 2, D, seed=1), token)
+
+
 def test_gradients_of_rows_are_added_in_float32():
     table, token = normal(V, D), jnp.asarray(np.arange(3 * 400) % 3).reshape(3, 400)
     dy = normal(3, 400, D)
@@ -121,6 +137,16 @@ def test_where_cudnn_is_taken(kind, dtype, head_dim, takes, monkeypatch):
         device.device_kind = "the one here"
         with pytest.raises(UserError, match=f"{dtype}, heads of {head_dim} and the one here"):
             layers.attend(query, query, query, kind="cudnn")
+    else:  # what cuDNN gets, with and without documents
+        given = []
+        monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, **kw: given.append(kw))
+        begin = jnp.asarray([[0, 0, 0, 3, 3, 3, 6, 6]])
+        layers.attend(query, query, query, kind="cudnn")
+        layers.attend(query, query, query, begin, kind="cudnn")
+        assert [kw["implementation"] for kw in given] == ["cudnn", "cudnn"]
+        assert given[0]["mask"] is None
+        assert given[1]["mask"].shape == (1, 1, 8, 8)
+        assert given[1]["mask"][0, 0].sum(-1).tolist() == [8, 8, 8, 5, 5, 5, 2, 2]
 
 
 def test_attention_keeps_no_scores_for_the_backward_pass():

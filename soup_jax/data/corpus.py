@@ -211,7 +211,8 @@ class Corpus(DomainMap):
         lines = [
             f"{self.path}: {counts['documents']:,} documents read, {counts['duplicates']:,} "
             f"duplicates and {counts['too_short']:,} too short ones dropped, {counts['cut']:,} "
-            f"long ones cut; {self.num_domains} domains, vocabulary of {self.vocab_size:,}"
+            f"long ones cut; {self.num_domains} domains, vocabulary of {self.vocab_size:,}, token "
+            f"{self.eos_id} ends documents"
         ]
         found = [f"{counts[name]:,} {words}" for name, words in CLEANED.items() if name in counts]
         if found:

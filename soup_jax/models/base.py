@@ -77,6 +77,7 @@ class ModelSettings:
     remat: str = "none"
     loss_chunk: int = 0
     attention: str = "auto"
+    attention_reset: int = -1
     args: tuple[tuple[str, Any], ...] = ()
 
     @classmethod

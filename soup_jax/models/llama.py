@@ -19,7 +19,15 @@ from jax.nn.initializers import normal, ones
 
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel, ModelSettings, Rows, num_target_mask
-from soup_jax.models.ops import attend, attend_cached, logits, look_up, matmul, token_losses
+from soup_jax.models.ops import (
+    attend,
+    attend_cached,
+    document_begins,
+    logits,
+    look_up,
+    matmul,
+    token_losses,
+)
 from soup_jax.shapes import Array, Params
 
 # Results of products by weights, which `remat = "dots"` keeps for the backward pass. By name: jax's
@@ -44,6 +52,7 @@ class LlamaConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    attention_reset: int = -1
     loss_chunk: int = 0
 
     @property
@@ -71,6 +80,10 @@ def llama_config(settings: ModelSettings) -> LlamaConfig:
     need(
         not s.loss_chunk or s.seq_len % s.loss_chunk == 0,
         f"model.loss_chunk = {s.loss_chunk} must divide seq_len = {s.seq_len}",
+    )
+    need(
+        s.attention_reset < s.vocab_size,
+        f"model.attention_reset = {s.attention_reset} is no token: vocab_size is {s.vocab_size}",
     )
     need(not s.args, f"model.args = {s.args} is for a network of your own; 'llama' reads none")
     return LlamaConfig(**{f.name: getattr(s, f.name) for f in dataclasses.fields(LlamaConfig)})
@@ -111,8 +124,8 @@ class Attention(nn.Module):
     cache_len: int = 0
 
     @nn.compact
-    def __call__(self, x: Array, position_BL: Array) -> Array:
-        """[B, L, D], positions [B, L] -> [B, L, D]."""
+    def __call__(self, x: Array, position_BL: Array, begin_BL: Array | None) -> Array:
+        """[B, L, D], positions and the first of those seen [B, L] -> [B, L, D]."""
         c = self.cfg
         std = c.dim**-0.5
         heads = {"query": c.num_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
@@ -125,15 +138,22 @@ class Attention(nn.Module):
         key = rotate(projected["key"], position_BL, c.rope_theta)
         value = projected["value"]
         if self.cache_len:
-            y = self._cached(query, key, value, position_BL)
+            y = self._cached(query, key, value, position_BL, begin_BL)
         else:
-            y = attend(query, key, value, kind=c.attention)
+            y = attend(query, key, value, begin_BL, kind=c.attention)
         out_std = std * (2 * c.num_layers) ** -0.5
         out = self.param("out", normal(out_std), (c.dim, c.dim))
         y = checkpoint_name(y.reshape(*x.shape), "attended")
         return checkpoint_name(matmul(y, out.astype(x.dtype)), "attention_out")
 
-    def _cached(self, query: Array, key: Array, value: Array, position_BL: Array) -> Array:
+    def _cached(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        position_BL: Array,
+        begin_BL: Array | None,
+    ) -> Array:
         # By row and head, positions last but one: a step's sums read each head's keys in one run.
         rows, _, num_heads, size = key.shape
         shape = (rows, num_heads, self.cache_len, size)
@@ -146,10 +166,11 @@ class Attention(nn.Module):
             cached.value = cached.value.at[place].set(
                 new.swapaxes(1, 2), mode="drop", unique_indices=True, indices_are_sorted=True
             )
-        visible_BTS = (
-            jnp.arange(self.cache_len)
-            <= jnp.tile(position_BL, (1, query.shape[2] // num_heads))[:, :, None]
-        )
+        groups = (1, query.shape[2] // num_heads)
+        place_S = jnp.arange(self.cache_len)
+        visible_BTS = place_S <= jnp.tile(position_BL, groups)[:, :, None]
+        if begin_BL is not None:
+            visible_BTS &= place_S >= jnp.tile(begin_BL, groups)[:, :, None]
         return attend_cached(query, cached_key.value, cached_value.value, visible_BTS)
 
 
@@ -180,11 +201,11 @@ class Block(nn.Module):
     cache_len: int = 0
 
     @nn.compact
-    def __call__(self, x: Array, position_BL: Array) -> tuple[Array, None]:
+    def __call__(self, x: Array, position_BL: Array, begin_BL: Array | None) -> tuple[Array, None]:
         """[B, L, D] -> [B, L, D], in the form that `nn.scan` wants."""
         eps = self.cfg.norm_eps
         x = x + Attention(self.cfg, self.cache_len, name="attention")(
-            RMSNorm(eps, name="attention_norm")(x), position_BL
+            RMSNorm(eps, name="attention_norm")(x), position_BL, begin_BL
         )
         return x + Mlp(self.cfg, name="mlp")(RMSNorm(eps, name="mlp_norm")(x)), None
 
@@ -208,6 +229,9 @@ class Llama(nn.Module):
         """
         c = self.cfg
         position_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]), token_BL.shape)
+        begin_BL = None
+        if c.attention_reset >= 0:
+            begin_BL = document_begins(token_BL, position_BL, c.attention_reset)
         embedding_VD = self.param("embedding", normal(0.02), (c.vocab_size, c.dim))
         x = look_up(embedding_VD.astype(c.dtype), token_BL)
         x, _ = nn.scan(
@@ -216,7 +240,7 @@ class Llama(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.num_layers,
-        )(c, name="layers")(x, position_BL)
+        )(c, name="layers")(x, position_BL, begin_BL)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
         if c.tie_embeddings:
             head_DV = embedding_VD.T
@@ -285,17 +309,29 @@ def _decode(
     # cache before it uses them, which here is most of what a step would do.
     x: Any = look_up(params["embedding"].astype(cfg.dtype), token_BL)
     position_BL = position_B[:, None] + jnp.arange(token_BL.shape[1])
+    begin_BL, resets = None, []
+    if cfg.attention_reset >= 0:
+        # The last of a row's cache says which places hold that token. Of a padded prompt it holds
+        # the padding too, which is behind each position until a token overwrites it.
+        reset_BS = jnp.zeros((len(token_BL), cache_len), bool) if cache is None else cache[-1]
+        row = jnp.arange(len(token_BL))[:, None]
+        is_reset_BL = token_BL == cfg.attention_reset
+        reset_BS = reset_BS.at[row, position_BL].set(is_reset_BL, mode="drop")
+        place_S = jnp.arange(cache_len)
+        seen_BLS = reset_BS[:, None] & (place_S <= position_BL[..., None])
+        begin_BL = jnp.where(seen_BLS, place_S, 0).max(axis=-1)
+        resets = [reset_BS]
     block, caches = Block(cfg, cache_len), []
     for n in range(cfg.num_layers):
         variables = {"params": params["layers"][n]}
         if cache is not None:
             variables["cache"] = cache[n]
-        found: Any = block.apply(variables, x, position_BL, mutable="cache")
+        found: Any = block.apply(variables, x, position_BL, begin_BL, mutable="cache")
         x = found[0][0]
         caches.append(found[1]["cache"])
     x = RMSNorm(cfg.norm_eps).apply({"params": params["final_norm"]}, x)
     head_DV = params["embedding"].T if cfg.tie_embeddings else params["head"]
-    return logits(x, head_DV.astype(cfg.dtype)), caches
+    return logits(x, head_DV.astype(cfg.dtype)), caches + resets
 
 
 @functools.cache

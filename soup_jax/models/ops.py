@@ -107,10 +107,23 @@ def token_losses(x_BLD: Array, head_DV: Array, target_BL: Array, *, chunk: int =
     return jnp.moveaxis(parts, 0, 1).reshape(target_BL.shape)
 
 
-def attend(query: Array, key: Array, value: Array, *, kind: str = "auto") -> Array:
+def document_begins(token_BL: Array, position_BL: Array, reset: int) -> Array:
+    """int32 [B, L]: the place of the newest token `reset` up to each position, or 0."""
+    return jax.lax.cummax(jnp.where(token_BL == reset, position_BL, 0), axis=1)
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    begin_BL: Array | None = None,
+    *,
+    kind: str = "auto",
+) -> Array:
     """Causal attention of query [B, L, H, head_dim], key and value [B, L, KV, head_dim].
 
     Args:
+      begin_BL: int32, the first position that each one sees; None: 0.
       kind: "xla", which keeps no scores for the backward pass; "cudnn", jax's flash attention on
         NVIDIA GPUs; "auto", cudnn where there is such a GPU and cuDNN takes the type and head.
 
@@ -126,10 +139,13 @@ def attend(query: Array, key: Array, value: Array, *, kind: str = "auto") -> Arr
             "Set model.attention=auto, which takes cuDNN where it can"
         )
     if takes:
+        mask = None
+        if begin_BL is not None:
+            mask = jnp.arange(key.shape[1]) >= begin_BL[:, None, :, None]
         return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation="cudnn"
+            query, key, value, mask=mask, is_causal=True, implementation="cudnn"
         )
-    return _attention(query, key, value)
+    return _attention(query, key, value, begin_BL)
 
 
 def _cudnn_takes(query: Array) -> bool:
@@ -144,8 +160,8 @@ def _cudnn_takes(query: Array) -> bool:
 
 
 @jax.custom_vjp
-def _attention(query: Array, key: Array, value: Array) -> Array:
-    return _attention_forward(query, key, value)[0]
+def _attention(query: Array, key: Array, value: Array, begin_BL: Array | None) -> Array:
+    return _attention_forward(query, key, value, begin_BL)[0]
 
 
 def _by_head(x: Array, num_kv_heads: int) -> Array:
@@ -160,24 +176,31 @@ def _by_position(x: Array, shape: tuple[int, ...]) -> Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
-def _scores(q_PTH: Array, k_PSH: Array) -> Array:
+def _scores(q_PTH: Array, k_PSH: Array, begin_BL: Array | None) -> Array:
     scores = jnp.einsum("PTH,PSH->PTS", q_PTH, k_PSH, preferred_element_type=jnp.float32)
     length = k_PSH.shape[1]
     position_T = jnp.arange(q_PTH.shape[1]) % length
-    return jnp.where(jnp.arange(length) <= position_T[:, None], scores, -jnp.inf)
+    visible = jnp.arange(length) <= position_T[:, None]
+    if begin_BL is not None:
+        begin_PT = jnp.tile(begin_BL, (1, q_PTH.shape[1] // length))
+        begin_PT = begin_PT.repeat(len(k_PSH) // len(begin_BL), axis=0)
+        visible = visible & (jnp.arange(length) >= begin_PT[..., None])
+    return jnp.where(visible, scores, -jnp.inf)
 
 
-def _attention_forward(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+def _attention_forward(
+    query: Array, key: Array, value: Array, begin_BL: Array | None
+) -> tuple[Array, Any]:
     heads = key.shape[2]
     q_PTH = _by_head(query * query.shape[-1] ** -0.5, heads)
     k_PSH, v_PSH = _by_head(key, heads), _by_head(value, heads)
-    scores = _scores(q_PTH, k_PSH)
+    scores = _scores(q_PTH, k_PSH, begin_BL)
     top = scores.max(-1, keepdims=True)
     p_PTS = jnp.exp(scores - top)  # divided by their sum only after the product: fewer numbers
     total = p_PTS.sum(-1, keepdims=True)
     y_PTH = jnp.einsum("PTS,PSH->PTH", p_PTS.astype(value.dtype), v_PSH) / total
     y_PTH = y_PTH.astype(query.dtype)
-    saved = (q_PTH, k_PSH, v_PSH, y_PTH, top + jnp.log(total))
+    saved = (q_PTH, k_PSH, v_PSH, y_PTH, top + jnp.log(total), begin_BL)
     return _by_position(y_PTH, query.shape), saved
 
 
@@ -197,12 +220,12 @@ def attend_cached(query: Array, key_BGSH: Array, value_BGSH: Array, visible_BTS:
     return _by_position(y_PTH, query.shape)
 
 
-def _attention_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array]:
+def _attention_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array, None]:
     # As flash attention does it: the scores again, which is faster than keeping them.
-    q_PTH, k_PSH, v_PSH, y_PTH, log_sum_PT1 = saved
+    q_PTH, k_PSH, v_PSH, y_PTH, log_sum_PT1, begin_BL = saved
     rows = dy.shape[0]
     dy_PTH, dtype = _by_head(dy, len(k_PSH) // rows), dy.dtype
-    p_PTS = jnp.exp(_scores(q_PTH, k_PSH) - log_sum_PT1)
+    p_PTS = jnp.exp(_scores(q_PTH, k_PSH, begin_BL) - log_sum_PT1)
     dp_PTS = jnp.einsum("PTH,PSH->PTS", dy_PTH, v_PSH, preferred_element_type=jnp.float32)
     along = (dy_PTH.astype(jnp.float32) * y_PTH.astype(jnp.float32)).sum(-1, keepdims=True)
     ds_PTS = (p_PTS * (dp_PTS - along)).astype(dtype)
@@ -211,7 +234,7 @@ def _attention_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array]:
     dk_PHS = jnp.einsum("PTH,PTS->PHS", q_PTH, ds_PTS)
     dv_PHS = jnp.einsum("PTH,PTS->PHS", dy_PTH, p_PTS.astype(dtype))
     dk, dv = (x.reshape(rows, -1, *x.shape[1:]).transpose(0, 3, 1, 2) for x in (dk_PHS, dv_PHS))
-    return _by_position(dq_PTH, dy.shape), dk, dv
+    return _by_position(dq_PTH, dy.shape), dk, dv, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -169,6 +169,8 @@ def check_against(cfg: Any, corpus: Corpus) -> list[str]:
         found = tokenizer_lib.load_tokenizer(cfg.tokenizer.path).hash
         if found != corpus.manifest.get("tokenizer", found):
             differ.append(f"tokenizer.path = {cfg.tokenizer.path!r}, prepared with another one")
+    if (reset := cfg.model.attention_reset) not in (-1, corpus.eos_id):
+        differ.append(f"model.attention_reset = {reset}, documents end with {corpus.eos_id}")
     if differ:
         raise UserError(
             f"the corpus {corpus.path} is not what the config says: {'; '.join(differ)}. Set them "

@@ -28,7 +28,7 @@ without further training.
 - Domain weights from {documents}. The heaviest of {num_domains} domains, which are clusters of the
   corpus, labelled by typical words:
 {domains}
-- Trained on windows of {seq_len} tokens; longer texts were never seen.
+- Trained on windows of {seq_len} tokens; longer texts were never seen.{one_document}
 - `recipe.json` has all domain weights and coefficients.
 
 ## Load it
@@ -60,6 +60,12 @@ def text(recipe: Mapping[str, Any], model: Llama, *, eos: str) -> str:
     """The card of a specialist whose end-of-text token is `eos`."""
     heaviest = sorted(zip(recipe["h"], recipe.get("domains", ())), key=lambda pair: -pair[0])
     number = recipe.get("num_documents", 0)
+    one_document = ""
+    if model.settings.attention_reset >= 0:
+        one_document = (
+            "\n- In training attention saw nothing before an end-of-text token, and here it does: "
+            "give one document at a time."
+        )
     what = "one merge of a Soup-of-Experts"
     if recipe["alpha"] and not any(recipe["alpha"]):
         what = "the shared parameters, without experts, of a Soup-of-Experts"
@@ -76,6 +82,7 @@ def text(recipe: Mapping[str, Any], model: Llama, *, eos: str) -> str:
         num_domains=len(recipe["h"]),
         domains="\n".join(f"  - {w:.1%} {label}" for w, label in heaviest[:_NUM_DOMAINS]),
         seq_len=model.settings.seq_len,
+        one_document=one_document,
         eos=eos,
         eos_id=model.eos_id,
     )
