@@ -339,3 +339,44 @@ def test_rules_that_do_not_fit_the_leaf_are_refused(rules, message):
     shared = jax.eval_shape(build.base_model(tiny_config()).init, jax.random.key(0))
     with pytest.raises(UserError, match=message):
         experts.init_bank(jax.random.key(0), shared, num_experts=E, rules=rules, init_scale=0.0)
+
+
+SERVED = (("layers/(attention|mlp)/.*", "low_rank:3"), (".*", "none"))
+
+
+def test_rows_with_coefficients_of_their_own_are_what_merging_each_gives():
+    cfg = tiny_config(**{"experts.rules": SERVED, "model.num_kv_heads": 2})
+    model = build.base_model(cfg)
+    params = perturbed(
+        soup.init(jax.random.key(0), model.init, build.soup_config(cfg), frequencies_K=FREQUENCIES)
+    )
+    alpha_RE = np.random.default_rng(0).normal(size=(3, E)).astype(np.float32)
+    rows = low_rank.unmerged(params["shared"], params["bank"], leaves=model.row_products)
+    leaves = jax.tree.leaves(rows, is_leaf=lambda x: isinstance(x, low_rank.Rows))
+    assert sum(isinstance(leaf, low_rank.Rows) for leaf in leaves) == 7
+    decode = functools.partial(model.decode, cache_len=16)
+    token_RL = jnp.asarray(np.random.default_rng(1).integers(0, 400, (3, 9)))
+    given = low_rank.with_coefficients(model.decode_params(rows), alpha_RE)
+    logits, cache = decode(given, token_RL[:, :8], jnp.zeros(3, jnp.int32), None)
+    more, _ = decode(given, token_RL[:, 8:], jnp.full(3, 8), cache)
+    together = jnp.concatenate([logits, more], axis=1)
+    for row, alpha_E in enumerate(alpha_RE):
+        merged = merge.merge(params["shared"], params["bank"], alpha_E)
+        alone = model.logits(merged, token_RL[row : row + 1])
+        np.testing.assert_allclose(together[row], alone[0], atol=2e-5)
+    assert abs(together[0] - model.logits(params["shared"], token_RL[:1])[0]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("rules", "num_experts"),
+    [(MIXED, E), (ALL, E), (((".*", "dense"),), E), (SERVED, 200), (ALL, 0)],
+)
+def test_what_is_merged_all_the_same(rules, num_experts):
+    # Dense experts, an embedding with experts, factors larger than what they change, no experts.
+    cfg = tiny_config(**{"experts.rules": rules, "num_experts": num_experts})
+    model = build.base_model(cfg)
+    make = functools.partial(
+        soup.init, init_base=model.init, config=build.soup_config(cfg), frequencies_K=FREQUENCIES
+    )
+    params = jax.eval_shape(lambda key: make(key), jax.random.key(0))
+    assert low_rank.unmerged(params["shared"], params["bank"], leaves=model.row_products) is None

@@ -1,6 +1,7 @@
 """The served soup: the OpenAI protocol, what is refused with which status, limits, the page."""
 
 import concurrent.futures
+import functools
 import io
 import json
 import pathlib
@@ -8,8 +9,10 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,13 +21,17 @@ pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
 import uvicorn
+from conftest import tiny_config
 from starlette.testclient import TestClient
 
 from soup_jax.cli import main
+from soup_jax.specialists.decoding import Sampling
+from soup_jax.specialists.generate import Request
 from soup_jax.specialists.open import load
 from soup_jax.specialists.serve import protocol
 from soup_jax.specialists.serve.app import make_app
 from soup_jax.specialists.serve.engine import Engine, Limits
+from soup_jax.training.loop import train
 
 PAGE = pathlib.Path(protocol.__file__).parent / "page"
 
@@ -285,17 +292,61 @@ def test_limits_and_many_clients_at_once(soup):
         assert {"generic", "shared", "s7"} <= names
 
 
-def _leaves(params):
-    import jax
+def test_low_rank_specialists_are_rows_of_one_batch(tiny_corpus, tmp_path):
+    rules = (("layers/(attention|mlp)/.*", "low_rank:4"), (".*", "none"))
+    fields = {"experts.rules": rules, "corpus.dir": tiny_corpus, "num_steps": 2}
+    train(tiny_config(**fields, **{"optimizer.warmup_steps": 1}), tmp_path / "run")
+    soup = load(tmp_path / "run")
+    # Specialists that say different things.
+    random = np.random.default_rng(0)
+    noisy = [x + random.normal(size=x.shape).astype(x.dtype) for x in _leaves(soup.params["bank"])]
+    bank = jax.tree.unflatten(jax.tree.structure(soup.params["bank"]), noisy)
+    vars(soup)["params"] = soup.params | {"bank": bank}
+    alone = [soup.at(np.eye(6)[n]) for n in range(4)]
+    texts = [one.generate("butter", max_tokens=20, temperature=0) for one in alone]
+    assert len(set(texts)) > 1
+    engine = Engine(soup, Limits(rows=4))
+    with TestClient(make_app(engine), base_url="http://localhost") as client:
+        for n in range(4):
+            _made(client, name=f"s{n}", h=np.eye(6)[n].tolist())
 
+        def ask(i: int):
+            body = {"model": f"s{i % 4}", "prompt": "butter", "max_tokens": 20, "temperature": 0}
+            return client.post("/v1/completions", json=body)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, range(16)))
+        assert [a.json()["choices"][0]["text"] for a in answers] == texts * 4
+        scored = client.post("/v1/score", json={"model": "s1", "documents": ["butter"]}).json()
+        expected = alone[1].score(["butter"])[0].loss
+        assert scored["documents"][0]["loss"] == pytest.approx(expected, rel=1e-5)
+        # Of a specialist that is removed the texts end, and those of the others go on.
+        heard = {"s0": [], "s1": []}
+        ended = threading.Semaphore(0)
+
+        def listen(name, piece, reason, _):
+            heard[name].append((piece, reason))
+            if reason:
+                ended.release()
+
+        for name in heard:
+            request = Request([0], max_tokens=60, sampling=Sampling(temperature=0))
+            engine.complete(name, request, functools.partial(listen, name))
+        engine.call(engine.forget, "s0").result()
+        ended.acquire(timeout=60)
+        ended.acquire(timeout=60)
+        assert heard["s0"][-1] == ("the specialist was removed", "error")
+        assert heard["s1"][-1][1] in ("stop", "length")
+        assert len(engine._networks._made) == 1
+
+
+def _leaves(params):
     return jax.tree.leaves(params)
 
 
 def test_a_stream_that_nobody_reads_is_cancelled(soup):
     engine = Engine(soup)
     heard = []
-    from soup_jax.specialists.generate import Request
-
     cancel = engine.complete("generic", Request([0], max_tokens=60), lambda *a: heard.append(a))
     cancel()
     engine.call(lambda: None).result()

@@ -42,6 +42,8 @@ class BaseModel:
       flops_per_row: floating-point operations of forward and backward of one row, for MFU; 0 if
         unknown.
       layers: how the paths of the leaves begin that are stacked by layer and used one at a time.
+      row_products: regex of the leaves, matrices, for which `decode` also takes an object that has
+        `astype` and `row_product`, x [rows, L, a] -> [rows, L, b]; "" if for none.
       with_gather: function -> the same network, which applies that function to the parameters of a
         layer where it uses them, for `mesh.gather` = "layer"; None if it cannot.
     """
@@ -53,6 +55,7 @@ class BaseModel:
     decode_params: Callable[[Params], Any] | None = None
     flops_per_row: float = 0.0
     layers: str = ""
+    row_products: str = ""
     with_gather: "Callable[[Callable[[Params], Params]], BaseModel] | None" = None
 
 

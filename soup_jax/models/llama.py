@@ -367,6 +367,7 @@ def base_model(
         decode_params=decode_params,
         flops_per_row=llama_flops(cfg, seq_len=seq_len),
         layers="layers/",
+        row_products="layers/(attention|mlp)/.*",
         with_gather=lambda function: base_model(cfg, seq_len=seq_len, gather=function),
     )
 

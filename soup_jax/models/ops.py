@@ -14,9 +14,15 @@ from soup_jax.errors import UserError
 from soup_jax.shapes import Array
 
 
+def matmul(x: Array, w_DF: Any) -> Array:
+    """x [..., D] @ w -> [..., F]; w may be a matrix that differs by row (`row_product`)."""
+    if hasattr(w_DF, "row_product"):
+        return w_DF.row_product(x)
+    return _matmul(x, w_DF)
+
+
 @jax.custom_vjp
-def matmul(x: Array, w_DF: Array) -> Array:
-    """x [..., D] @ w -> [..., F]."""
+def _matmul(x: Array, w_DF: Array) -> Array:
     return x @ w_DF
 
 
@@ -25,7 +31,7 @@ def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Arra
     return jnp.einsum("...F,DF->...D", dy, w_DF), _outer(x, dy)
 
 
-matmul.defvjp(lambda x, w_DF: (x @ w_DF, (x, w_DF)), _matmul_backward)
+_matmul.defvjp(lambda x, w_DF: (x @ w_DF, (x, w_DF)), _matmul_backward)
 
 
 def _outer(x: Array, dy: Array) -> Array:

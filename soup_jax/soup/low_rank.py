@@ -19,6 +19,7 @@ CPUs a step gathers each once and keeps it for the backward pass; for TPUs it ga
 some of the sums are all-reduces, several leaves in one.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from soup_jax import tree
 from soup_jax.errors import UserError
-from soup_jax.shapes import Array
+from soup_jax.shapes import Array, Params
 from soup_jax.soup import layout
 
 _Dims = dict[int, tuple[str, ...]]  # mesh axes by the dimension that they cut
@@ -114,6 +115,85 @@ def _rank(argument: str, path: str, shape: tuple[int, ...]) -> int:
             f"{min(shape[-2:])}, the smaller of its last two dimensions; give it 'dense' or 'none'"
         )
     return int(argument)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A leaf [..., a, b] that is merged in no array: every row of a batch has its own coefficients.
+
+    x (S + sum_e alpha_e U_e V_e) = x S + (alpha_e x U_e)_e V, whose matrices are those of all rows:
+    texts of many specialists are one batch. It costs E r (a + b) multiply-adds a row beside a b.
+
+    Attributes:
+      shared: S.
+      left: U of all experts, [..., a, E r]; `right`: V, [..., E r, b].
+      alpha_RE: of each row; None until they are known.
+    """
+
+    shared: Array
+    left: Array
+    right: Array
+    alpha_RE: Array | None = None
+
+    def astype(self, dtype: Any) -> "Rows":
+        """With arrays of another type."""
+        return jax.tree.map(lambda x: x.astype(dtype), self)
+
+    def row_product(self, x_RLD: Array) -> Array:
+        """x [R, L, a] -> [R, L, b]."""
+        assert self.alpha_RE is not None
+        rank = self.left.shape[-1] // self.alpha_RE.shape[-1]
+        scale_RF = jnp.repeat(self.alpha_RE, rank, axis=-1).astype(x_RLD.dtype)
+        return x_RLD @ self.shared + ((x_RLD @ self.left) * scale_RF[:, None]) @ self.right
+
+
+def unmerged(shared: Params, bank: Params, *, leaves: str) -> Params | None:
+    """The shared parameters with `Rows` in place of the leaves that have experts, for any number of
+    specialists together.
+
+    Args:
+      leaves: regex of those that may be `Rows` (`BaseModel.row_products`).
+
+    Returns:
+      None where a leaf has dense experts or may not be `Rows`, or where all factors have more
+      numbers than the shared parameters: then merging is cheaper.
+    """
+    if set(bank) != {"low_rank"}:
+        return None
+    flat = tree.flatten(shared)
+    factors: dict[str, dict[str, Array]] = {}
+    for name, array in tree.flatten(bank["low_rank"]).items():
+        path, _, side = name.rpartition("/")
+        factors.setdefault(path, {})[side] = array
+    size = sum(array.size for pair in factors.values() for array in pair.values())
+    if not all(re.fullmatch(leaves, path) for path in factors) or size > sum(
+        array.size for array in flat.values()
+    ):
+        return None
+    return tree.unflatten(
+        {p: _rows(leaf, **factors[p]) if p in factors else leaf for p, leaf in flat.items()}
+    )
+
+
+def _rows(shared: Array, *, left: Array, right: Array) -> Rows:
+    # Experts beside their ranks: [E, ..., a, r] -> [..., a, E r], [E, ..., r, b] -> [..., E r, b].
+    left = jnp.moveaxis(left, 0, -2)
+    right = jnp.moveaxis(right, 0, -3)
+    left = left.reshape(*left.shape[:-2], -1)
+    right = right.reshape(*right.shape[:-3], -1, right.shape[-1])
+    return Rows(shared, left.astype(shared.dtype), right.astype(shared.dtype))
+
+
+def with_coefficients(params: Any, alpha_RE: Array) -> Any:
+    """The same parameters with the coefficients of each row in their `Rows`."""
+
+    def give(leaf: Any) -> Any:
+        if isinstance(leaf, Rows):
+            return dataclasses.replace(leaf, alpha_RE=alpha_RE)
+        return leaf
+
+    return jax.tree.map(give, params, is_leaf=lambda leaf: isinstance(leaf, Rows))
 
 
 def combine(alpha_ME: Array, left: Array, right: Array, *, mesh: Mesh | None = None) -> Array:

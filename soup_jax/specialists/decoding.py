@@ -1,7 +1,8 @@
 """Rows of token ids that are continued together, each at a place and with settings of its own.
 
 Few compiled functions serve all prompts: some read a prompt of up to so many tokens, some add STEPS
-tokens to so many rows at once. A network with a key-value cache (`BaseModel.decode`) reads each
+tokens to so many rows at once. Rows are of one network, or of one with coefficients by row
+(soup_jax/soup/low_rank.py). A network with a key-value cache (`BaseModel.decode`) reads each
 token once; for another a row's cache is its last `seq_len` ids, and each token is a pass over them.
 """
 
@@ -18,6 +19,7 @@ from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Array, Params
+from soup_jax.soup.low_rank import with_coefficients
 
 # Tokens of one call of the compiled function: what is computed beyond a row's end is thrown away,
 # and the calls of a small network cost as much as its arithmetic.
@@ -76,6 +78,7 @@ class _Rows(NamedTuple):
     key: Array
     temperature: Array
     top_p: Array
+    alpha: Array  # coefficients, of parameters that are not merged
 
 
 def _sample(network: _Network, logits_V: Array, row: Any) -> Array:
@@ -103,7 +106,7 @@ def _sample(network: _Network, logits_V: Array, row: Any) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(network: _Network, params: Params, tokens_L: Array, row: _Rows) -> _Rows:
-    prepared = network.prepared(params)
+    prepared = with_coefficients(network.prepared(params), row.alpha[None])
     cache, logits_RV = network.prefill(prepared, tokens_L[None], row.at[None])
     token = _sample(network, logits_RV[0], row)
     cache = jax.tree.map(lambda x: x[0], cache)
@@ -122,7 +125,7 @@ def _reorder(rows: _Rows, indices: Array) -> _Rows:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _advance(network: _Network, params: Params, rows: _Rows) -> tuple[_Rows, Array]:
-    prepared = network.prepared(params)
+    prepared = with_coefficients(network.prepared(params), rows.alpha)
 
     def step(rows: _Rows, _: None) -> tuple[_Rows, Array]:
         # Rows that are done go on without use, at the cache's last place.
@@ -180,8 +183,16 @@ class Decoder:
         self._rows: _Rows | None = None
         self.num_rows = 0
 
-    def admit(self, params: Params, prompt_ids: list[int], sampling: Sampling, index: int) -> Array:
-        """The first token after a prompt, which takes the row `index`."""
+    def admit(
+        self,
+        params: Params,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        index: int,
+        alpha_E: Any = (),
+    ) -> Array:
+        """The first token after a prompt, which takes the row `index`; `alpha_E` are the row's
+        coefficients, where parameters are not merged."""
         if sampling.top_p < 1:
             self._network = self._network._replace(nucleus=True)
         prompt_ids = prompt_ids[-self._seq_len :]
@@ -199,6 +210,7 @@ class Decoder:
             key=jax.random.key(sampling.seed),
             temperature=jnp.float32(sampling.temperature),
             top_p=jnp.float32(sampling.top_p),
+            alpha=jnp.asarray(alpha_E, jnp.float32),
         )
         row = _prefill(self._network, params, tokens_L, row)
         if self._rows is None:

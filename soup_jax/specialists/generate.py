@@ -40,12 +40,14 @@ class Request:
       prompt_ids: at least one.
       max_tokens: most that are added.
       stop: texts before which what is added ends; they are no part of it.
+      alpha_E: coefficients, where the parameters are not merged.
     """
 
     prompt_ids: list[int]
     max_tokens: int = 100
     sampling: Sampling = DEFAULT_SAMPLING
     stop: tuple[str, ...] = ()
+    alpha_E: tuple[float, ...] = ()
 
 
 def check(request: Request) -> None:
@@ -153,7 +155,7 @@ class _Lane:
             number, request = self.waiting.popleft()
             index = len(self._rows)
             self._first[index] = self._decoder.admit(
-                self._params, request.prompt_ids, request.sampling, index
+                self._params, request.prompt_ids, request.sampling, index, request.alpha_E
             )
             self._rows.append((number, request.max_tokens))
         if any(left > (i in self._first) for i, (_, left) in enumerate(self._rows)):

@@ -3,8 +3,7 @@
 One thread owns all that is on the devices. Others hand it functions (`call`) and requests
 (`complete`); between two rounds it does what was handed in, and a round adds some tokens to the
 texts of every specialist that has any. What describes a specialist, its coefficients, is E numbers
-and is kept; its merged parameters and its cache are kept by least recent use under a limit, and
-made again when they are needed.
+and is kept; its parameters are made when they are needed (`networks`).
 """
 
 import collections
@@ -21,13 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from soup_jax import tree
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.errors import UserError
 from soup_jax.evaluation.score import Score, score_texts
-from soup_jax.shapes import Params
-from soup_jax.specialists.decoding import cache_bytes, cache_length
-from soup_jax.specialists.generate import Batch, Request, Text, check
+from soup_jax.specialists.generate import Request, Text, check
+from soup_jax.specialists.serve.networks import Network, Networks
 from soup_jax.specialists.serve.protocol import Refused
 from soup_jax.specialists.specialist import Specialist
 from soup_jax.specialists.trained import Soup
@@ -45,7 +42,7 @@ class Limits:
       memory_bytes: of merged parameters and caches; at least one specialist is kept.
       specialists: that are described; the one that was not asked for longest is forgotten.
       requests: texts that wait or are being decoded.
-      rows: texts of one specialist that are decoded together, a power of four.
+      rows: texts of a network that are decoded together, a power of four.
       text_len: tokens of a prompt and what is added to it; 0: twice the training windows.
     """
 
@@ -65,13 +62,6 @@ class Described:
     alpha_E: np.ndarray
     histogram: DocumentHistogram | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Merged:
-    params: Params
-    batch: Batch
-    num_bytes: int
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -99,7 +89,12 @@ class Engine:
         self.text_len = limits.text_len or 2 * self.soup.cfg.seq_len
         self.tokenizer = self.soup.map.tokenizer()
         self._known: collections.OrderedDict[str, Described] = collections.OrderedDict()
-        self._merged: collections.OrderedDict[str, _Merged] = collections.OrderedDict()
+        self._networks = Networks(
+            self.soup,
+            memory_bytes=limits.memory_bytes,
+            rows=limits.rows,
+            text_len=self.text_len,
+        )
         self._asked: dict[int, _Asked] = {}
         self._numbers = itertools.count()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -210,9 +205,7 @@ class Engine:
             alpha_E=alpha_E,
             histogram=histogram,
         )
-        if made.name in self._merged and self._known[made.name].alpha_E.tobytes() != (
-            alpha_E.tobytes()
-        ):
+        if (old := self._known.get(made.name)) and old.alpha_E.tobytes() != alpha_E.tobytes():
             self._drop(made.name)
         self._known[made.name] = made
         self._known.move_to_end(made.name)
@@ -244,7 +237,7 @@ class Engine:
         """Of each text by a specialist."""
         return score_texts(
             self.soup.model,
-            self._ready(name).params,
+            self._networks.merged(name, self.find(name).alpha_E),
             self.tokenizer,
             texts,
             eos_id=self.soup.map.eos_id,
@@ -287,7 +280,7 @@ class Engine:
 
         def submit() -> None:
             try:
-                self._ready(name).batch.submit(number, request)
+                self._networks.submit(name, self.find(name).alpha_E, number, request)
             except Exception as e:
                 self._end()
                 listen(str(e), "error", 0)
@@ -299,8 +292,8 @@ class Engine:
         def cancel() -> None:
             if self._asked.pop(number, None) is not None:
                 self._end()
-                if name in self._merged:
-                    self._merged[name].batch.drop(number)
+                if network := self._networks.get(self._networks.place(name)):
+                    network.batch.drop(number)
 
         self._jobs.put(submit)
         return lambda: self._jobs.put(cancel)
@@ -311,7 +304,7 @@ class Engine:
 
     def _run(self) -> None:
         while True:
-            busy = [name for name, merged in self._merged.items() if merged.batch.busy]
+            busy = self._networks.busy()
             while True:
                 try:
                     job = self._jobs.get(block=not busy)
@@ -322,28 +315,31 @@ class Engine:
                         self._finish(number, "", "error")
                     return
                 job()
-                busy = [name for name, merged in self._merged.items() if merged.batch.busy]
+                busy = self._networks.busy()
             # All of them are started before the first is waited for: the devices do not idle.
-            for step in (lambda name: self._merged[name].batch.start(), self._collect):
-                for name in busy:
+            for step in (lambda network: network.batch.start(), self._collect):
+                for place in busy:
+                    network = self._networks.get(place)
                     try:
-                        step(name)
+                        if network is not None:
+                            step(network)
                     except Exception as e:  # the service goes on
-                        _log.exception("decoding with %s failed", name)
-                        self._drop(name, str(e))
+                        _log.exception("decoding with %s failed", place or "the soup")
+                        self._networks.fail(place)
+                        for number, asked in list(self._asked.items()):
+                            if self._networks.place(asked.name) == place:
+                                self._finish(number, str(e), "error")
 
-    def _collect(self, name: str) -> None:
-        if name not in self._merged:
-            return
-        merged, eos_id = self._merged[name], self.soup.map.eos_id
-        for number, ids, ended in merged.batch.finish():
+    def _collect(self, network: Network) -> None:
+        eos_id = self.soup.map.eos_id
+        for number, ids, ended in network.batch.finish():
             asked = self._asked.get(number)
             if asked is None:
                 continue
             asked.tokens += len(ids)
             piece = asked.text.add(i for i in ids if i != eos_id)
             if asked.text.stopped:
-                merged.batch.drop(number)
+                network.batch.drop(number)
                 self._finish(number, piece, "stop")
             elif ended:
                 piece += asked.text.rest()
@@ -357,39 +353,10 @@ class Engine:
         self._end()
         asked.listen(piece, reason, asked.tokens)
 
-    def _ready(self, name: str) -> _Merged:
-        found = self.find(name)
-        if name not in self._merged:
-            params = self.soup.on_devices(found.alpha_E)
-            batch = Batch(
-                self.soup.model,
-                params,
-                max_rows=self.limits.rows,
-                seq_len=self.soup.cfg.seq_len,
-                eos_id=self.soup.map.eos_id,
-            )
-            num_bytes = tree.num_bytes(params) + self._cache_bytes()
-            self._merged[name] = _Merged(params=params, batch=batch, num_bytes=num_bytes)
-        self._merged.move_to_end(name)
-        self._make_room(name)
-        return self._merged[name]
-
-    def _cache_bytes(self) -> int:
-        # Of all rows at their longest, whether they are in use or not.
-        model, seq_len = self.soup.model, self.soup.cfg.seq_len
-        length = cache_length(model, seq_len=seq_len, text_len=self.text_len)
-        return self.limits.rows * cache_bytes(model, length)
-
-    def _make_room(self, kept: str) -> None:
-        # Those with texts under way stay, and so can hold more than the limit for a while.
-        for name in list(self._merged):
-            total = sum(merged.num_bytes for merged in self._merged.values())
-            if total <= self.limits.memory_bytes:
-                return
-            if name != kept and not self._merged[name].batch.busy:
-                del self._merged[name]
-
-    def _drop(self, name: str, reason: str = "the specialist was removed") -> None:
-        self._merged.pop(name, None)
+    def _drop(self, name: str) -> None:
+        self._networks.forget(name)
+        network = self._networks.get(self._networks.place(name))
         for number in [n for n, asked in self._asked.items() if asked.name == name]:
-            self._finish(number, reason, "error")
+            if network is not None:
+                network.batch.drop(number)
+            self._finish(number, "the specialist was removed", "error")

@@ -1,0 +1,116 @@
+"""What texts are decoded with: a network for each specialist, or one for all.
+
+Merged parameters and caches are kept by least recent use under a limit, and made again when they
+are needed. Low-rank experts are not merged: their factors and S are one network, and texts of all
+specialists are rows of one batch, each with its coefficients (soup_jax/soup/low_rank.py).
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from soup_jax import tree
+from soup_jax.shapes import Params
+from soup_jax.soup.low_rank import unmerged
+from soup_jax.specialists.decoding import cache_bytes, cache_length
+from soup_jax.specialists.generate import Batch, Request
+from soup_jax.specialists.trained import Soup
+
+_ALL = ""  # the place of all specialists together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Network:
+    """Parameters, and the texts that they continue."""
+
+    params: Params
+    batch: Batch
+    num_bytes: int
+
+
+class Networks:
+    """The networks of a resident soup, by their places: names of specialists, or one for all."""
+
+    def __init__(self, soup: Soup, *, memory_bytes: int, rows: int, text_len: int):
+        """None is made yet.
+
+        Args:
+          memory_bytes: of merged parameters and caches; at least one network is kept.
+          rows: of a batch.
+          text_len: tokens of the longest text with its prompt.
+        """
+        self._soup, self._memory_bytes, self._rows = soup, memory_bytes, rows
+        length = cache_length(soup.model, seq_len=soup.cfg.seq_len, text_len=text_len)
+        # Of all rows at their longest, whether they are in use or not.
+        self._cache_bytes = rows * cache_bytes(soup.model, length)
+        params = soup.params
+        self._unmerged = unmerged(params["shared"], params["bank"], leaves=soup.model.row_products)
+        self._made: collections.OrderedDict[str, Network] = collections.OrderedDict()
+
+    def place(self, name: str) -> str:
+        """Where a specialist's texts are decoded."""
+        return name if self._unmerged is None else _ALL
+
+    def get(self, place: str) -> Network | None:
+        """The network of a place, if it is there."""
+        return self._made.get(place)
+
+    def busy(self) -> list[str]:
+        """Places with texts under way."""
+        return [place for place, network in self._made.items() if network.batch.busy]
+
+    def merged(self, name: str, alpha_E: np.ndarray) -> Params:
+        """A specialist's own parameters."""
+        if self._unmerged is None:
+            return self._ready(name, alpha_E).params
+        return self._soup.on_devices(alpha_E)
+
+    def submit(self, name: str, alpha_E: np.ndarray, number: int, request: Request) -> None:
+        """Queue a text of a specialist under a number.
+
+        Raises:
+          UserError: as `Batch.submit`.
+        """
+        if self._unmerged is not None:
+            request = dataclasses.replace(request, alpha_E=tuple(alpha_E.tolist()))
+        self._ready(name, alpha_E).batch.submit(number, request)
+
+    def forget(self, name: str) -> None:
+        """Drop what belongs to a specialist alone; texts under way in it are lost."""
+        if self._unmerged is None:
+            self._made.pop(name, None)
+
+    def fail(self, place: str) -> None:
+        """Drop the network of a place, and all texts in it."""
+        self._made.pop(place, None)
+
+    def _ready(self, name: str, alpha_E: np.ndarray) -> Network:
+        place, soup = self.place(name), self._soup
+        if place not in self._made:
+            params = self._unmerged
+            if params is None:
+                params = soup.on_devices(alpha_E)
+            batch = Batch(
+                soup.model,
+                params,
+                max_rows=self._rows,
+                seq_len=soup.cfg.seq_len,
+                eos_id=soup.map.eos_id,
+            )
+            num_bytes = tree.num_bytes(params) + self._cache_bytes
+            self._made[place] = Network(params=params, batch=batch, num_bytes=num_bytes)
+        self._made.move_to_end(place)
+        for other in self._least_used(place):
+            del self._made[other]
+        return self._made[place]
+
+    def _least_used(self, kept: str) -> Iterator[str]:
+        # Those with texts under way stay, and so can hold more than the limit for a while.
+        for place in list(self._made):
+            total = sum(network.num_bytes for network in self._made.values())
+            if total <= self._memory_bytes:
+                return
+            if place != kept and not self._made[place].batch.busy:
+                yield place
