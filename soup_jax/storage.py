@@ -46,7 +46,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     A process killed inside the block leaves the old file, or none, never half of the new one. After
     the block the new one survives a power cut.
+
+    Raises:
+      UserError: it is an address, of which pathlib would make a folder gs: where we are.
     """
+    refuse_address(path)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -65,7 +69,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     A process killed inside the block leaves the old folder, or none. One that is killed between
     moving the old and the new leaves the old beside it; `recover_folder` brings it back.
+
+    Raises:
+      UserError: it is an address.
     """
+    refuse_address(path)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import pathlib
 import shutil
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from conftest import tiny_config
 from step_test import make, make_batch
 
 from soup_jax import tree
@@ -300,3 +302,11 @@ def test_whether_a_step_is_saved_is_no_question_of_a_listing(tmp_path, monkeypat
         assert not checkpointer.save(state, {"step": 2})
         assert checkpointer.save(state, {"step": 4})
         assert not checkpointer.save(state, {"step": 4})
+
+
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_checkpoints_at_an_address_are_no_folder_here(kind, monkeypatch):
+    opened = []
+    monkeypatch.setattr(Checkpointer, "_open", lambda self, _: opened.append(self.directory))
+    Checkpointer(kind("gs://b/run/checkpoints"), tiny_config())
+    assert str(opened[0]) == "gs://b/run/checkpoints"  # of gs:/ orbax would make a folder gs:

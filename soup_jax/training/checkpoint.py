@@ -75,7 +75,7 @@ class Checkpointer:
                 async_options=ocp.AsyncOptions(timeout_secs=cfg.checkpoint.async_timeout_secs),
             )
         _drop_echoes()
-        path = epath.Path(directory)
+        path = epath.Path(remote.spelled(directory))  # pathlib's gs:/ would be a folder here
         self.directory = path if remote.is_object(path) else path.absolute()
         self._group = distributed.current()
         self._timeout = 300.0 if cfg is None else cfg.checkpoint.async_timeout_secs
