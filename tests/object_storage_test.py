@@ -7,18 +7,27 @@ import contextlib
 import http.server
 import json
 import os
+import pathlib
+import re
 import shutil
+import signal
 import socket
 import socketserver
+import subprocess
+import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
 
+import jax
+import llamas
 import numpy as np
+import processes
 import pytest
 from conftest import TOPICS, tiny_config, topic_text
 
-from soup_jax import inputs, remote
+from soup_jax import inputs, places, remote
 from soup_jax.cli import main as cli
 from soup_jax.data import corpus_cache
 from soup_jax.data.corpus import artefacts_of, open_corpus
@@ -26,7 +35,8 @@ from soup_jax.data.prepare import stages
 from soup_jax.data.prepare.work import Part
 from soup_jax.errors import UserError
 from soup_jax.evaluation.sample import read_sample
-from soup_jax.training import workdir
+from soup_jax.specialists import trained
+from soup_jax.training import loop, setup, workdir
 from soup_jax.training.loop import train
 
 moto = pytest.importorskip("moto.server")
@@ -42,16 +52,17 @@ def free_port() -> int:
 
 
 class Faults:
-    """What a proxy in front of a server does to requests: the next `left` of them fail."""
+    """What a proxy in front of a server does to requests: the next `left` of them fail, of those
+    that have `only` in their path or body."""
 
     def __init__(self) -> None:
-        self.kind, self.left, self.seen = "", 0, 0
+        self.kind, self.left, self.only, self.seen = "", 0, b"", 0
 
     @contextlib.contextmanager
-    def of(self, kind: str, number: int):
-        self.kind, self.left = kind, number
+    def of(self, kind: str, number: int, only: bytes = b""):
+        self.kind, self.left, self.only = kind, number, only
         yield
-        self.kind, self.left = "", 0
+        self.kind, self.left, self.only = "", 0, b""
 
 
 def proxy(port: int, faults: Faults) -> http.server.ThreadingHTTPServer:
@@ -77,6 +88,8 @@ def proxy(port: int, faults: Faults) -> http.server.ThreadingHTTPServer:
             faults.seen += 1
             body = self.body()
             kind = faults.kind if faults.left > 0 else ""
+            if faults.only not in self.path.encode() + body:
+                kind = ""
             if kind and (kind == "503" or self.command == "GET"):
                 faults.left -= 1
             else:
@@ -472,6 +485,44 @@ def test_a_run_lies_there_killed_and_resumed(gs, sources, tiny_text, tmp_path, c
     train(cfg, run)
     assert metrics_of(run) == metrics_of(str(local))
     assert remote.find(f"{run}/checkpoints/unreadable_6")
+
+
+def test_nothing_of_a_run_stays_here(gs, sources, tmp_path, monkeypatch):
+    address, _ = gs
+    corpus, run = f"{address}/corpora/tidy", f"{address}/runs/tidy"
+    stages.prepare(config(sources[0], corpus))
+    cfg = config(sources[0], corpus, **{"corpus.cache_dir": str(tmp_path / "cache")})
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    kept = []  # the objects themselves live on
+
+    def failing(error):
+        def claim(run, **_):
+            kept.append(run)
+            assert run.workdir.parent == temporary
+            assert run.workdir.is_dir()
+            raise error
+
+        return claim
+
+    for error in (UserError("no"), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "claim_workdir", failing(error))
+            with pytest.raises(type(error)):
+                train(cfg, run)
+        assert not list(temporary.iterdir())
+    at = workdir.at
+    monkeypatch.setattr(workdir, "at", lambda place: kept.append(at(place)) or kept[-1])
+    with pytest.raises(UserError, match="is not a prepared corpus"):
+        train(config(sources[0], f"{address}/nothing"), run)
+    assert not list(temporary.iterdir())
+    with pytest.raises(UserError, match=r"no such bucket|there is no bucket"):
+        train(cfg, "gs://nobody/run")
+    assert not list(temporary.iterdir())
+    train(cfg, run)
+    assert kept[-1].place == run
+    assert not list(temporary.iterdir())
 
 
 def test_a_run_that_was_taken_over_saves_nothing_more(gs, sources, tmp_path, monkeypatch):

@@ -215,14 +215,14 @@ def test_addresses_are_refused_also_after_pathlib(path):
 @pytest.mark.parametrize("kind", [str, pathlib.Path])
 def test_an_address_never_becomes_a_folder_here(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="gs://b/x.json is an address"):
+    with pytest.raises(UserError, match=r"gs://b/x.json is an address"):
         storage.write_text(kind("gs://b/x.json"), "text")
     with (
         pytest.raises(UserError, match="gs://b/folder is an address"),
         storage.atomic_folder(kind("gs://b/folder")),
     ):
         pass
-    with pytest.raises(UserError, match="corpus.cache_dir=gs://b/cache is an address"):
+    with pytest.raises(UserError, match=r"corpus.cache_dir=gs://b/cache is an address"):
         folder_of("gs://b/corpus", str(kind("gs://b/cache")))
     assert not list(tmp_path.iterdir())
 

@@ -111,6 +111,8 @@ def setup(
 ) -> Run:
     """Check everything that can be checked before work starts, and build the run.
 
+    Close its `lock` when it is done: what lies here of a run in a bucket is removed then.
+
     Args:
       model: the base network, if it is not the config's.
       devices: to train on; default: all of all processes.
@@ -119,7 +121,20 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
-    home = workdir_lib.at(workdir)
+    with contextlib.ExitStack() as lock:
+        home = workdir_lib.at(workdir)
+        lock.callback(home.close)
+        run = _build(cfg, home, model, devices)
+        run.lock = lock.pop_all()
+        return run
+
+
+def _build(
+    cfg: ConfigDict,
+    home: Workdir,
+    model: BaseModel | None,
+    devices: Sequence[jax.Device] | None,
+) -> Run:
     new = not (home.path / "config.json").exists()
     _check_new(new, config_lib.check_start, cfg)
     trackers.find(cfg.log.trackers)

@@ -93,16 +93,23 @@ class Workdir:
           UserError: another start has taken the run over, or the bucket cannot be written.
         """
 
+    def close(self) -> None:
+        """Remove what lies here for the time of the command alone."""
+
 
 class _Bucket(Workdir):
     def __init__(self, place: str | os.PathLike):
-        self._open = contextlib.ExitStack()
-        super().__init__(self._open.enter_context(files.temporary_folder("run")))
-        self.place = remote.spelled(place).rstrip("/")
-        self.checkpoints = places.checkpoints(place)
         self._published: dict[str, tuple[int, int]] = {}
         self._claim: dict[str, Any] | None = None
-        self.refresh()
+        with contextlib.ExitStack() as stack:
+            super().__init__(stack.enter_context(files.temporary_folder("run")))
+            self.place = remote.spelled(place).rstrip("/")
+            self.checkpoints = places.checkpoints(place)
+            self.refresh()
+            self._open = stack.pop_all()
+
+    def close(self) -> None:
+        self._open.close()
 
     def same(self) -> str:
         return self.place
