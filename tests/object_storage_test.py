@@ -552,6 +552,35 @@ def test_a_run_that_was_taken_over_saves_nothing_more(gs, sources, tmp_path, mon
     assert remote.find(f"{run}/checkpoints/4")
 
 
+@pytest.mark.parametrize(
+    ("claim", "says"),
+    [
+        (b"no json", "is not valid JSON"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"[1]", "it is a list, expected an object"),
+        (b'{"host": "h", "pid": "7", "since": "noon"}', "pid is a text"),
+        (b'{"pid": 7}', "host is missing"),
+        (b'{"host": "h", "pid": 7, "since": "noon"}', "process 7 on h, since noon"),
+        (None, r"\(ended\)"),
+    ],
+)
+def test_a_claim_that_is_not_ours_ends_the_run_whatever_it_holds(gs, claim, says):
+    address, _ = gs
+    place = f"{address}/runs/claims"
+    for _ in range(2):  # a start takes over whatever is there
+        home = workdir.at(place)
+        with contextlib.closing(home), home.claimed(0):
+            home.publish()
+            if claim is None:
+                remote.remove(f"{place}/.claim")
+            else:
+                put(f"{place}/.claim", claim)
+            with pytest.raises(UserError, match=rf"{place}.*{says}") as caught:
+                home.publish()
+            assert "saves nothing more" in str(caught.value)
+        assert bool(remote.stat(f"{place}/.claim")) == (claim is not None)
+
+
 def test_where_no_run_can_lie_is_one_sentence(bucket, sources, tmp_path, capsys, monkeypatch):
     address, _ = bucket
     scheme = address.partition(":")[0]

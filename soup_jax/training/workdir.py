@@ -5,7 +5,6 @@ here has it, which is filled at each start and copied to the bucket before each 
 """
 
 import contextlib
-import json
 import logging
 import os
 import pathlib
@@ -18,11 +17,12 @@ from typing import Any
 
 from soup_jax import inputs, places, remote
 from soup_jax import storage as files
-from soup_jax.errors import UserError
+from soup_jax.errors import UnavailableError, UserError
 
 _log = logging.getLogger(__name__)
 
 _CLAIM = ".claim"  # the object that names who trains there
+_CLAIM_HOLDS = {"host": str, "pid": int, "since": str}
 
 
 def check(place: str | os.PathLike) -> None:
@@ -137,9 +137,27 @@ class _Bucket(Workdir):
                 _log.warning("the last of the run's small files are not there: %s", e)
             self._claim = None
 
-    def _claimed_by(self) -> dict[str, Any]:
-        address = f"{self.place}/{_CLAIM}"
-        return json.loads(inputs.read_text(address)) if remote.stat(address) else {}
+    def _check_claim(self) -> None:
+        address, who = f"{self.place}/{_CLAIM}", "ended"
+        if remote.stat(address):
+            try:
+                other = inputs.read_json(address, _CLAIM_HOLDS)
+            except UnavailableError:
+                raise
+            except UserError as e:
+                # Whoever wrote that may be at work there, too; ending costs the steps since a save.
+                raise UserError(
+                    f"this run ends, and saves nothing more, for somebody has written over the "
+                    f"object by which it has {self.place}: {e}. The same command goes on from its "
+                    "last save"
+                ) from e
+            if other == self._claim:
+                return
+            who = "process {pid} on {host}, since {since}".format_map(other)
+        raise UserError(
+            f"another `soup-jax train` has taken over {self.place} ({who}): this one ends, and "
+            "saves nothing more"
+        )
 
     def refresh(self) -> None:
         for name, found in places.small_files(self.place).items():
@@ -147,12 +165,8 @@ class _Bucket(Workdir):
             self._published[name] = _stamp(self.path / name)
 
     def publish(self) -> None:
-        if self._claim is not None and (other := self._claimed_by()) != self._claim:
-            who = "process {pid} on {host}, since {since}".format_map(other) if other else "ended"
-            raise UserError(
-                f"another `soup-jax train` has taken over {self.place} ({who}): this one ends, and "
-                "saves nothing more"
-            )
+        if self._claim is not None:
+            self._check_claim()
         with files.temporary_folder("copy") as folder:
             for path in files.files_in(self.path):
                 name, stamp = path.relative_to(self.path).as_posix(), _stamp(path)
