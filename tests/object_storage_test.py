@@ -398,6 +398,35 @@ def test_soups_and_specialists_live_there(
     assert "not all of it was copied there" in capsys.readouterr().err
 
 
+def test_a_soup_starts_from_a_model_of_transformers_there(bucket, tiny_corpus, tmp_path):
+    address, _ = bucket
+    source = llamas.specialist(tmp_path / "source", sizes={"vocab_size": 400, "seq_len": 32})
+    source.save(tmp_path / "hf", format="hf")
+    place = f"{address}/models/llama"
+    for path in (tmp_path / "hf").iterdir():
+        if path.name != "recipe.json":  # by which a folder of ours is known
+            put(f"{place}/{path.name}", path.read_bytes())
+    put(f"{place}/pytorch_model.bin", b"the same in another format")
+    put(f"{place}/original/params.json", b"{}")
+    fields = {f"model.{name}": value for name, value in llamas.MODEL.items()}
+    fields |= {"corpus.dir": str(tiny_corpus), "checkpoint.init_from": place}
+    run = setup.setup(tiny_config(**fields), tmp_path / "run")
+    with run.lock:
+        setup.read_initial(run)
+    jax.tree.map(np.testing.assert_array_equal, run.initial["shared"], source.params)
+    _, origin = run.changes["checkpoint.init_from"]
+    assert origin["model"] == place
+    copied = {path.name for path in places.local(place, models=True).iterdir()}
+    assert "model.safetensors" in copied
+    assert not {"pytorch_model.bin", "original"} & copied
+    fields["checkpoint.init_from"] = f"{address}/models/none"
+    run = setup.setup(tiny_config(**fields), tmp_path / "other")
+    with run.lock, pytest.raises(UserError, match=r"models/none holds neither .* config\.json"):
+        setup.read_initial(run)
+    with pytest.raises(UserError, match="holds neither"):  # no command but train takes one
+        places.local(place)
+
+
 @pytest.fixture
 def gs(bucket):
     """(address, faults) of the bucket that orbax can write to."""

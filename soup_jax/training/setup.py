@@ -206,7 +206,8 @@ def read_initial(run: Run) -> None:
     if lead["steps"]:
         return
     files.refuse_address(cfg.init_from, "checkpoint.init_from", objects=True)
-    source = places.local(cfg.init_from)
+    source = places.local(cfg.init_from, models=True)
+    address = remote.spelled(cfg.init_from).rstrip("/") if remote.is_object(cfg.init_from) else ""
     config = source / "config.json"
     if not config.exists():
         raise UserError(
@@ -222,7 +223,7 @@ def read_initial(run: Run) -> None:
             )
         shared = run.abstract.params["shared"]
         run.initial = {"shared": pretrained.read(source, run.cfg, shared, run.corpus)}
-        origin |= {"model": str(source.absolute())}
+        origin |= {"model": address or str(source.absolute())}
     else:
         with checkpoint_lib.Checkpointer(places.checkpoints(cfg.init_from)) as reader:
             wanted = cfg.init_step or None
@@ -230,8 +231,7 @@ def read_initial(run: Run) -> None:
             corpus = reader.data(step)["fingerprint"]["corpus"]
         if corpus != run.corpus.fingerprint:
             _log.warning("%s was trained on another corpus: its domains meant other text", source)
-        place = remote.spelled(cfg.init_from) if remote.is_object(cfg.init_from) else ""
-        origin |= {"run": place or str(source.absolute()), "step": step}
+        origin |= {"run": address or str(source.absolute()), "step": step}
     run.changes = {"checkpoint.init_from": ("", origin)}
 
 
