@@ -145,7 +145,10 @@ def _folder_files(address: str, *, models: bool) -> dict[str, remote.Found]:
 def local(place: str | os.PathLike, *, models: bool = False) -> pathlib.Path:
     """The folder itself; of one at an address, the copy here, of a run without its checkpoints.
 
-    Copies lie below ~/.cache/soup_jax/folders; only what has changed is copied again.
+    Copies lie in `storage.copies("folders")`; only what has changed is copied again.
+
+    Args:
+      models: at the address may lie a model of transformers; its safetensors and JSON are copied.
 
     Raises:
       UserError: another address, or nothing of the kind is there.
@@ -154,9 +157,8 @@ def local(place: str | os.PathLike, *, models: bool = False) -> pathlib.Path:
         files.refuse_address(place, objects=True)
         return pathlib.Path(place)
     address = remote.spelled(place).rstrip("/")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     digest = hashlib.sha256(address.encode()).hexdigest()[:12]
-    parent = pathlib.Path(home) / "soup_jax" / "folders"
+    parent = files.copies("folders")
     folder = parent / f"{address.rpartition('/')[2]}-{digest}"
     found = _folder_files(address, models=models)
     parent.mkdir(parents=True, exist_ok=True)

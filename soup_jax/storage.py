@@ -23,6 +23,8 @@ from typing import Any
 from soup_jax import remote
 from soup_jax.errors import UserError
 
+CACHE_VARIABLE = "SOUP_JAX_CACHE_DIR"
+
 _FIRST = time.time_ns()  # above the numbers of an earlier process with this one's pid
 _numbers = itertools.count(_FIRST)
 
@@ -194,6 +196,20 @@ def fetch(address: str, target: pathlib.Path) -> None:
         path.open("wb") as f,
     ):
         shutil.copyfileobj(source, f, remote.BLOCK_BYTES)
+
+
+def copies(kind: str) -> pathlib.Path:
+    """The folder of copies of what lies in buckets, of a kind: corpora, or folders.
+
+    It is below $SOUP_JAX_CACHE_DIR; default: below ~/.cache/soup_jax.
+
+    Raises:
+      UserError: the variable holds an address.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE, "")
+    refuse_address(chosen, CACHE_VARIABLE)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(chosen or pathlib.Path(home, "soup_jax")) / kind
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

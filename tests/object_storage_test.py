@@ -303,6 +303,43 @@ def test_a_corpus_is_prepared_there_and_trained_on(bucket, sources, tmp_path, ca
     train(config(sources[0], place, **{"corpus.cache_dir": cache}), tmp_path / "run")
 
 
+def test_every_command_keeps_its_copies_where_the_variable_says(
+    bucket, sources, tmp_path, monkeypatch, capsys, tiny_text
+):
+    address, _ = bucket
+    place, home = f"{address}/corpora/copies", tmp_path / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setenv("SOUP_JAX_CACHE_DIR", str(tmp_path / "copies"))
+    cfg = config(sources[0], place)
+    stages.prepare(cfg)
+    name = corpus_cache.folder_of(place).name
+    for number, command in enumerate(
+        (
+            ["domains", f"--corpus={place}"],
+            ["histogram", f"--documents={tiny_text / 'cooking.jsonl'}", f"--corpus={place}"],
+            ["verify", place],
+        )
+    ):
+        copies = tmp_path / f"copies{number}"
+        monkeypatch.setenv("SOUP_JAX_CACHE_DIR", str(copies))
+        ran(capsys, *command)
+        assert (copies / "corpora" / name / "offsets.safetensors").exists()
+    source = llamas.specialist(tmp_path / "source", sizes={"vocab_size": 400, "seq_len": 32})
+    source.save(f"{address}/made/copied")
+    assert places.local(f"{address}/made/copied").parent == copies / "folders"
+    # A run's own folder of copies may be one of another machine.
+    cfg.corpus.cache_dir = "/nowhere/copies"
+    assert trained.open_corpus_of(place, tmp_path, None, cfg).path == copies / "corpora" / name
+    cfg.corpus.cache_dir = str(tmp_path / "training")
+    pathlib.Path(cfg.corpus.cache_dir).mkdir()
+    opened = trained.open_corpus_of(place, tmp_path, None, cfg)
+    assert opened.path == tmp_path / "training" / name
+    monkeypatch.setenv("SOUP_JAX_CACHE_DIR", f"{address}/copies")
+    assert "SOUP_JAX_CACHE_DIR=" in ran(capsys, "verify", place, status=2)
+    assert not (home / "soup_jax" / "corpora").exists()
+    assert not (home / "soup_jax" / "folders").exists()
+
+
 def test_a_damaged_copy_is_refused_and_another_corpus_replaces_it(bucket, sources, tmp_path):
     address, _ = bucket
     place, cache = f"{address}/corpora/other", str(tmp_path / "cache")

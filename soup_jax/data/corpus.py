@@ -257,7 +257,7 @@ def open_corpus(
 
     Args:
       directory: its folder, or its gs:// or s3:// address.
-      cache_dir: where files of one at an address are kept; default below ~/.cache/soup_jax.
+      cache_dir: where files of one at an address are kept; default: in `storage.copies`.
       num_domains: of the level to open; default, and where there is no such level: the finest.
 
     Raises:
