@@ -17,7 +17,7 @@ from step_test import make, make_batch
 from soup_jax import tree
 from soup_jax.errors import UserError
 from soup_jax.processes.group import Solo
-from soup_jax.training import checkpoint
+from soup_jax.training import checkpoint, echoes
 from soup_jax.training.checkpoint import Checkpointer
 
 
@@ -77,7 +77,7 @@ def test_restored_on_other_device_counts_and_back_exactly(bank, tmp_path):
 
 def test_reads_that_outlive_a_failed_one_print_nothing(capsys, caplog, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
-    checkpoint._drop_echoes.__wrapped__()
+    echoes.drop.__wrapped__()
 
     def unraisable(text, object=None):
         error = RuntimeError(text)

@@ -4,7 +4,6 @@ Run where the drivers and the servers are installed: `bash launch/test.sh --serv
 """
 
 import contextlib
-import http.server
 import json
 import os
 import pathlib
@@ -16,15 +15,14 @@ import socketserver
 import subprocess
 import sys
 import tempfile
-import threading
-import urllib.error
-import urllib.request
+import time
 
 import jax
 import llamas
 import numpy as np
 import processes
 import pytest
+from bucket_proxy import Faults, give_up_soon, proxy
 from conftest import TOPICS, tiny_config, topic_text
 
 from soup_jax import inputs, places, remote
@@ -41,7 +39,7 @@ from soup_jax.training.loop import train
 
 moto = pytest.importorskip("moto.server")
 pytest.importorskip("s3fs")
-pytest.importorskip("gcsfs")
+gcsfs = pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("gcp_storage_emulator.server")
 
 
@@ -51,93 +49,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-class Faults:
-    """What a proxy in front of a server does to requests: the next `left` of them fail, of those
-    that have `only` in their path or body."""
-
-    def __init__(self) -> None:
-        self.kind, self.left, self.only, self.seen = "", 0, b"", 0
-
-    @contextlib.contextmanager
-    def of(self, kind: str, number: int, only: bytes = b""):
-        self.kind, self.left, self.only = kind, number, only
-        yield
-        self.kind, self.left, self.only = "", 0, b""
-
-
-def proxy(port: int, faults: Faults) -> http.server.ThreadingHTTPServer:
-    """Passes requests on to a server at a port, but for the faults."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_):
-            pass
-
-        def body(self):
-            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            parts = []
-            while size := int(self.rfile.readline().strip(), 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-
-        def handle_any(self):
-            faults.seen += 1
-            body = self.body()
-            kind = faults.kind if faults.left > 0 else ""
-            if faults.only not in self.path.encode() + body:
-                kind = ""
-            if kind and (kind == "503" or self.command == "GET"):
-                faults.left -= 1
-            else:
-                kind = ""
-            if kind == "503":
-                self.send_response(503)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            hop = ("connection", "transfer-encoding", "content-length", "expect")
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in hop}
-            headers.setdefault("Content-Type", "application/octet-stream")  # else urllib has one
-            request = urllib.request.Request(
-                f"http://127.0.0.1:{port}{self.path}", body or None, headers, method=self.command
-            )
-            try:
-                answer = urllib.request.urlopen(request, timeout=30)
-            except urllib.error.HTTPError as e:
-                answer = e
-            data = answer.read()
-            self.send_response(answer.status)
-            for name, value in answer.headers.items():
-                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                    self.send_header(name, value)
-            length = answer.headers.get("Content-Length") if self.command == "HEAD" else len(data)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            if kind == "cut":  # in the middle of the body
-                self.wfile.write(data[: len(data) // 2])
-                self.wfile.flush()
-                self.connection.shutdown(socket.SHUT_RDWR)
-                self.close_connection = True
-                return
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
 @pytest.fixture(scope="module", params=["s3", "gs"])
 def bucket(request, tmp_path_factory):
     """(address of an empty bucket, its faults)."""
     patch, faults, port = pytest.MonkeyPatch(), Faults(), free_port()
-    patch.setattr(remote, "PAUSE", 0.01)
+    patch.setattr(remote, "PAUSE", remote.PAUSE)
+    patch.setattr(gcsfs.retry, "asyncio", gcsfs.retry.asyncio)
+    give_up_soon()
     # Tensorstore opens more connections at once than the five that a server of Python's lets wait.
     patch.setattr(socketserver.TCPServer, "request_queue_size", 128)
     remote._driver.cache_clear()
@@ -645,6 +563,109 @@ def test_a_claim_that_is_not_ours_ends_the_run_whatever_it_holds(gs, claim, says
                 home.publish()
             assert "saves nothing more" in str(caught.value)
         assert bool(remote.stat(f"{place}/.claim")) == (claim is not None)
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """An empty folder, which we are in, and one for temporary files; both stay empty."""
+    folders = [tmp_path / "empty", tmp_path / "temporary"]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.chdir(folders[0])
+    monkeypatch.setenv("TMPDIR", str(folders[1]))
+    monkeypatch.setenv("SOUP_JAX_CACHE_DIR", str(tmp_path / "copies"))
+    yield
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+
+def command(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "soup_jax.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def joined(*arguments, **trouble) -> tuple[list[int], str]:
+    """(statuses, all that the processes said)."""
+    with processes.start(*arguments, **trouble) as running:
+        statuses, said = running.join(300)
+    return statuses, "\n".join(said)
+
+
+@pytest.mark.parametrize(
+    ("only", "says"),
+    [
+        (b"commit_success", r"runs/outage\d/checkpoints: no answer: HttpError, 503"),
+        pytest.param(
+            b"ocdbt",
+            r"outage\d/checkpoints: no answer: All 2 retry attempts failed: Service Unavailable",
+            marks=pytest.mark.slow,
+        ),
+        # The process ends at once, though tensorstore would try on.
+        pytest.param(
+            b"checkpoints/4", r"outage\d/checkpoints: no answer: .*503", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            b"", r"runs/outage\d/.* no answer after 3 attempts: .*503", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_an_outage_at_a_save_is_one_sentence_and_the_run_goes_on_later(
+    gs, sources, tmp_path, empty, only, says
+):
+    address, faults = gs
+    number = len(only) % 10
+    corpus, run = f"{address}/corpora/outage", f"{address}/runs/outage{number}"
+    fields = {"num_steps": 6, "checkpoint.every_steps": 2, "log.every_steps": 1}
+    made = config(sources[0], corpus, **fields)
+    stages.prepare(made)
+    cfg = processes.write_config(tmp_path, made)
+    soon = f"give_up_soon(arrays={only != b'checkpoints/4'})"
+    cfg.write_text(
+        f"import sys\nsys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
+        f"import bucket_proxy\nbucket_proxy.{soon}\n{cfg.read_text()}"
+    )
+    with processes.start(cfg, run, 1, slow=1.0) as running:
+        end = time.monotonic() + 200
+        while not remote.stat(f"{run}/checkpoints/2/commit_success.txt"):
+            assert time.monotonic() < end
+            assert running[0].poll() is None, running[0].communicate()
+            time.sleep(0.1)
+        with faults.of("503", 1_000_000, only):
+            (status,), (said,) = running.join(200)
+    assert status == 2, said
+    (line,) = [x for x in said.splitlines() if x.startswith("soup-jax: error: ")]
+    assert re.search(says, line), line
+    assert "he same command goes on from" in line
+    assert "Traceback" not in said
+    statuses, said = joined(cfg, run, 1)
+    assert statuses == [0], said
+    assert "starting at step 2" in said
+    assert "unreadable" not in said
+    assert [row["step"] for row in metrics_of(run)] == list(range(1, 7))
+    command("verify", run)
+
+
+def test_an_outage_is_no_damage_of_a_checkpoint(gs, sources, tmp_path, monkeypatch):
+    address, faults = gs
+    corpus, run = f"{address}/corpora/readable", f"{address}/runs/readable"
+    stages.prepare(config(sources[0], corpus))
+    fields = {"num_steps": 4, "checkpoint.every_steps": 2}
+    cfg = config(sources[0], corpus, **fields)
+    train(cfg, run)
+    before = {found.address for found in remote.find(f"{run}/checkpoints")}
+    cfg.num_steps = 6
+    newest = f"{run.removeprefix('gs://soup/')}/checkpoints/4".encode()
+    with faults.of("503", 1_000_000, newest), pytest.raises(UserError, match="no answer"):
+        train(cfg, run, accept_changes=True)
+    assert {found.address for found in remote.find(f"{run}/checkpoints")} == before
+    train(cfg, run, accept_changes=True)
+    assert not remote.find(f"{run}/checkpoints/unreadable_4")
 
 
 def test_where_no_run_can_lie_is_one_sentence(bucket, sources, tmp_path, capsys, monkeypatch):

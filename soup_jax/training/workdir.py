@@ -165,6 +165,12 @@ class _Bucket(Workdir):
             self._published[name] = _stamp(self.path / name)
 
     def publish(self) -> None:
+        try:
+            self._publish()
+        except UnavailableError as e:
+            raise UnavailableError(f"{e}. The same command goes on from the last save") from e
+
+    def _publish(self) -> None:
         if self._claim is not None:
             self._check_claim()
         with files.temporary_folder("copy") as folder:
