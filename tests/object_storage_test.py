@@ -597,6 +597,62 @@ def joined(*arguments, **trouble) -> tuple[list[int], str]:
     return statuses, "\n".join(said)
 
 
+@pytest.mark.slow
+def test_all_of_it_by_command_line_from_an_empty_folder(gs, sources, tiny_text, tmp_path, empty):
+    address, _ = gs
+    place = f"{address}/all"
+    run, made, documents = f"{place}/run", f"{place}/made", f"{place}/documents"
+    for name in ("cooking", "python"):
+        put(f"{documents}/{name}.jsonl", (tiny_text / f"{name}.jsonl").read_bytes())
+    fields = {"num_steps": 8, "checkpoint.every_steps": 2, "log.every_steps": 1}
+    cfg = processes.write_config(tmp_path, config(sources[0], f"{place}/corpus", **fields))
+    command("prepare", f"--config={cfg}")
+    statuses, said = joined(cfg, run, 1, process="0", what="SIGKILL", step=5)
+    assert statuses == [-signal.SIGKILL], said
+    assert remote.stat(f"{run}/.claim")
+    statuses, said = joined(cfg, run, 1)
+    assert statuses == [0], said
+    assert re.search(r"starting at step [24]\b", said), said
+    statuses, said = joined(cfg, f"{place}/never_killed", 1)
+    assert statuses == [0], said
+    assert metrics_of(run) == metrics_of(f"{place}/never_killed")
+    said = command("evaluate", f"--workdir={run}", f"--specialists={documents}/*.jsonl")
+    assert f"numbers: {run}/evaluation.json" in said
+    sample = f"--documents={documents}/cooking.jsonl"
+    command("instantiate", f"--run={run}", sample, f"--out={made}")
+    assert command("generate", f"--model={made}", "--prompt=butter", "--max_tokens=5")
+    for what in (f"{place}/corpus", run, made):
+        command("verify", what)
+
+
+@pytest.mark.slow
+def test_several_processes_of_a_run_there(gs, sources, tmp_path, empty, monkeypatch):
+    address, _ = gs
+    place = f"{address}/several"
+    fields = {"num_steps": 8, "checkpoint.every_steps": 2, "log.every_steps": 1}
+    made = config(sources[0], f"{place}/corpus", **fields)
+    stages.prepare(made)
+    cfg, run = processes.write_config(tmp_path, made), f"{place}/run"
+    monkeypatch.setenv("SOUP_JAX_SECRET", "known to all processes of it")
+    statuses, said = joined(cfg, run, 2, process="1", what="SIGKILL", step=5)
+    assert statuses[1] == -signal.SIGKILL, said
+    assert statuses[0] > 0, said
+    statuses, said = joined(cfg, run, 2)
+    assert statuses == [0, 0], said
+    assert re.search(r"starting at step [24]\b", said), said
+    statuses, said = joined(cfg, f"{place}/never_killed", 2)
+    assert statuses == [0, 0], said
+    assert metrics_of(run) == metrics_of(f"{place}/never_killed")
+    assert [row["step"] for row in metrics_of(run)] == list(range(1, 9))
+    assert not remote.stat(f"{run}/.claim")
+    # And on as one process.
+    made.num_steps = 10
+    cfg = processes.write_config(tmp_path, made)
+    statuses, said = joined(cfg, run, 1, "--accept_changes")
+    assert statuses == [0], said
+    assert "starting at step 8" in said
+
+
 @pytest.mark.parametrize(
     ("only", "says"),
     [
