@@ -666,9 +666,7 @@ def test_several_processes_of_a_run_there(gs, sources, tmp_path, empty, monkeypa
         pytest.param(
             b"checkpoints/4", r"outage\d/checkpoints: no answer: .*503", marks=pytest.mark.slow
         ),
-        pytest.param(
-            b"", r"runs/outage\d/.* no answer after 3 attempts: .*503", marks=pytest.mark.slow
-        ),
+        pytest.param(b"", r"runs/outage\d/.* no answer.*503", marks=pytest.mark.slow),
     ],
 )
 def test_an_outage_at_a_save_is_one_sentence_and_the_run_goes_on_later(
