@@ -15,7 +15,7 @@ from conftest import tiny_config
 from step_test import make, make_batch
 
 from soup_jax import tree
-from soup_jax.errors import UserError
+from soup_jax.errors import UnavailableError, UserError
 from soup_jax.processes.group import Solo
 from soup_jax.training import checkpoint, echoes
 from soup_jax.training.checkpoint import Checkpointer
@@ -191,12 +191,18 @@ def test_a_read_is_tried_again_and_its_error_is_short(monkeypatch):
         return {"data": 1}
 
     monkeypatch.setattr(checkpoint, "_read_once", read)
-    assert checkpoint._read(None, 3, {}) == ({"data": 1}, "")
+    reader = SimpleNamespace(directory="run/checkpoints")
+    assert checkpoint._read(reader, 3, {}) == ({"data": 1}, "")
     left += [OSError("the driver's own words\n" * 99)] * 2
-    items, failure = checkpoint._read(None, 3, {})
+    items, failure = checkpoint._read(reader, 3, {})
     assert items is None
     assert failure.startswith("OSError: the driver's own words the")
     assert len(failure) < 250
+    # No damage, by which the one before would be taken: a bucket that does not answer.
+    left += [ConnectionResetError("peer")]
+    reader.directory = "gs://b/checkpoints"
+    with pytest.raises(UnavailableError, match=r"^gs://b/checkpoints: no answer: peer$"):
+        checkpoint._read(reader, 3, {})
 
 
 def test_a_reader_skips_damage_and_leaves_the_folder_alone(tmp_path):
