@@ -42,7 +42,8 @@ FIELDS = (
 
     free("corpus.dir", "corpus", "the prepared corpus: written by `prepare`, read by the rest"),
     free("corpus.cache_dir", "",
-         "where files of a corpus at gs:// or s3:// are kept; empty: below ~/.cache/soup_jax"),
+         "where files of a corpus at gs:// or s3:// are kept; empty: below $SOUP_JAX_CACHE_DIR, or "
+         "~/.cache/soup_jax"),
     free("corpus.sources", (),
          "files, folders or globs, gs:// and s3:// too: .txt .md .py ..., .jsonl[.gz|.zst], "
          ".parquet"),

@@ -9,7 +9,7 @@
 # --lowest   the fast ones, with the lowest releases that pyproject.toml allows; no lint
 # --hf       against transformers, torch, gguf and lm_eval, which are installed for it; no lint
 # --servers  likewise against Apache Beam and servers of S3 and GCS; their drivers and lm_eval ask for
-#            different releases of fsspec
+#            different releases of fsspec; with --all, the slow ones of these, too
 # PYTHON     the interpreter to use (default python3), 3.11 or newer
 # PYTHON312  the second one (default: python3.12, or pyenv's); nothing else is given to pytest there,
 #            so it is left out where there are pytest arguments, and `none` leaves it out always
@@ -92,7 +92,8 @@ fi
 
 if [[ -n "$servers" ]]; then
   environment .venv-test-servers "$python" test,beam,servers
-  tests .venv-test-servers tests/{parts,object_storage}_test.py ${arguments[@]+"${arguments[@]}"}
+  tests .venv-test-servers tests/{parts,object_storage}_test.py ${options[@]+"${options[@]}"} \
+    ${arguments[@]+"${arguments[@]}"}
   exit
 fi
 

@@ -127,10 +127,28 @@ def given_back(path: pathlib.Path, place: str | os.PathLike) -> str:
     return address
 
 
-def local(place: str | os.PathLike) -> pathlib.Path:
+def _folder_files(address: str, *, models: bool) -> dict[str, remote.Found]:
+    found = small_files(address)
+    if {*KNOWN_BY, _RUN} & found.keys():
+        return found
+    if models and "config.json" in found:
+        # Beside them may lie the same weights in other formats, and whole folders of them.
+        kinds = (".json", ".safetensors")
+        return {n: f for n, f in found.items() if n.endswith(kinds) and "/" not in n}
+    model = ", nor a model of transformers, which has a config.json" if models else ""
+    raise UserError(
+        f"{address} holds neither {' nor '.join(KNOWN_BY)}: it is no specialist and no soup "
+        f"folder, or not all of it was copied there; nor a run, which has a {_RUN}{model}"
+    )
+
+
+def local(place: str | os.PathLike, *, models: bool = False) -> pathlib.Path:
     """The folder itself; of one at an address, the copy here, of a run without its checkpoints.
 
-    Copies lie below ~/.cache/soup_jax/folders; only what has changed is copied again.
+    Copies lie in `storage.copies("folders")`; only what has changed is copied again.
+
+    Args:
+      models: at the address may lie a model of transformers; its safetensors and JSON are copied.
 
     Raises:
       UserError: another address, or nothing of the kind is there.
@@ -139,16 +157,10 @@ def local(place: str | os.PathLike) -> pathlib.Path:
         files.refuse_address(place, objects=True)
         return pathlib.Path(place)
     address = remote.spelled(place).rstrip("/")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     digest = hashlib.sha256(address.encode()).hexdigest()[:12]
-    parent = pathlib.Path(home) / "soup_jax" / "folders"
+    parent = files.copies("folders")
     folder = parent / f"{address.rpartition('/')[2]}-{digest}"
-    found = small_files(address)
-    if not {*KNOWN_BY, _RUN} & found.keys():
-        raise UserError(
-            f"{address} holds neither {' nor '.join(KNOWN_BY)}: it is no specialist and no soup "
-            f"folder, or not all of it was copied there; nor a run, which has a {_RUN}"
-        )
+    found = _folder_files(address, models=models)
     parent.mkdir(parents=True, exist_ok=True)
     record = parent / f"{folder.name}.json"
     with files.waiting(parent / f"{folder.name}.lock"):

@@ -12,6 +12,7 @@ that names the address.
 import contextlib
 import functools
 import io
+import logging
 import os
 import pathlib
 import random
@@ -58,8 +59,14 @@ def is_object(path: str | os.PathLike) -> bool:
     return scheme(path) in EXTRAS
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Could not determine bucket type")
+
+
 @functools.lru_cache(maxsize=8)
 def _driver(name: str) -> Any:
+    # gcsfs first asks of what kind a bucket is, and says at each access that it may not know.
+    logging.getLogger("gcsfs").addFilter(_is_news)
     try:
         import fsspec
 
@@ -105,7 +112,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _words(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    words = (str(error).splitlines() or [""])[0][:200]
+    # Of an answer without a text, gcsfs says ", 503".
+    return words if re.match(r"\w", words) else f"{type(error).__name__}{words}"
 
 
 def _for_good(error: BaseException, address: str) -> str:
@@ -136,6 +145,52 @@ _LOGIN = {
     "GOOGLE_APPLICATION_CREDENTIALS",
     "s3": "log in with `aws configure` or `aws sso login`, or set AWS_PROFILE",
 }
+
+
+# How tensorstore, by which orbax reads and writes arrays, spells what says nothing of an object.
+_NO_ANSWER = re.compile(
+    r"(?:UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED(?=.*All \d+ retry attempts failed)): "
+    r"(?:.*(?=All \d+ retry))?(?P<words>[^\[]*)",
+    re.DOTALL,
+)
+_DENIED = re.compile("PERMISSION_DENIED: |UNAUTHENTICATED: ")
+_DRIVERS = ("aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3")
+
+
+@contextlib.contextmanager
+def reached(place: str | os.PathLike, then: str = "") -> Iterator[None]:
+    """For the block, in which a library reads or writes at an address by itself.
+
+    Args:
+      then: ends the sentence: what is to be done, or what of it stays.
+
+    Raises:
+      UnavailableError: it failed since the address cannot be reached, which is no damage of what
+        lies there; one sentence.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        if is_object(place) and (reason := no_answer(e, spelled(place))):
+            raise UnavailableError(f"{spelled(place)}: {reason}{then}") from e
+        raise
+
+
+def no_answer(error: BaseException, address: str = "gs://") -> str:
+    """Why an address cannot be reached, if that is what an error of a library says; else ""."""
+    for e in _chain(error):
+        name, status = type(e).__module__.split(".")[0], getattr(e, "status", None)
+        if _DENIED.match(str(e)):
+            return f"permission denied ({_words(e)}); {_LOGIN[scheme(address)]}"
+        if found := _NO_ANSWER.match(str(e)):
+            return f"no answer: {' '.join(found['words'].split())[:200]}"
+        if str(getattr(e, "code", status)) == "404" or isinstance(e, FileNotFoundError):
+            return ""
+        if name in _DRIVERS or isinstance(e, ConnectionError | TimeoutError):
+            return _for_good(e, address) or f"no answer: {_words(e)}"
+    return ""
 
 
 def check_installed(address: str) -> None:

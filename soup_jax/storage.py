@@ -23,6 +23,8 @@ from typing import Any
 from soup_jax import remote
 from soup_jax.errors import UserError
 
+CACHE_VARIABLE = "SOUP_JAX_CACHE_DIR"
+
 _FIRST = time.time_ns()  # above the numbers of an earlier process with this one's pid
 _numbers = itertools.count(_FIRST)
 
@@ -46,7 +48,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     A process killed inside the block leaves the old file, or none, never half of the new one. After
     the block the new one survives a power cut.
+
+    Raises:
+      UserError: it is an address, of which pathlib would make a folder gs: where we are.
     """
+    refuse_address(path)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -65,7 +71,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     A process killed inside the block leaves the old folder, or none. One that is killed between
     moving the old and the new leaves the old beside it; `recover_folder` brings it back.
+
+    Raises:
+      UserError: it is an address.
     """
+    refuse_address(path)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
@@ -186,6 +196,20 @@ def fetch(address: str, target: pathlib.Path) -> None:
         path.open("wb") as f,
     ):
         shutil.copyfileobj(source, f, remote.BLOCK_BYTES)
+
+
+def copies(kind: str) -> pathlib.Path:
+    """The folder of copies of what lies in buckets, of a kind: corpora, or folders.
+
+    It is below $SOUP_JAX_CACHE_DIR; default: below ~/.cache/soup_jax.
+
+    Raises:
+      UserError: the variable holds an address.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE, "")
+    refuse_address(chosen, CACHE_VARIABLE)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(chosen or pathlib.Path(home, "soup_jax")) / kind
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -7,10 +7,12 @@ benchmarks/bad_inputs.py runs the cases as processes, and measures their memory.
 import json
 import math
 import os
+import sys
 
 import pytest
 from conftest import tiny_config
 
+from soup_jax import remote
 from soup_jax.cli import main
 from soup_jax.config import schema
 from soup_jax.errors import UserError
@@ -287,6 +289,9 @@ COMMANDS = [
 @pytest.mark.parametrize(("arguments", "says"), COMMANDS, ids=[" ".join(a) for a, _ in COMMANDS])
 def test_every_command_refuses_in_one_sentence(arguments, says, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
+    # Whatever drivers are installed here: the cases are those of a user without.
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    remote._driver.cache_clear()
     before = sorted(folder.rglob("*"))
     assert main.run(arguments) == 2
     error = capfd.readouterr().err

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import pathlib
 import shutil
 import sys
 from types import SimpleNamespace
@@ -10,12 +11,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from conftest import tiny_config
 from step_test import make, make_batch
 
 from soup_jax import tree
-from soup_jax.errors import UserError
+from soup_jax.errors import UnavailableError, UserError
 from soup_jax.processes.group import Solo
-from soup_jax.training import checkpoint
+from soup_jax.training import checkpoint, echoes
 from soup_jax.training.checkpoint import Checkpointer
 
 
@@ -75,7 +77,7 @@ def test_restored_on_other_device_counts_and_back_exactly(bank, tmp_path):
 
 def test_reads_that_outlive_a_failed_one_print_nothing(capsys, caplog, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
-    checkpoint._drop_echoes.__wrapped__()
+    echoes.drop.__wrapped__()
 
     def unraisable(text, object=None):
         error = RuntimeError(text)
@@ -189,12 +191,18 @@ def test_a_read_is_tried_again_and_its_error_is_short(monkeypatch):
         return {"data": 1}
 
     monkeypatch.setattr(checkpoint, "_read_once", read)
-    assert checkpoint._read(None, 3, {}) == ({"data": 1}, "")
+    reader = SimpleNamespace(directory="run/checkpoints")
+    assert checkpoint._read(reader, 3, {}) == ({"data": 1}, "")
     left += [OSError("the driver's own words\n" * 99)] * 2
-    items, failure = checkpoint._read(None, 3, {})
+    items, failure = checkpoint._read(reader, 3, {})
     assert items is None
     assert failure.startswith("OSError: the driver's own words the")
     assert len(failure) < 250
+    # No damage, by which the one before would be taken: a bucket that does not answer.
+    left += [ConnectionResetError("peer")]
+    reader.directory = "gs://b/checkpoints"
+    with pytest.raises(UnavailableError, match=r"^gs://b/checkpoints: no answer: peer$"):
+        checkpoint._read(reader, 3, {})
 
 
 def test_a_reader_skips_damage_and_leaves_the_folder_alone(tmp_path):
@@ -300,3 +308,11 @@ def test_whether_a_step_is_saved_is_no_question_of_a_listing(tmp_path, monkeypat
         assert not checkpointer.save(state, {"step": 2})
         assert checkpointer.save(state, {"step": 4})
         assert not checkpointer.save(state, {"step": 4})
+
+
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_checkpoints_at_an_address_are_no_folder_here(kind, monkeypatch):
+    opened = []
+    monkeypatch.setattr(Checkpointer, "_open", lambda self, _: opened.append(self.directory))
+    Checkpointer(kind("gs://b/run/checkpoints"), tiny_config())
+    assert str(opened[0]) == "gs://b/run/checkpoints"  # of gs:/ orbax would make a folder gs:

@@ -356,3 +356,22 @@ def test_what_a_library_logs_of_a_full_disk_is_told_once(caplog):
             logger.exception("a thread failed")
     assert "a bug" in caplog.text
     assert "No space" not in caplog.text
+
+
+def test_a_command_that_failed_does_not_wait_for_what_is_left_of_a_save():
+    # Tensorstore goes on for a quarter of an hour at a bucket that does not answer.
+    program = """
+import threading, time
+from soup_jax.cli import __main__ as entry, main
+class Saving(threading.Thread):
+    __module__ = "orbax.checkpoint.futures"
+def run(argv):
+    Saving(target=time.sleep, args=(300,)).start()
+    print("told")
+    return 2
+main.run = run
+entry.main()
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "told\n"), done.stderr

@@ -4,21 +4,28 @@ Run where the drivers and the servers are installed: `bash launch/test.sh --serv
 """
 
 import contextlib
-import http.server
 import json
 import os
+import pathlib
+import re
 import shutil
+import signal
 import socket
 import socketserver
-import threading
-import urllib.error
-import urllib.request
+import subprocess
+import sys
+import tempfile
+import time
 
+import jax
+import llamas
 import numpy as np
+import processes
 import pytest
+from bucket_proxy import Faults, give_up_soon, proxy
 from conftest import TOPICS, tiny_config, topic_text
 
-from soup_jax import inputs, remote
+from soup_jax import inputs, places, remote
 from soup_jax.cli import main as cli
 from soup_jax.data import corpus_cache
 from soup_jax.data.corpus import artefacts_of, open_corpus
@@ -26,12 +33,13 @@ from soup_jax.data.prepare import stages
 from soup_jax.data.prepare.work import Part
 from soup_jax.errors import UserError
 from soup_jax.evaluation.sample import read_sample
-from soup_jax.training import workdir
+from soup_jax.specialists import trained
+from soup_jax.training import loop, setup, workdir
 from soup_jax.training.loop import train
 
 moto = pytest.importorskip("moto.server")
 pytest.importorskip("s3fs")
-pytest.importorskip("gcsfs")
+gcsfs = pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("gcp_storage_emulator.server")
 
 
@@ -41,90 +49,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-class Faults:
-    """What a proxy in front of a server does to requests: the next `left` of them fail."""
-
-    def __init__(self) -> None:
-        self.kind, self.left, self.seen = "", 0, 0
-
-    @contextlib.contextmanager
-    def of(self, kind: str, number: int):
-        self.kind, self.left = kind, number
-        yield
-        self.kind, self.left = "", 0
-
-
-def proxy(port: int, faults: Faults) -> http.server.ThreadingHTTPServer:
-    """Passes requests on to a server at a port, but for the faults."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_):
-            pass
-
-        def body(self):
-            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            parts = []
-            while size := int(self.rfile.readline().strip(), 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-
-        def handle_any(self):
-            faults.seen += 1
-            body = self.body()
-            kind = faults.kind if faults.left > 0 else ""
-            if kind and (kind == "503" or self.command == "GET"):
-                faults.left -= 1
-            else:
-                kind = ""
-            if kind == "503":
-                self.send_response(503)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            hop = ("connection", "transfer-encoding", "content-length", "expect")
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in hop}
-            headers.setdefault("Content-Type", "application/octet-stream")  # else urllib has one
-            request = urllib.request.Request(
-                f"http://127.0.0.1:{port}{self.path}", body or None, headers, method=self.command
-            )
-            try:
-                answer = urllib.request.urlopen(request, timeout=30)
-            except urllib.error.HTTPError as e:
-                answer = e
-            data = answer.read()
-            self.send_response(answer.status)
-            for name, value in answer.headers.items():
-                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                    self.send_header(name, value)
-            length = answer.headers.get("Content-Length") if self.command == "HEAD" else len(data)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            if kind == "cut":  # in the middle of the body
-                self.wfile.write(data[: len(data) // 2])
-                self.wfile.flush()
-                self.connection.shutdown(socket.SHUT_RDWR)
-                self.close_connection = True
-                return
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
 @pytest.fixture(scope="module", params=["s3", "gs"])
 def bucket(request, tmp_path_factory):
     """(address of an empty bucket, its faults)."""
     patch, faults, port = pytest.MonkeyPatch(), Faults(), free_port()
-    patch.setattr(remote, "PAUSE", 0.01)
+    patch.setattr(remote, "PAUSE", remote.PAUSE)
+    patch.setattr(gcsfs.retry, "asyncio", gcsfs.retry.asyncio)
+    give_up_soon()
     # Tensorstore opens more connections at once than the five that a server of Python's lets wait.
     patch.setattr(socketserver.TCPServer, "request_queue_size", 128)
     remote._driver.cache_clear()
@@ -153,6 +84,8 @@ def bucket(request, tmp_path_factory):
     server.stop()
     remote._driver.cache_clear()
     patch.undo()
+    # What takes an address for a path makes such a folder where we are.
+    assert not [name for name in os.listdir() if name.endswith(":")]
 
 
 def put(address: str, data: bytes) -> None:
@@ -288,6 +221,43 @@ def test_a_corpus_is_prepared_there_and_trained_on(bucket, sources, tmp_path, ca
     train(config(sources[0], place, **{"corpus.cache_dir": cache}), tmp_path / "run")
 
 
+def test_every_command_keeps_its_copies_where_the_variable_says(
+    bucket, sources, tmp_path, monkeypatch, capsys, tiny_text
+):
+    address, _ = bucket
+    place, home = f"{address}/corpora/copies", tmp_path / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setenv("SOUP_JAX_CACHE_DIR", str(tmp_path / "copies"))
+    cfg = config(sources[0], place)
+    stages.prepare(cfg)
+    name = corpus_cache.folder_of(place).name
+    for number, command in enumerate(
+        (
+            ["domains", f"--corpus={place}"],
+            ["histogram", f"--documents={tiny_text / 'cooking.jsonl'}", f"--corpus={place}"],
+            ["verify", place],
+        )
+    ):
+        copies = tmp_path / f"copies{number}"
+        monkeypatch.setenv("SOUP_JAX_CACHE_DIR", str(copies))
+        ran(capsys, *command)
+        assert (copies / "corpora" / name / "offsets.safetensors").exists()
+    source = llamas.specialist(tmp_path / "source", sizes={"vocab_size": 400, "seq_len": 32})
+    source.save(f"{address}/made/copied")
+    assert places.local(f"{address}/made/copied").parent == copies / "folders"
+    # A run's own folder of copies may be one of another machine.
+    cfg.corpus.cache_dir = "/nowhere/copies"
+    assert trained.open_corpus_of(place, tmp_path, None, cfg).path == copies / "corpora" / name
+    cfg.corpus.cache_dir = str(tmp_path / "training")
+    pathlib.Path(cfg.corpus.cache_dir).mkdir()
+    opened = trained.open_corpus_of(place, tmp_path, None, cfg)
+    assert opened.path == tmp_path / "training" / name
+    monkeypatch.setenv("SOUP_JAX_CACHE_DIR", f"{address}/copies")
+    assert "SOUP_JAX_CACHE_DIR=" in ran(capsys, "verify", place, status=2)
+    assert not (home / "soup_jax" / "corpora").exists()
+    assert not (home / "soup_jax" / "folders").exists()
+
+
 def test_a_damaged_copy_is_refused_and_another_corpus_replaces_it(bucket, sources, tmp_path):
     address, _ = bucket
     place, cache = f"{address}/corpora/other", str(tmp_path / "cache")
@@ -383,6 +353,35 @@ def test_soups_and_specialists_live_there(
     assert "not all of it was copied there" in capsys.readouterr().err
 
 
+def test_a_soup_starts_from_a_model_of_transformers_there(bucket, tiny_corpus, tmp_path):
+    address, _ = bucket
+    source = llamas.specialist(tmp_path / "source", sizes={"vocab_size": 400, "seq_len": 32})
+    source.save(tmp_path / "hf", format="hf")
+    place = f"{address}/models/llama"
+    for path in (tmp_path / "hf").iterdir():
+        if path.name != "recipe.json":  # by which a folder of ours is known
+            put(f"{place}/{path.name}", path.read_bytes())
+    put(f"{place}/pytorch_model.bin", b"the same in another format")
+    put(f"{place}/original/params.json", b"{}")
+    fields = {f"model.{name}": value for name, value in llamas.MODEL.items()}
+    fields |= {"corpus.dir": str(tiny_corpus), "checkpoint.init_from": place}
+    run = setup.setup(tiny_config(**fields), tmp_path / "run")
+    with run.lock:
+        setup.read_initial(run)
+    jax.tree.map(np.testing.assert_array_equal, run.initial["shared"], source.params)
+    _, origin = run.changes["checkpoint.init_from"]
+    assert origin["model"] == place
+    copied = {path.name for path in places.local(place, models=True).iterdir()}
+    assert "model.safetensors" in copied
+    assert not {"pytorch_model.bin", "original"} & copied
+    fields["checkpoint.init_from"] = f"{address}/models/none"
+    run = setup.setup(tiny_config(**fields), tmp_path / "other")
+    with run.lock, pytest.raises(UserError, match=r"models/none holds neither .* config\.json"):
+        setup.read_initial(run)
+    with pytest.raises(UserError, match="holds neither"):  # no command but train takes one
+        places.local(place)
+
+
 @pytest.fixture
 def gs(bucket):
     """(address, faults) of the bucket that orbax can write to."""
@@ -472,6 +471,44 @@ def test_a_run_lies_there_killed_and_resumed(gs, sources, tiny_text, tmp_path, c
     assert remote.find(f"{run}/checkpoints/unreadable_6")
 
 
+def test_nothing_of_a_run_stays_here(gs, sources, tmp_path, monkeypatch):
+    address, _ = gs
+    corpus, run = f"{address}/corpora/tidy", f"{address}/runs/tidy"
+    stages.prepare(config(sources[0], corpus))
+    cfg = config(sources[0], corpus, **{"corpus.cache_dir": str(tmp_path / "cache")})
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    kept = []  # the objects themselves live on
+
+    def failing(error):
+        def claim(run, **_):
+            kept.append(run)
+            assert run.workdir.parent == temporary
+            assert run.workdir.is_dir()
+            raise error
+
+        return claim
+
+    for error in (UserError("no"), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "claim_workdir", failing(error))
+            with pytest.raises(type(error)):
+                train(cfg, run)
+        assert not list(temporary.iterdir())
+    at = workdir.at
+    monkeypatch.setattr(workdir, "at", lambda place: kept.append(at(place)) or kept[-1])
+    with pytest.raises(UserError, match="is not a prepared corpus"):
+        train(config(sources[0], f"{address}/nothing"), run)
+    assert not list(temporary.iterdir())
+    with pytest.raises(UserError, match=r"no such bucket|there is no bucket"):
+        train(cfg, "gs://nobody/run")
+    assert not list(temporary.iterdir())
+    train(cfg, run)
+    assert kept[-1].place == run
+    assert not list(temporary.iterdir())
+
+
 def test_a_run_that_was_taken_over_saves_nothing_more(gs, sources, tmp_path, monkeypatch):
     address, _ = gs
     corpus, run = f"{address}/corpora/taken", f"{address}/runs/taken"
@@ -497,6 +534,192 @@ def test_a_run_that_was_taken_over_saves_nothing_more(gs, sources, tmp_path, mon
     assert remote.stat(f"{run}/.claim")  # not ours: it stays
     train(cfg, run)
     assert remote.find(f"{run}/checkpoints/4")
+
+
+@pytest.mark.parametrize(
+    ("claim", "says"),
+    [
+        (b"no json", "is not valid JSON"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"[1]", "it is a list, expected an object"),
+        (b'{"host": "h", "pid": "7", "since": "noon"}', "pid is a text"),
+        (b'{"pid": 7}', "host is missing"),
+        (b'{"host": "h", "pid": 7, "since": "noon"}', "process 7 on h, since noon"),
+        (None, r"\(ended\)"),
+    ],
+)
+def test_a_claim_that_is_not_ours_ends_the_run_whatever_it_holds(gs, claim, says):
+    address, _ = gs
+    place = f"{address}/runs/claims"
+    for _ in range(2):  # a start takes over whatever is there
+        home = workdir.at(place)
+        with contextlib.closing(home), home.claimed(0):
+            home.publish()
+            if claim is None:
+                remote.remove(f"{place}/.claim")
+            else:
+                put(f"{place}/.claim", claim)
+            with pytest.raises(UserError, match=rf"{place}.*{says}") as caught:
+                home.publish()
+            assert "saves nothing more" in str(caught.value)
+        assert bool(remote.stat(f"{place}/.claim")) == (claim is not None)
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """An empty folder, which we are in, and one for temporary files; both stay empty."""
+    folders = [tmp_path / "empty", tmp_path / "temporary"]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.chdir(folders[0])
+    monkeypatch.setenv("TMPDIR", str(folders[1]))
+    monkeypatch.setenv("SOUP_JAX_CACHE_DIR", str(tmp_path / "copies"))
+    yield
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+
+def command(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "soup_jax.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def joined(*arguments, **trouble) -> tuple[list[int], str]:
+    """(statuses, all that the processes said)."""
+    with processes.start(*arguments, **trouble) as running:
+        statuses, said = running.join(300)
+    return statuses, "\n".join(said)
+
+
+@pytest.mark.slow
+def test_all_of_it_by_command_line_from_an_empty_folder(gs, sources, tiny_text, tmp_path, empty):
+    address, _ = gs
+    place = f"{address}/all"
+    run, made, documents = f"{place}/run", f"{place}/made", f"{place}/documents"
+    for name in ("cooking", "python"):
+        put(f"{documents}/{name}.jsonl", (tiny_text / f"{name}.jsonl").read_bytes())
+    fields = {"num_steps": 8, "checkpoint.every_steps": 2, "log.every_steps": 1}
+    cfg = processes.write_config(tmp_path, config(sources[0], f"{place}/corpus", **fields))
+    command("prepare", f"--config={cfg}")
+    statuses, said = joined(cfg, run, 1, process="0", what="SIGKILL", step=5)
+    assert statuses == [-signal.SIGKILL], said
+    assert remote.stat(f"{run}/.claim")
+    statuses, said = joined(cfg, run, 1)
+    assert statuses == [0], said
+    assert re.search(r"starting at step [24]\b", said), said
+    statuses, said = joined(cfg, f"{place}/never_killed", 1)
+    assert statuses == [0], said
+    assert metrics_of(run) == metrics_of(f"{place}/never_killed")
+    said = command("evaluate", f"--workdir={run}", f"--specialists={documents}/*.jsonl")
+    assert f"numbers: {run}/evaluation.json" in said
+    sample = f"--documents={documents}/cooking.jsonl"
+    command("instantiate", f"--run={run}", sample, f"--out={made}")
+    assert command("generate", f"--model={made}", "--prompt=butter", "--max_tokens=5")
+    for what in (f"{place}/corpus", run, made):
+        command("verify", what)
+
+
+@pytest.mark.slow
+def test_several_processes_of_a_run_there(gs, sources, tmp_path, empty, monkeypatch):
+    address, _ = gs
+    place = f"{address}/several"
+    fields = {"num_steps": 8, "checkpoint.every_steps": 2, "log.every_steps": 1}
+    made = config(sources[0], f"{place}/corpus", **fields)
+    stages.prepare(made)
+    cfg, run = processes.write_config(tmp_path, made), f"{place}/run"
+    monkeypatch.setenv("SOUP_JAX_SECRET", "known to all processes of it")
+    statuses, said = joined(cfg, run, 2, process="1", what="SIGKILL", step=5)
+    assert statuses[1] == -signal.SIGKILL, said
+    assert statuses[0] > 0, said
+    statuses, said = joined(cfg, run, 2)
+    assert statuses == [0, 0], said
+    assert re.search(r"starting at step [24]\b", said), said
+    statuses, said = joined(cfg, f"{place}/never_killed", 2)
+    assert statuses == [0, 0], said
+    assert metrics_of(run) == metrics_of(f"{place}/never_killed")
+    assert [row["step"] for row in metrics_of(run)] == list(range(1, 9))
+    assert not remote.stat(f"{run}/.claim")
+    # And on as one process.
+    made.num_steps = 10
+    cfg = processes.write_config(tmp_path, made)
+    statuses, said = joined(cfg, run, 1, "--accept_changes")
+    assert statuses == [0], said
+    assert "starting at step 8" in said
+
+
+@pytest.mark.parametrize(
+    ("only", "says"),
+    [
+        (b"commit_success", r"runs/outage\d/checkpoints: no answer: HttpError, 503"),
+        pytest.param(
+            b"ocdbt",
+            r"outage\d/checkpoints: no answer: All 2 retry attempts failed: Service Unavailable",
+            marks=pytest.mark.slow,
+        ),
+        # The process ends at once, though tensorstore would try on.
+        pytest.param(
+            b"checkpoints/4", r"outage\d/checkpoints: no answer: .*503", marks=pytest.mark.slow
+        ),
+        pytest.param(b"", r"runs/outage\d/.* no answer.*503", marks=pytest.mark.slow),
+    ],
+)
+def test_an_outage_at_a_save_is_one_sentence_and_the_run_goes_on_later(
+    gs, sources, tmp_path, empty, only, says
+):
+    address, faults = gs
+    number = len(only) % 10
+    corpus, run = f"{address}/corpora/outage", f"{address}/runs/outage{number}"
+    fields = {"num_steps": 6, "checkpoint.every_steps": 2, "log.every_steps": 1}
+    made = config(sources[0], corpus, **fields)
+    stages.prepare(made)
+    cfg = processes.write_config(tmp_path, made)
+    soon = f"give_up_soon(arrays={only != b'checkpoints/4'})"
+    cfg.write_text(
+        f"import sys\nsys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
+        f"import bucket_proxy\nbucket_proxy.{soon}\n{cfg.read_text()}"
+    )
+    with processes.start(cfg, run, 1, slow=1.0) as running:
+        end = time.monotonic() + 200
+        while not remote.stat(f"{run}/checkpoints/2/commit_success.txt"):
+            assert time.monotonic() < end
+            assert running[0].poll() is None, running[0].communicate()
+            time.sleep(0.1)
+        with faults.of("503", 1_000_000, only):
+            (status,), (said,) = running.join(200)
+    assert status == 2, said
+    (line,) = [x for x in said.splitlines() if x.startswith("soup-jax: error: ")]
+    assert re.search(says, line), line
+    assert "he same command goes on from" in line
+    assert "Traceback" not in said
+    statuses, said = joined(cfg, run, 1)
+    assert statuses == [0], said
+    assert "starting at step 2" in said
+    assert "unreadable" not in said
+    assert [row["step"] for row in metrics_of(run)] == list(range(1, 7))
+    command("verify", run)
+
+
+def test_an_outage_is_no_damage_of_a_checkpoint(gs, sources, tmp_path, monkeypatch):
+    address, faults = gs
+    corpus, run = f"{address}/corpora/readable", f"{address}/runs/readable"
+    stages.prepare(config(sources[0], corpus))
+    fields = {"num_steps": 4, "checkpoint.every_steps": 2}
+    cfg = config(sources[0], corpus, **fields)
+    train(cfg, run)
+    before = {found.address for found in remote.find(f"{run}/checkpoints")}
+    cfg.num_steps = 6
+    newest = f"{run.removeprefix('gs://soup/')}/checkpoints/4".encode()
+    with faults.of("503", 1_000_000, newest), pytest.raises(UserError, match="no answer"):
+        train(cfg, run, accept_changes=True)
+    assert {found.address for found in remote.find(f"{run}/checkpoints")} == before
+    train(cfg, run, accept_changes=True)
+    assert not remote.find(f"{run}/checkpoints/unreadable_4")
 
 
 def test_where_no_run_can_lie_is_one_sentence(bucket, sources, tmp_path, capsys, monkeypatch):

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 import zstandard
 from ml_collections import ConfigDict
 
-from soup_jax import inputs
+from soup_jax import inputs, storage
 from soup_jax.data import domains, tokenizer, windows
 from soup_jax.data import sources as corpus
 from soup_jax.data.corpus import Corpus, artefacts_of, fingerprint_of, open_corpus
@@ -178,6 +178,29 @@ def test_the_manifest_and_the_domains_count_what_is_there(prepared):
     assert quantiles == sorted(quantiles)
     assert 0 < quantiles[0] <= 1
     prepared.verify()
+
+
+def test_documents_without_a_known_word_are_counted_and_told(sources, prepared, tmp_path, capsys):
+    assert prepared.manifest["counts"]["unknown"] == 0
+    assert prepared.unknown() == ""
+    odd = tmp_path / "odd.jsonl"
+    odd.write_bytes(json_lines(["\U0001f35e" * n for n in range(3, 15)]))
+    both = (str(sources), str(odd))
+    made = prepare.prepare(config(both, tmp_path / "corpus"))
+    shown = capsys.readouterr()
+    assert made.manifest["counts"]["unknown"] == 12
+    total = sum(made.domains[0]["documents"].values())
+    said = f"12 documents (9.1%) have no word that the embedder knows: they are {12 / total:.0%} of"
+    assert f"  {said}" in shown.out
+    assert f"warning: {said}" in shown.err
+    assert made.unknown(least=12 / total) == ""
+    # A corpus of an earlier version does not say, and is the same corpus.
+    manifest = {name: x for name, x in made.manifest.items() if name != "seal"}
+    del manifest["counts"]["unknown"]
+    storage.write_json(made.path / "manifest.json", storage.sealed(manifest))
+    again = prepare.prepare(config(both, tmp_path / "corpus"))
+    assert "already prepared" in capsys.readouterr().err
+    assert (again.unknown(), again.fingerprint) == ("", made.fingerprint)
 
 
 def test_the_folder_is_a_tfds_data_set_and_nothing_else_is_left(prepared):

@@ -2,14 +2,16 @@
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
 
 import pytest
 
-from soup_jax import inputs, storage
-from soup_jax.errors import UserError, explain
+from soup_jax import inputs, remote, storage
+from soup_jax.data.corpus_cache import folder_of
+from soup_jax.errors import UnavailableError, UserError, explain
 
 KILLED = """
 import os, signal, sys
@@ -211,6 +213,21 @@ def test_addresses_are_refused_also_after_pathlib(path):
         storage.refuse_address(path)
 
 
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_an_address_never_becomes_a_folder_here(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"gs://b/x.json is an address"):
+        storage.write_text(kind("gs://b/x.json"), "text")
+    with (
+        pytest.raises(UserError, match="gs://b/folder is an address"),
+        storage.atomic_folder(kind("gs://b/folder")),
+    ):
+        pass
+    with pytest.raises(UserError, match=r"corpus.cache_dir=gs://b/cache is an address"):
+        folder_of("gs://b/corpus", str(kind("gs://b/cache")))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "path", ["run", "a:b/c", "C:/runs", "C:\\runs", "/x/gs:/y", "1s:/x", ":/x"]
 )
@@ -237,3 +254,42 @@ def test_what_appears_was_written_to_the_disk_before(tmp_path, monkeypatch):
         (new / "below" / "a").write_text("a")
         (new / "b").write_text("b")
     assert synced[-1] == tmp_path.stat().st_ino
+
+
+class HttpError(Exception):
+    """Of a driver."""
+
+    __module__ = "gcsfs.retry"
+    code = 503
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (HttpError(", 503"), "no answer: HttpError, 503"),
+        (ConnectionResetError("peer"), "no answer: peer"),
+        (
+            ValueError('ABORTED: Opening "zarr": All 32 retry attempts failed: Unavailable [x'),
+            "no answer: All 32 retry attempts failed: Unavailable",
+        ),
+        (ValueError("UNAVAILABLE: the server is down [x]"), "no answer: the server is down"),
+        (ValueError("PERMISSION_DENIED: Forbidden"), "permission denied .*gcloud auth"),
+        (ValueError("ABORTED: Generation mismatch"), ""),
+        (ValueError("NOT_FOUND: no bucket there"), ""),
+        (FileNotFoundError("x"), ""),
+        (KeyError("x"), ""),
+    ],
+)
+def test_what_cannot_be_reached_is_told_from_what_is_damaged(error, says):
+    outer = RuntimeError("restoring failed")
+    outer.__cause__ = error
+    for raised in (error, outer):
+        assert re.fullmatch(says + ".*" * bool(says), remote.no_answer(raised))
+        expected = UnavailableError if says else type(raised)
+        with (
+            pytest.raises(expected, match=rf"^gs://b/run: {says}.*; go on$" if says else None),
+            remote.reached("gs://b/run", "; go on"),
+        ):
+            raise raised
+        with pytest.raises(type(raised)), remote.reached("a/folder"):
+            raise raised

@@ -35,6 +35,7 @@ from typing import Any
 
 from absl import flags
 
+from soup_jax import remote
 from soup_jax.cli import (
     config_flag,
     domains,
@@ -83,12 +84,14 @@ def _set_up_logging() -> None:
     logger.propagate = False
     logger.setLevel(logging.INFO)
     # orbax logs each thread's traceback of a full disk, through absl, before it raises the error.
-    logging.getLogger("absl").addFilter(_is_not_told_later)
+    # So do gcsfs and asyncio of a server that does not answer.
+    for name in ("absl", "asyncio", "gcsfs"):
+        logging.getLogger(name).addFilter(_is_not_told_later)
 
 
 def _is_not_told_later(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    return error is None or not explain(error)
+    return error is None or not (explain(error) or remote.no_answer(error))
 
 
 @functools.cache

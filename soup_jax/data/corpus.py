@@ -51,7 +51,11 @@ _MANIFEST = {
     "seq_len": int,
     "vocab_size": int,
     "eos_id": int,
-    "counts": {"documents": int, "duplicates": int, "too_short": int, "cut": int, "splits": dict},
+    "counts": {
+        **dict.fromkeys(("documents", "duplicates", "too_short", "cut"), int),
+        "unknown?": int,  # corpora of earlier versions do not say
+        "splits": {...: {"documents": int}},
+    },
     "window_files": {...: [{"name": str, "windows": int}]},
     "artefacts": {...: {"bytes": int, "sha256": str}},
     "extras?": {...: {"bytes": int, "sha256": str}},
@@ -222,6 +226,8 @@ class Corpus(DomainMap):
                 f"  {split}: {count['documents']:,} documents, {count['bytes'] / 1e6:,.1f} MB, "
                 f"{count['tokens']:,} tokens, {count['windows']:,} windows of {self.seq_len}"
             )
+        if unknown := self.unknown():
+            lines.append(f"  {unknown}")
         lines.append(f"  {self.balance()}")
         report = inputs.read_json(self._file("report.json"), REPORT)
         damage = Report(report).lines()
@@ -229,6 +235,19 @@ class Corpus(DomainMap):
             f"  damaged: {counts['damaged']}" + (" (all in report.json)" if damage else "")
         )
         return lines + [f"    {line}" for line in damage]
+
+    def unknown(self, *, least: float = 0.0) -> str:
+        """A sentence on the documents of which the embedder can say nothing; "" for no more than
+        `least` of domain 0, in which they lie as every document must lie somewhere."""
+        number = self.manifest["counts"].get("unknown", 0)
+        total = sum(split["documents"] for split in self.manifest["counts"]["splits"].values())
+        of_domain = number / max(sum(self.domains[0]["documents"].values()), 1)
+        if not number or of_domain <= least:
+            return ""
+        return (
+            f"{number:,} documents ({number / total:.1%}) have no word that the embedder knows: "
+            f"they are {of_domain:.0%} of domain 0 ({self.label(0)})"
+        )
 
     def verify(self) -> None:
         """Compare the SHA-256 of every artefact with the manifest; reads the whole folder.
@@ -258,7 +277,7 @@ def open_corpus(
 
     Args:
       directory: its folder, or its gs:// or s3:// address.
-      cache_dir: where files of one at an address are kept; default below ~/.cache/soup_jax.
+      cache_dir: where files of one at an address are kept; default: in `storage.copies`.
       num_domains: of the level to open; default, and where there is no such level: the finest.
 
     Raises:

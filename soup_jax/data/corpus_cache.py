@@ -25,9 +25,13 @@ _LARGE = 16 << 20  # bytes; copying more is told
 
 
 def folder_of(address: str, cache_dir: str = "") -> pathlib.Path:
-    """The local folder for the corpus at an address; `cache_dir` empty: below ~/.cache/soup_jax."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    parent = pathlib.Path(cache_dir or pathlib.Path(home) / "soup_jax" / "corpora")
+    """The local folder for the corpus at an address; `cache_dir` empty: in `storage.copies`.
+
+    Raises:
+      UserError: `cache_dir` is an address itself.
+    """
+    files.refuse_address(cache_dir, "corpus.cache_dir")
+    parent = pathlib.Path(cache_dir or files.copies("corpora"))
     place = remote.spelled(address).rstrip("/")
     name = place.rpartition("/")[2]
     return parent / f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"

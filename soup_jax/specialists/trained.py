@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -367,8 +368,10 @@ def open_corpus_of(
     Raises:
       UserError: it is gone, or another one than the fingerprint says; None takes any.
     """
+    # The training's folder of copies, where this is its machine, and ours to write.
+    cache = cfg.corpus.cache_dir if os.access(cfg.corpus.cache_dir, os.W_OK) else ""
     try:
-        corpus = open_corpus(directory, num_domains=cfg.num_domains, cache_dir=cfg.corpus.cache_dir)
+        corpus = open_corpus(directory, num_domains=cfg.num_domains, cache_dir=cache)
     except UserError as e:
         raise UserError(
             f"{e}. If the corpus of {workdir} lies elsewhere, make a link to it there, or give its "

@@ -13,10 +13,8 @@ be taken for a later save of its own. A later start deletes it, once the run is 
 """
 
 import contextlib
-import functools
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,19 +27,15 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from soup_jax import places, remote, storage, tree
-from soup_jax.errors import UserError, explain
+from soup_jax.errors import UnavailableError, UserError, explain
 from soup_jax.inputs import check_structure, read_format
 from soup_jax.processes import start as distributed
-from soup_jax.training import formats, integrity
+from soup_jax.training import echoes, formats, integrity
 from soup_jax.training.state import TrainState
 
+_SAVED = ". What was saved before stays, and the same command goes on from it"
 TRYING = "unreadable checkpoint, trying the one before: %s"
 _log = logging.getLogger(__name__)
-
-# Orbax warns of every folder that is opened for reading alone, as all commands but `train` do.
-logging.getLogger("absl").addFilter(
-    lambda record: not str(record.msg).startswith("Given directory is read only")
-)
 
 _ARRAYS = ("params", "opt_state")
 # Between two tries to read: a network file system may fail for a moment.
@@ -74,8 +68,8 @@ class Checkpointer:
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 async_options=ocp.AsyncOptions(timeout_secs=cfg.checkpoint.async_timeout_secs),
             )
-        _drop_echoes()
-        path = epath.Path(directory)
+        echoes.drop()
+        path = epath.Path(remote.spelled(directory))  # pathlib's gs:/ would be a folder here
         self.directory = path if remote.is_object(path) else path.absolute()
         self._group = distributed.current()
         self._timeout = 300.0 if cfg is None else cfg.checkpoint.async_timeout_secs
@@ -85,11 +79,12 @@ class Checkpointer:
 
     def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS}
-        return ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_handlers={**handlers, "data": ocp.JsonCheckpointHandler()},
-        )
+        with remote.reached(self.directory):
+            return ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                item_handlers={**handlers, "data": ocp.JsonCheckpointHandler()},
+            )
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[ocp.CheckpointManager]:
@@ -132,7 +127,8 @@ class Checkpointer:
 
         Returns as soon as the arrays may be donated; an earlier save that failed raises here.
         """
-        self._manager.check_for_errors()
+        with remote.reached(self.directory, _SAVED):
+            self._manager.check_for_errors()
         step = int(data["step"])
         if step <= self._last:  # not by a listing: each process may see another
             return False
@@ -148,27 +144,27 @@ class Checkpointer:
         data = {"format": formats.CHECKPOINT, **data}
         data["checksums"] = integrity.checksums({"params": params, "opt_state": opt_state})
         data = storage.sealed(json.loads(storage.json_text(data)))  # as it will be read
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(
-                    params, save_args=tree.map_named(formats.chunks, params)
-                ),
-                opt_state=ocp.args.StandardSave(opt_state),
-                data=ocp.args.JsonSave(data),
-            ),
+        chunks = tree.map_named(formats.chunks, params)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params, save_args=chunks),
+            opt_state=ocp.args.StandardSave(opt_state),
+            data=ocp.args.JsonSave(data),
         )
+        with remote.reached(self.directory, _SAVED):
+            self._manager.save(step, args=items)
         return True
 
     def wait(self) -> None:
         """Block until the save in flight is durable; raises if it failed."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with remote.reached(self.directory, _SAVED):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Wait for the save in flight and release the manager."""
         self.wait()
-        self._manager.close()
+        with remote.reached(self.directory):
+            self._manager.close()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, data) of the newest readable checkpoint, or None if there is none.
@@ -187,7 +183,8 @@ class Checkpointer:
         step, items = result
         self._last = step
         if not self._read_only:
-            self._set_aside(step)
+            with remote.reached(self.directory):
+                self._set_aside(step)
         state = TrainState(
             params=items["params"],
             opt_state=items["opt_state"],
@@ -209,9 +206,9 @@ class Checkpointer:
 
     def data(self, step: int) -> dict[str, Any]:
         """The data item of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))[
-            "data"
-        ]
+        args = ocp.args.Composite(data=ocp.args.JsonRestore())
+        with remote.reached(self.directory):
+            return self._manager.restore(step, args=args)["data"]
 
     def verify(self) -> dict[int, tuple[str, str]]:
         """By step: (what is damaged, what was compared), of all that a checkpoint holds."""
@@ -229,8 +226,11 @@ class Checkpointer:
                     dict(self._manager.item_metadata(step)[name]),
                 )
                 args = ocp.args.Composite(**{name: ocp.args.StandardRestore(target)})
-                items = {name: self._manager.restore(step, args=args)[name]}
+                with remote.reached(self.directory):
+                    items = {name: self._manager.restore(step, args=args)[name]}
                 found += integrity.differences(saved or {}, items)
+        except UnavailableError:
+            raise
         except Exception as e:
             return " ".join(f"{type(e).__name__}: {e}".split())[:300], ""
         if found:
@@ -325,30 +325,16 @@ def _read(reader: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -
         if attempt:
             time.sleep(_RETRY_SECS)
         try:
-            return _read_once(reader, step, target), ""
+            with remote.reached(reader.directory):
+                return _read_once(reader, step, target), ""
         except UserError:
-            raise  # sound, but of a later version: one before it would be no continuation
+            # Sound, but of a later version, or out of reach: one before it is no continuation.
+            raise
         except _Damaged as e:
             return None, str(e)
         except Exception as e:
             failure = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     return None, failure
-
-
-@functools.cache
-def _drop_echoes() -> None:
-    # When a read fails, orbax leaves the others that are under way: Python then tells of their
-    # coroutines and tasks, and tensorstore of a closed event loop, in tracebacks by the dozen.
-    logging.getLogger("asyncio").addFilter(lambda r: "tensorstore_spec" not in r.getMessage())
-    hook = sys.unraisablehook
-
-    def others(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        left = "orbax" in getattr(code, "co_filename", "")
-        if not left and str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = others
 
 
 class _Damaged(Exception):

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from soup_jax import remote, tree
-from soup_jax.errors import DamagedError, UserError
+from soup_jax.errors import DamagedError, UnavailableError, UserError
 from soup_jax.training import formats
 from soup_jax.training.checkpoint import TRYING, Checkpointer, check_data
 
@@ -47,7 +47,8 @@ class CheckpointArrays:
             )
             for path, name in tree.flatten(stored["params"]).items()
         }
-        self._arrays: dict[str, Any] = {name: future.result() for name, future in opening.items()}
+        with remote.reached(folder):
+            self._arrays: dict[str, Any] = {name: f.result() for name, f in opening.items()}
         self.shapes: Mapping[str, jax.ShapeDtypeStruct] = {
             name: jax.ShapeDtypeStruct(a.shape, a.dtype.numpy_dtype)
             for name, a in self._arrays.items()
@@ -68,7 +69,10 @@ class CheckpointArrays:
         array = self._arrays[name]
         chosen = array[start:stop] if array.ndim else array
         try:
-            return np.asarray(chosen.read().result())
+            with remote.reached(self.where):
+                return np.asarray(chosen.read().result())
+        except UnavailableError:
+            raise
         except ValueError as e:  # its chunks have checksums of their own, if they are compressed
             reason = " ".join(str(e).split())[:200]
             raise DamagedError(

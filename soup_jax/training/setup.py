@@ -111,6 +111,8 @@ def setup(
 ) -> Run:
     """Check everything that can be checked before work starts, and build the run.
 
+    Close its `lock` when it is done: what lies here of a run in a bucket is removed then.
+
     Args:
       model: the base network, if it is not the config's.
       devices: to train on; default: all of all processes.
@@ -119,7 +121,20 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
-    home = workdir_lib.at(workdir)
+    with contextlib.ExitStack() as lock:
+        home = workdir_lib.at(workdir)
+        lock.callback(home.close)
+        run = _build(cfg, home, model, devices)
+        run.lock = lock.pop_all()
+        return run
+
+
+def _build(
+    cfg: ConfigDict,
+    home: Workdir,
+    model: BaseModel | None,
+    devices: Sequence[jax.Device] | None,
+) -> Run:
     new = not (home.path / "config.json").exists()
     _check_new(new, config_lib.check_start, cfg)
     trackers.find(cfg.log.trackers)
@@ -191,7 +206,8 @@ def read_initial(run: Run) -> None:
     if lead["steps"]:
         return
     files.refuse_address(cfg.init_from, "checkpoint.init_from", objects=True)
-    source = places.local(cfg.init_from)
+    source = places.local(cfg.init_from, models=True)
+    address = remote.spelled(cfg.init_from).rstrip("/") if remote.is_object(cfg.init_from) else ""
     config = source / "config.json"
     if not config.exists():
         raise UserError(
@@ -207,7 +223,7 @@ def read_initial(run: Run) -> None:
             )
         shared = run.abstract.params["shared"]
         run.initial = {"shared": pretrained.read(source, run.cfg, shared, run.corpus)}
-        origin |= {"model": str(source.absolute())}
+        origin |= {"model": address or str(source.absolute())}
     else:
         with checkpoint_lib.Checkpointer(places.checkpoints(cfg.init_from)) as reader:
             wanted = cfg.init_step or None
@@ -215,8 +231,7 @@ def read_initial(run: Run) -> None:
             corpus = reader.data(step)["fingerprint"]["corpus"]
         if corpus != run.corpus.fingerprint:
             _log.warning("%s was trained on another corpus: its domains meant other text", source)
-        place = remote.spelled(cfg.init_from) if remote.is_object(cfg.init_from) else ""
-        origin |= {"run": place or str(source.absolute()), "step": step}
+        origin |= {"run": address or str(source.absolute()), "step": step}
     run.changes = {"checkpoint.init_from": ("", origin)}
 
 

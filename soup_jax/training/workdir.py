@@ -5,7 +5,6 @@ here has it, which is filled at each start and copied to the bucket before each 
 """
 
 import contextlib
-import json
 import logging
 import os
 import pathlib
@@ -18,11 +17,12 @@ from typing import Any
 
 from soup_jax import inputs, places, remote
 from soup_jax import storage as files
-from soup_jax.errors import UserError
+from soup_jax.errors import UnavailableError, UserError
 
 _log = logging.getLogger(__name__)
 
 _CLAIM = ".claim"  # the object that names who trains there
+_CLAIM_HOLDS = {"host": str, "pid": int, "since": str}
 
 
 def check(place: str | os.PathLike) -> None:
@@ -93,16 +93,23 @@ class Workdir:
           UserError: another start has taken the run over, or the bucket cannot be written.
         """
 
+    def close(self) -> None:
+        """Remove what lies here for the time of the command alone."""
+
 
 class _Bucket(Workdir):
     def __init__(self, place: str | os.PathLike):
-        self._open = contextlib.ExitStack()
-        super().__init__(self._open.enter_context(files.temporary_folder("run")))
-        self.place = remote.spelled(place).rstrip("/")
-        self.checkpoints = places.checkpoints(place)
         self._published: dict[str, tuple[int, int]] = {}
         self._claim: dict[str, Any] | None = None
-        self.refresh()
+        with contextlib.ExitStack() as stack:
+            super().__init__(stack.enter_context(files.temporary_folder("run")))
+            self.place = remote.spelled(place).rstrip("/")
+            self.checkpoints = places.checkpoints(place)
+            self.refresh()
+            self._open = stack.pop_all()
+
+    def close(self) -> None:
+        self._open.close()
 
     def same(self) -> str:
         return self.place
@@ -130,9 +137,27 @@ class _Bucket(Workdir):
                 _log.warning("the last of the run's small files are not there: %s", e)
             self._claim = None
 
-    def _claimed_by(self) -> dict[str, Any]:
-        address = f"{self.place}/{_CLAIM}"
-        return json.loads(inputs.read_text(address)) if remote.stat(address) else {}
+    def _check_claim(self) -> None:
+        address, who = f"{self.place}/{_CLAIM}", "ended"
+        if remote.stat(address):
+            try:
+                other = inputs.read_json(address, _CLAIM_HOLDS)
+            except UnavailableError:
+                raise
+            except UserError as e:
+                # Whoever wrote that may be at work there, too; ending costs the steps since a save.
+                raise UserError(
+                    f"this run ends, and saves nothing more, for somebody has written over the "
+                    f"object by which it has {self.place}: {e}. The same command goes on from its "
+                    "last save"
+                ) from e
+            if other == self._claim:
+                return
+            who = "process {pid} on {host}, since {since}".format_map(other)
+        raise UserError(
+            f"another `soup-jax train` has taken over {self.place} ({who}): this one ends, and "
+            "saves nothing more"
+        )
 
     def refresh(self) -> None:
         for name, found in places.small_files(self.place).items():
@@ -140,12 +165,14 @@ class _Bucket(Workdir):
             self._published[name] = _stamp(self.path / name)
 
     def publish(self) -> None:
-        if self._claim is not None and (other := self._claimed_by()) != self._claim:
-            who = "process {pid} on {host}, since {since}".format_map(other) if other else "ended"
-            raise UserError(
-                f"another `soup-jax train` has taken over {self.place} ({who}): this one ends, and "
-                "saves nothing more"
-            )
+        try:
+            self._publish()
+        except UnavailableError as e:
+            raise UnavailableError(f"{e}. The same command goes on from the last save") from e
+
+    def _publish(self) -> None:
+        if self._claim is not None:
+            self._check_claim()
         with files.temporary_folder("copy") as folder:
             for path in files.files_in(self.path):
                 name, stamp = path.relative_to(self.path).as_posix(), _stamp(path)

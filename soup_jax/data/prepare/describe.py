@@ -117,6 +117,18 @@ def write_train_hashes(work: Work) -> None:
     shards.save(path, {"hashes": np.unique(np.concatenate(parts))})
 
 
+def _unknown(work: Work) -> int:
+    # Documents of which the embedder can say nothing, and that lie in domain 0. A row of zeros has the cosine 0 to all
+    # centroids, and no other row has to its nearest one.
+    if work.cfg.corpus.domain_field:
+        return 0
+    return sum(
+        int(np.count_nonzero(~similarity.reshape(len(similarity), -1).any(axis=1)))
+        for path in work.shards("grouped")
+        if len(similarity := shards.load(path, "similarity")["similarity"])
+    )
+
+
 def write_manifest(
     work: Work, layout: windows.Layout, totals: dict[str, int], report: Report
 ) -> None:
@@ -151,7 +163,8 @@ def write_manifest(
         "eos_id": layout.eos_id,
         "tokenizer": tokenizer.hash,
         "embedder": load_embedder(final).name,
-        "counts": totals | {"damaged": sum(report.counts.values()), "splits": splits},
+        "counts": totals
+        | {"damaged": sum(report.counts.values()), "splits": splits, "unknown": _unknown(work)},
         "window_files": {
             split: [
                 {"name": file.name, "windows": file.stop - file.start}

@@ -58,6 +58,8 @@ from soup_jax.errors import UserError
 
 # With fewer to fit a centroid on, k-means warns in the libraries of the field.
 _DOCUMENTS_PER_DOMAIN = 39
+# A share of domain 0 that changes what the domain is.
+_UNKNOWN = 0.1
 
 
 def prepare(cfg: Any, *, map: Map | None = None) -> Corpus:
@@ -111,6 +113,11 @@ def prepare_part(cfg: Any, part: Part, *, map: Map | None = None) -> Corpus | No
         upload(directory, cache.address, artefacts_of(open_corpus(directory).manifest))
     corpus = open_corpus(place, cache_dir=cfg.corpus.cache_dir)
     print("\n".join(corpus.summary()))
+    if warning := corpus.unknown(least=_UNKNOWN):
+        say(
+            f"warning: {warning}, and what is drawn for it is not what its label says. Leave them "
+            "out of the sources, or take another --config.embed.kind"
+        )
     if warning := domain_report.repetition_warning(cfg, corpus):
         say(f"warning: {warning}")
     say(f"done in {time.monotonic() - begin:.0f} s")
