@@ -118,8 +118,8 @@ def write_train_hashes(work: Work) -> None:
 
 
 def _unknown(work: Work) -> int:
-    # Documents of which the embedder can say nothing, and that lie in domain 0. A row of zeros has the cosine 0 to all
-    # centroids, and no other row has to its nearest one.
+    # Documents of which the embedder can say nothing, and that lie in domain 0. A row of zeros has
+    # the cosine 0 to all centroids, and no other row has to its nearest one.
     if work.cfg.corpus.domain_field:
         return 0
     return sum(

@@ -246,13 +246,13 @@ def check(cfg: Any) -> None:
 
 
 def check_fields(sources: Iterable[corpus_lib.SourceFile], domain_field: str) -> None:
-    """Refuse sources whose documents can name no domain.
+    """Refuse sources whose documents can name no domain, if they are to; "" asks for none.
 
     Raises:
       UserError: one is a text file.
     """
     for source in sources:
-        if source.kind == "text":
+        if domain_field and source.kind == "text":
             raise UserError(
                 f"{source.path} is a text, which has no field {domain_field!r}: with "
                 "corpus.domain_field, sources are .jsonl or .parquet"

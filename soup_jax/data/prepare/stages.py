@@ -194,8 +194,7 @@ def _hash(work: Work) -> None:
 
 def _read(work: Work, report: Report) -> dict[str, int]:
     cfg, folder = work.cfg.corpus, work.path / "documents"
-    if cfg.domain_field:
-        request_lib.check_fields(work.sources, cfg.domain_field)
+    request_lib.check_fields(work.sources, cfg.domain_field)
     reading = shards.Reading(
         text_field=cfg.text_field,
         domain_field=cfg.domain_field,
