@@ -19,9 +19,9 @@
 A config is a Python file with `get_config()`; `--config=FILE.py:ARG` passes it an argument, and
 `--config.section.field=value` changes a field. `soup-jax SUBCOMMAND --help` lists the flags.
 Exit status: 0 if what was asked is done; 1 if `plan` finds that the run does not fit, training
-diverged, a point of `sweep` failed, a loss of `evaluate` is not finite, or the self-test of `prepare` missed something; 2 for
-something you can fix, said in one line; 75 if `prepare --merge` waits for shards; 130 if you
-interrupted it, 141 if nobody reads its output any more.
+diverged, a point of `sweep` failed, a loss of `evaluate` is not finite, or the self-test of
+`prepare` missed something; 2 for something you can fix, said in one line; 75 if `prepare --merge`
+waits for shards; 130 if you interrupted it, 141 if nobody reads its output any more.
 """
 
 import functools

@@ -25,6 +25,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +97,29 @@ def _listen() -> None:
         _hits += event == _HIT
 
     jax.monitoring.register_event_listener(count)
+
+
+class Bound:
+    """A jitted function whose first argument is given. It is an argument of the program and no
+    constant in it, so that runs which differ in its value alone share what is compiled."""
+
+    def __init__(self, jitted: Any, value: np.generic, sharding: jax.sharding.Sharding):
+        """`sharding` is that of the argument; its devices need not be present for `lower`."""
+        self._jitted, self._value, self._sharding = jitted, value, sharding
+
+    @functools.cached_property
+    def _array(self) -> jax.Array:
+        # No process asks the others, as device_put would.
+        return jax.make_array_from_callback((), self._sharding, lambda _: np.asarray(self._value))
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it with the other arguments."""
+        return self._jitted(self._array, *arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        """Lower it for them, as of a jitted function."""
+        first = jax.ShapeDtypeStruct((), self._value.dtype, sharding=self._sharding)
+        return self._jitted.lower(first, *arguments)
 
 
 def compiled(name: str, jitted: Any, *arguments: Any) -> Any:

@@ -96,7 +96,8 @@ def _accelerators() -> tuple[str, list[str]]:
         if listed is None:
             return "gpu", [str(i) for i in range(len(found))]
         return ("gpu", [x.strip() for x in listed.split(",")]) if listed.strip() else ("", [])
-    if importlib.util.find_spec("libtpu") and glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if importlib.util.find_spec("libtpu") and chips:
         return "tpu", []
     return "", []
 

@@ -11,7 +11,7 @@ from soup_jax import inputs
 from soup_jax import storage as files
 from soup_jax.config.schema import FIELDS
 from soup_jax.errors import UserError, explain
-from soup_jax.sweeps.points import Point, Sweep, argument, spelled
+from soup_jax.sweeps.points import Point, Sweep, spelled
 from soup_jax.training import metrics
 
 # In the order in which the first that all finished points have decides.
@@ -25,7 +25,7 @@ class Row:
     """One point as it stands.
 
     Attributes:
-      state: done, failed, stopped (it has steps, and goes on) or waiting.
+      state: done, failed, unfinished (it has begun, and goes on) or waiting.
       numbers: nats per token; `loss` of the last line of metrics, the others of the documents
         `tuning` of the specialists and of the validation text.
       seconds: of all starts that came to an end.
@@ -64,7 +64,7 @@ def rows(sweep: Sweep, workdir: pathlib.Path) -> list[Row]:
         folder = workdir / point.name
         ended = outcome(folder)
         started = (folder / "metrics.jsonl").exists()
-        state = ended["state"] or ("stopped" if started else "waiting")
+        state = ended["state"] or ("unfinished" if started else "waiting")
         numbers = _numbers(folder) if state == "done" else {}
         found.append(Row(point, state, numbers, ended["seconds"], ended["error"]))
     return found
@@ -153,8 +153,7 @@ def best(rows: Sequence[Row], metric: str) -> Row | None:
 
 def command(sweep: Sweep, point: Point, workdir: pathlib.Path) -> list[str]:
     """The words of a command that trains a point's config anew, beside the sweep."""
-    own = [argument(name, value) for name, value in point.overrides.items()]
-    return ["soup-jax", "train", *sweep.train, *own, f"--workdir={workdir}-best"]
+    return ["soup-jax", "train", *sweep.train, *point.arguments, f"--workdir={workdir}-best"]
 
 
 def columns(sweep: Sweep) -> dict[str, str]:
@@ -263,9 +262,7 @@ def _draw_field(axes: Any, rows: Sequence[Row], field: str, metric: str) -> None
         axes.set_xticks(places, [spelled(v)[:20] for v in values], rotation=30, ha="right")
 
 
-def drawn(
-    rows: Sequence[Row], names: dict[str, str], metric: str, workdir: pathlib.Path
-) -> str:
+def drawn(rows: Sequence[Row], names: dict[str, str], metric: str, workdir: pathlib.Path) -> str:
     """`draw` for the end of a command: the path, or why there is no picture."""
     try:
         return str(draw(rows, names, metric, workdir))
