@@ -158,7 +158,8 @@ for line in sys.stdin:
         open(rest[0], "w").close()
         time.sleep(60)
     if word == "where":
-        open(rest[0], "w").write(f"{os.getpid()} {sys.argv[1]} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+        where = os.getpid(), sys.argv[1], os.environ.get("CUDA_VISIBLE_DEVICES")
+        print(*where, file=open(rest[0], "w"))
     print(rest[0] if word == "status" else 0, flush=True)
 """
 
@@ -318,7 +319,7 @@ GOOD, BAD, LAST = (f"{RATE}={rate}" for rate in ("0.003", "1e+30", "0.01"))
 
 @pytest.fixture(scope="module")
 def swept(tiny_text, tiny_corpus, tmp_path_factory):
-    """(folder, its sweep killed in the first point, the process that was given the command again)."""
+    """(folder, the process of the second command): the first was killed in the first point."""
     here = tmp_path_factory.mktemp("sweep")
     fields = {
         "corpus.dir": tiny_corpus,
@@ -348,7 +349,7 @@ def numbers(run):
 
 
 def test_a_killed_sweep_goes_on_where_it_was(swept):
-    here, second = swept
+    here, _ = swept
     log = (here / "sweep" / GOOD / "log.txt").read_text()
     assert log.count("+ soup-jax train") == 2
     assert log.count("starting at step") == 2, log
@@ -414,3 +415,17 @@ def test_what_is_done_is_not_done_again(swept, monkeypatch, capsys, caplog):
     saved = points.load(here / "sweep")
     assert [p.name for p in saved.points] == [f"{p},seed=5" for p in (GOOD, BAD, LAST)]
     assert saved.earlier == [GOOD, BAD, LAST]
+
+
+def test_shards_train_all_points_once_and_tell_their_own_failures(swept, monkeypatch, capsys):
+    here, _ = swept
+    monkeypatch.chdir(here)
+    trained = []
+    monkeypatch.setattr(work.Work, "run", lambda _, mine, **__: trained.append(mine) or "")
+    command = ["sweep", "--config=tiny.py", "--workdir=sweep"]
+    statuses = [main.run([*command, f"--shard={i}/2"]) for i in range(2)]
+    assert [[point.name for point, _ in mine] for mine in trained] == [[GOOD, LAST], [BAD]]
+    assert statuses == [0, 1]
+    captured = capsys.readouterr()
+    assert captured.out == "3 points\n3 points\n"
+    assert "1 of 1 points failed" in captured.err

@@ -76,7 +76,11 @@ def run(values: flags.FlagValues) -> int:
         return _tell(points.load(workdir), workdir, values.metric or "")
     cfg = config_flag.checked(values)
     shard = _shard(values.shard)
-    pairs = points.check(cfg, points.product(_listed(values), _axes(values)))
+    overrides = points.product(_listed(values), _axes(values))
+    for name in _common(values):
+        if any(name in each for each in overrides):
+            raise UserError(f"{name} is swept, and set by --config.{name}: leave one of them out")
+    pairs = points.check(cfg, overrides)
     common = [points.argument(n, v) for n, v in _common(values).items()]
     train = [f"--config={_file(values)}", *common]
     print(f"{len(pairs)} points")

@@ -36,15 +36,17 @@ def check_evaluations(pairs: Pairs, *, evaluate: bool, metric: str) -> None:
     Raises:
       UserError: names the point.
     """
+    of_specialists = evaluate or metric not in ("", "loss", "validation")
     for point, cfg in pairs:
-        if evaluate and not cfg.evaluate.specialists:
+        what = "--evaluate" if evaluate else f"--metric={metric}"
+        if of_specialists and not cfg.evaluate.specialists:
             raise UserError(
-                f"--evaluate, but {point.name} has no evaluate.specialists: set "
+                f"{what}, but {point.name} has no evaluate.specialists: set "
                 "--config.evaluate.specialists=FILES"
             )
         if metric not in ("", "loss") and not (evaluate or cfg.evaluate.every_steps):
             raise UserError(
-                f"--metric={metric}, but {point.name} is never evaluated: add --evaluate, or set "
+                f"{what}, but {point.name} is never evaluated: add --evaluate, or set "
                 "--config.evaluate.every_steps"
             )
 
