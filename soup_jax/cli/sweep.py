@@ -83,23 +83,24 @@ def run(values: flags.FlagValues) -> int:
     pairs = points.check(cfg, overrides)
     common = [points.argument(n, v) for n, v in _common(values).items()]
     train = [f"--config={_file(values)}", *common]
+    work.check_evaluations(pairs, evaluate=values.evaluate, metric=values.metric or "")
+    work.check_runs(pairs, workdir)
     print(f"{len(pairs)} points")
     if values.dry_run:
         for point, _ in pairs:
             words = ["soup-jax", "train", *train, *point.arguments]
             print(shlex.join([*words, f"--workdir={workdir / point.name}"]))
         return 0
-    given = ["soup-jax", "sweep", *train, f"--workdir={values.workdir}"]
-    given += [f"--{name}={values[name].value}" for name in _axis_flags(values)]
-    work.check_evaluations(pairs, evaluate=values.evaluate, metric=values.metric or "")
-    work.check_runs(pairs, workdir)
+    told = ["workdir", "jobs", "shard", "evaluate", "metric", *_axis_flags(values)]
+    given = [f"--{name}={values[name].value}" for name in told if values[name].present]
     names = [point.name for point, _ in pairs]
     before = points.load(workdir) if (workdir / "sweep.json").exists() else None
     known = [*before.earlier, *(p.name for p in before.points)] if before else []
     earlier = [name for name in dict.fromkeys(known) if name not in names]
     if earlier:
         _log.info("no longer in the sweep, and left alone: %s", "; ".join(earlier))
-    sweep = points.Sweep(given, train, [point for point, _ in pairs], earlier)
+    command = ["soup-jax", "sweep", *train, *given]
+    sweep = points.Sweep(command, train, [point for point, _ in pairs], earlier)
     workdir.mkdir(parents=True, exist_ok=True)
     refusal = f"another `soup-jax sweep` is at work in {workdir}"
     with files.locked(workdir, refusal, shared=shard is not None):

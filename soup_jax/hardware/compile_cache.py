@@ -105,21 +105,24 @@ class Bound:
 
     def __init__(self, jitted: Any, value: np.generic, sharding: jax.sharding.Sharding):
         """`sharding` is that of the argument; its devices need not be present for `lower`."""
-        self._jitted, self._value, self._sharding = jitted, value, sharding
+        self.jitted, self._value, self._sharding = jitted, value, sharding
 
     @functools.cached_property
     def _array(self) -> jax.Array:
-        # No process asks the others, as device_put would.
-        return jax.make_array_from_callback((), self._sharding, lambda _: np.asarray(self._value))
+        # No process asks the others, as device_put would; and it is meant, once.
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.make_array_from_callback(
+                (), self._sharding, lambda _: np.asarray(self._value)
+            )
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it with the other arguments."""
-        return self._jitted(self._array, *arguments)
+        return self.jitted(self._array, *arguments)
 
     def lower(self, *arguments: Any) -> Any:
         """Lower it for them, as of a jitted function."""
         first = jax.ShapeDtypeStruct((), self._value.dtype, sharding=self._sharding)
-        return self._jitted.lower(first, *arguments)
+        return self.jitted.lower(first, *arguments)
 
 
 def compiled(name: str, jitted: Any, *arguments: Any) -> Any:
