@@ -5,14 +5,16 @@
 
 needs the config's corpus. Four learning rates and three seeds, `--steps` each. The separate runs,
 and each sweep of `--jobs` at a time, begin with an empty cache of compiled code, and are timed
-one after the other on what else the machine does. Printed is a line of JSON: seconds of each, its
-ratio to the separate runs, and whether all metrics have the same bits.
+one after the other. Printed is a line of JSON: seconds of each and CPU seconds, which tell more on
+a machine that has other work, their ratios to those of the separate runs, and whether all metrics
+have the same bits.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -42,6 +44,12 @@ def numbers(run):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
+def clock():
+    """(seconds, CPU seconds of all processes that have ended)."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter(), used.ru_utime + used.ru_stime
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="experiments/quickstart.py:fast")
@@ -55,28 +63,31 @@ def main():
     seconds, found = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         here = pathlib.Path(folder)
-        start = time.perf_counter()
+        start = clock()
         for rate in RATES:
             for seed in SEEDS:
                 name = f"optimizer.learning_rate={rate},seed={seed}"
                 own = [f"--config.optimizer.learning_rate={rate}", f"--config.seed={seed}"]
                 call(["train", *words, *own, f"--workdir={here / name}"], here / "cache")
                 found[name] = numbers(here / name)
-        seconds["separate"] = time.perf_counter() - start
+        seconds["separate"] = [b - a for a, b in zip(start, clock())]
         same = True
         for jobs in args.jobs:
             sweep, axes = here / f"sweep{jobs}", [",".join(map(str, x)) for x in (RATES, SEEDS)]
             own = [f"--sweep.optimizer.learning_rate={axes[0]}", f"--sweep.seed={axes[1]}"]
-            start = time.perf_counter()
+            start = clock()
             call(
                 ["sweep", *words, *own, f"--workdir={sweep}", f"--jobs={jobs}"],
                 here / f"cache{jobs}",
             )
-            seconds[f"jobs={jobs}"] = time.perf_counter() - start
+            seconds[f"jobs={jobs}"] = [b - a for a, b in zip(start, clock())]
             same &= all(numbers(sweep / name) == lines for name, lines in found.items())
-    ratios = {name: round(x / seconds["separate"], 3) for name, x in seconds.items()}
-    rounded = {name: round(x, 1) for name, x in seconds.items()}
-    print(json.dumps({"seconds": rounded, "ratio": ratios, "same_bits": same}))
+    result = {"same_bits": same}
+    for which, unit in enumerate(("seconds", "cpu_seconds")):
+        result[unit] = {name: round(x[which], 1) for name, x in seconds.items()}
+        base = seconds["separate"][which]
+        result[f"ratio_of_{unit}"] = {n: round(x[which] / base, 3) for n, x in seconds.items()}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
