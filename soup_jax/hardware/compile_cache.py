@@ -124,6 +124,10 @@ class Bound:
         first = jax.ShapeDtypeStruct((), self._value.dtype, sharding=self._sharding)
         return self.jitted.lower(first, *arguments)
 
+    def bind(self, compiled: Any) -> Any:
+        """What `lower` and `compile` made, for the other arguments alone."""
+        return functools.partial(compiled, self._array)
+
 
 def compiled(name: str, jitted: Any, *arguments: Any) -> Any:
     """`jitted` compiled for the arguments, or read from the cache; logs which, and the seconds."""
@@ -139,4 +143,4 @@ def compiled(name: str, jitted: Any, *arguments: Any) -> Any:
         "read from the cache" if _hits > hits else "compiled",
         time.perf_counter() - traced,
     )
-    return result
+    return jitted.bind(result) if isinstance(jitted, Bound) else result

@@ -17,6 +17,7 @@ from soup_jax.training import metrics
 # In the order in which the first that all finished points have decides.
 METRICS = ("specialist", "validation", "loss", "generic_h", "shared")
 _SHOWN = ("loss", "validation", "specialist", "generic_h", "shared")
+_MAX_PANELS = 5
 _OUTCOME = {"state": str, "seconds": float, "error": str}
 
 
@@ -220,7 +221,8 @@ def draw(
     from matplotlib import pyplot as plt
 
     rows = [row for row in ranked(rows, metric) if row.state == "done"]
-    fields = [f for f in names if len({repr(r.point.overrides.get(f)) for r in rows}) > 1][:5]
+    fields = [f for f in names if len({repr(r.point.overrides.get(f)) for r in rows}) > 1]
+    fields = ([f for f in fields if f != "seed"] or fields)[:_MAX_PANELS]
     size = (4.4 * (1 + len(fields)), 4.2)
     figure, panels = plt.subplots(
         1, 1 + len(fields), figsize=size, layout="constrained", squeeze=False
