@@ -17,7 +17,7 @@ from soup_jax.cli import config_flag, main
 from soup_jax.config import schema
 from soup_jax.errors import UserError
 from soup_jax.sweeps import points, pool, table, work
-from soup_jax.training import loop, metrics
+from soup_jax.training import metrics
 
 RATE, SEED = "optimizer.learning_rate", "seed"
 
@@ -245,7 +245,9 @@ def test_slots_of_accelerators(monkeypatch, found, jobs, share, expected):
 
 def test_slots_of_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {8, 3, 5, 7}, raising=False)
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
     assert [s.cores for s in pool.slots(0, 9)] == [(3,), (5,), (7,), (8,)]
+    assert {s.env["PJRT_NPROC"] for s in pool.slots(0, 9)} == {"4"}
     assert [s.cores for s in pool.slots(2, 9)] == [(3, 5), (7, 8)]
     assert [s.cores for s in pool.slots(0, 2)] == [(3, 5), (7, 8)]
     assert [s.cores for s in pool.slots(1, 9)] == [()]
@@ -319,7 +321,8 @@ GOOD, BAD, LAST = (f"{RATE}={rate}" for rate in ("0.003", "1e+30", "0.01"))
 
 @pytest.fixture(scope="module")
 def swept(tiny_text, tiny_corpus, tmp_path_factory):
-    """(folder, the process of the second command): the first was killed in the first point."""
+    """(folder, environment, the process of the second command): the first was killed in its first
+    point."""
     here = tmp_path_factory.mktemp("sweep")
     fields = {
         "corpus.dir": tiny_corpus,
@@ -330,15 +333,17 @@ def swept(tiny_text, tiny_corpus, tmp_path_factory):
     (here / "tiny.py").write_text(CONFIG.format(flat=flat))
     command = [sys.executable, "-m", "soup_jax.cli", "sweep", "--config=tiny.py", "--evaluate"]
     command += ["--workdir=sweep", "--jobs=1"]
-    first = subprocess.Popen(command, cwd=here)
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    env = {**os.environ, "XLA_FLAGS": flags}
+    first = subprocess.Popen(command, cwd=here, env=env)
     for _ in range(1200):
         if (here / "sweep" / GOOD / "checkpoints" / "2").exists() or first.poll() is not None:
             break
         time.sleep(0.05)
     first.kill()
     assert first.wait() == -signal.SIGKILL
-    second = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    return here, second
+    second = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, check=False)
+    return here, env, second
 
 
 def numbers(run):
@@ -349,7 +354,7 @@ def numbers(run):
 
 
 def test_a_killed_sweep_goes_on_where_it_was(swept):
-    here, _ = swept
+    here, *_ = swept
     log = (here / "sweep" / GOOD / "log.txt").read_text()
     assert log.count("+ soup-jax train") == 2
     assert log.count("starting at step") == 2, log
@@ -358,7 +363,7 @@ def test_a_killed_sweep_goes_on_where_it_was(swept):
 
 
 def test_a_point_that_fails_is_told_and_the_others_go_on(swept):
-    here, second = swept
+    here, _, second = swept
     assert second.returncode == 1
     assert f"{BAD}: loss or gradient of step" in second.stderr
     assert f"sweep/{BAD}/log.txt" in second.stderr
@@ -368,17 +373,19 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(swept):
     assert states == {GOOD: "done", BAD: "failed", LAST: "done"}
 
 
-def test_a_point_has_the_bits_of_the_same_config_by_train(swept, tmp_path):
-    here, _ = swept
+def test_a_point_has_the_bits_of_the_same_config_by_train(swept):
+    """One was killed and resumed, the other came third in its process."""
+    here, env, _ = swept
     for point in (GOOD, LAST):
-        cfg = schema.load(here / "sweep" / point / "config.json")
-        loop.train(cfg, tmp_path / point)
-        assert numbers(tmp_path / point) == numbers(here / "sweep" / point)
-        assert len(numbers(tmp_path / point)) == 3
+        command = [sys.executable, "-m", "soup_jax.cli", "train", "--config=tiny.py"]
+        command += [f"--config.{point}", f"--workdir=alone/{point}"]
+        subprocess.run(command, cwd=here, env=env, check=True)
+        assert numbers(here / "alone" / point) == numbers(here / "sweep" / point)
+        assert len(numbers(here / "alone" / point)) == 3
 
 
 def test_the_table_the_picture_and_the_best_command(swept, monkeypatch, capsys):
-    here, second = swept
+    here, _, second = swept
     monkeypatch.chdir(here)
     assert main.run(["sweep", "--workdir=sweep", "--table"]) == 1
     out = capsys.readouterr().out
@@ -398,7 +405,7 @@ def test_the_table_the_picture_and_the_best_command(swept, monkeypatch, capsys):
 
 
 def test_what_is_done_is_not_done_again(swept, monkeypatch, capsys, caplog):
-    here, _ = swept
+    here, *_ = swept
     monkeypatch.chdir(here)
     monkeypatch.setattr(work.pool.Pool, "run", None)  # no worker is started
     command = ["sweep", "--config=tiny.py", "--workdir=sweep", "--evaluate"]
@@ -418,7 +425,7 @@ def test_what_is_done_is_not_done_again(swept, monkeypatch, capsys, caplog):
 
 
 def test_shards_train_all_points_once_and_tell_their_own_failures(swept, monkeypatch, capsys):
-    here, _ = swept
+    here, *_ = swept
     monkeypatch.chdir(here)
     trained = []
     monkeypatch.setattr(work.Work, "run", lambda _, mine, **__: trained.append(mine) or "")

@@ -25,6 +25,8 @@ from typing import Any
 
 from soup_jax.errors import UserError
 
+_NUM_THREADS = "PJRT_NPROC"  # what jax's CPU client takes for the number of cores
+
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
@@ -82,7 +84,10 @@ def slots(jobs: int, num_points: int, *, devices_per_job: int = 0) -> list[Slot]
     if kind or count == 1 or count > len(cores):
         return [Slot() for _ in range(count)]
     share = len(cores) // count
-    return [Slot(cores=tuple(cores[i * share : (i + 1) * share])) for i in range(count)]
+    # XLA cuts loops, and so sums, for as many threads as it has. That number stays the one of a run
+    # that has all cores, and with it the bits.
+    env = {_NUM_THREADS: os.environ.get(_NUM_THREADS, str(len(cores)))}
+    return [Slot(env, tuple(cores[i * share : (i + 1) * share])) for i in range(count)]
 
 
 def _accelerators() -> tuple[str, list[str]]:
