@@ -18,6 +18,7 @@ from soup_jax.config import schema
 from soup_jax.errors import UserError
 
 QUICKSTART = "--config=experiments/quickstart.py"
+SEEDS = "--sweep.seed=0,1"
 
 
 def wrong_values(field):
@@ -76,6 +77,9 @@ def make_folder(here):
     (here / "raises.py").write_text("def get_config():\n    raise KeyError('gone')\n")
     (here / "none.py").write_text("def get_config():\n    return None\n")
     (here / "without.py").write_text("x = 1\n")
+    base = "from soup_jax.experiments.base import get_config\n\n"
+    (here / "raises_sweep.py").write_text(f"{base}def get_sweep():\n    raise KeyError('gone')\n")
+    (here / "no_list.py").write_text(f"{base}def get_sweep():\n    return {{'seed': 1}}\n")
     (here / "latin.py").write_bytes(b"# caf\xe9\n")
     (here / "file").write_text("x")
     (here / "empty").mkdir()
@@ -88,6 +92,7 @@ def make_folder(here):
         "run3": {"config.json": '{"format": 99}'},
         "run4": {"config.json": '{"num_steps": "60"}'},
         "run5": {"config.json": '{"optimizer": 3}'},
+        "bad_sweep": {"sweep.json": "{}"},
         "corpus": {"manifest.json": "[]"},
         "corpus2": {"manifest.json": "{}"},
         "made": {"recipe.json": "[]"},
@@ -276,6 +281,34 @@ COMMANDS = [
     (["prepare", QUICKSTART, "--merge", "--beam=x"], "do not go together"),
     (["prepare", QUICKSTART, "--config.corpus.near_duplicates=2.0"], "near_duplicates"),
     (["prepare", QUICKSTART, "--config.corpus.levels=(9,3)"], "ascending numbers of domains"),
+    (["sweep"], "--workdir=DIR is required"),
+    (["sweep", "--workdir=w"], "--config=FILE.py is required"),
+    (["sweep", QUICKSTART, "--workdir=w"], "nothing is swept: give --sweep.FIELD="),
+    (["sweep", QUICKSTART, "--workdir=file", SEEDS], "--workdir=file is no folder"),
+    (["sweep", QUICKSTART, "--workdir=gs://b/s", SEEDS], "--workdir=gs://b/s is an address"),
+    (["sweep", QUICKSTART, "--workdir=w", "--sweep.seed="], "must be one or more values"),
+    (["sweep", QUICKSTART, "--workdir=w", "--sweep.sed=1"], "unknown field sed (did you mean seed"),
+    (["sweep", QUICKSTART, "--workdir=w", SEEDS, SEEDS], "--sweep.seed is given 2 times"),
+    (["sweep", QUICKSTART, "--workdir=w", SEEDS, "--config.seed=1"], "leave one of them out"),
+    (["sweep", QUICKSTART, "--workdir=w", "--sweep.seed=1,1"], "the same config as point 1"),
+    (["sweep", QUICKSTART, "--workdir=w", "--sweep.seed=1,-1"], "seed = -1 must be"),
+    (["sweep", QUICKSTART, "--workdir=w", SEEDS, "--shard=2/2"], "--shard=2/2 must be i/n"),
+    (["sweep", QUICKSTART, "--workdir=w", SEEDS, "--jobs=-1"], "jobs"),
+    (["sweep", QUICKSTART, "--workdir=w", SEEDS, "--metric=luck"], "metric"),
+    (["sweep", QUICKSTART, "--workdir=w", SEEDS, "--evaluate"], "has no evaluate.specialists"),
+    (["sweep", QUICKSTART, "--workdir=w", SEEDS, "--metric=shared"], "has no evaluate.specialists"),
+    (
+        [
+            *("sweep", QUICKSTART, "--workdir=w", SEEDS, "--metric=validation"),
+            "--config.evaluate.every_steps=0",
+        ],
+        "seed=0 is never evaluated",
+    ),
+    (["sweep", QUICKSTART, "--workdir=w", SEEDS, "--config.corpus.dir=empty"], "not a prepared"),
+    (["sweep", "--config=raises_sweep.py", "--workdir=w"], "raises_sweep.py, line 4: KeyError"),
+    (["sweep", "--config=no_list.py", "--workdir=w"], "must return a list of overrides"),
+    (["sweep", "--workdir=run", "--table"], "run is no sweep"),
+    (["sweep", "--workdir=bad_sweep", "--table"], "sweep.json is damaged"),
     (["serve"], "--run=RUN is required"),
     (["serve", "--run=gone"], "is not a run"),
     (["serve", "--run=run", "--host=0.0.0.0"], "opens the server to other machines"),

@@ -26,7 +26,7 @@ HEAD = """# Config fields
 
 Generated from `experiments/base.py` by `pytest tests/config_test.py --update-golden`. In a started
 run a `fixed` field never changes, a `tunable` one with `soup-jax train --accept_changes`, a `free`
-one at every start.
+one at every start. Each of them can be an axis of a [sweep](sweeps.md).
 """
 
 

@@ -42,6 +42,7 @@ PACKAGES = (
     "specialists",
     "specialists.serve",
     "planning",
+    "sweeps",
     "cli",
 )
 METHOD = ("models", "soup", "optim")

@@ -931,3 +931,37 @@ def test_prepare_by_arrays_of_jobs_ends_with_a_corpus(tmp_path):
         LOG=str(tmp_path / "log"),
     )
     assert (tmp_path / "corpus" / "manifest.json").exists(), (tmp_path / "log").read_text()
+
+
+# --------------------------------------------------------------------------------- sweep_slurm.sh
+
+
+def test_a_sweep_is_an_array_of_shards_and_then_a_table(tmp_path):
+    given = ("8", "c.py", "w w", "--sweep.a=1,2", "--config.a=b c")
+    env = {"VENV": "/v", "SBATCH": "--mem=1G --gpus=1"}
+    array, table = dry_run(tmp_path, "launch/sweep_slurm.sh", *given, **env)
+    assert {"--array=0-7", "--mem=1G", "--gpus=1"} < set(array)
+    assert shlex.split(array[-1]) == [
+        *("/v/bin/soup-jax", "sweep", "--config=c.py", "--workdir=w w"),
+        *("--sweep.a=1,2", "--config.a=b c", "--shard=$SLURM_ARRAY_TASK_ID/8"),
+    ]
+    assert "--dependency=afterany:JOB" in table
+    assert shlex.split(table[-1]) == ["/v/bin/soup-jax", "sweep", "--workdir=w w", "--table"]
+    for arguments in ((), ("3", "c.py"), ("x", "c.py", "w"), ("0", "c.py", "w")):
+        done = run_script("launch/sweep_slurm.sh", *arguments, check=False)
+        assert done.returncode == 2
+        assert "JOBS" in done.stderr
+
+
+def test_a_sweep_with_a_mistake_is_not_submitted(tmp_path):
+    stub(tmp_path / "bin" / "sbatch", "log(*sys.argv[1:])\nprint(17)\n")
+    stub(tmp_path / "v" / "bin" / "soup-jax", "log(*sys.argv[1:])\nsys.exit('x' in sys.argv)\n")
+    env = {"VENV": str(tmp_path / "v"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = run_script("launch/sweep_slurm.sh", "2", "c.py", "w", "x", check=False, **env)
+    assert done.returncode == 1
+    assert calls(tmp_path / "bin") == []
+    run_script("launch/sweep_slurm.sh", "2", "c.py", "w", **env)
+    first, second = calls(tmp_path / "bin")
+    assert "--array=0-1" in first
+    assert "--dependency=afterany:17" in second
+    assert calls(tmp_path / "v" / "bin")[-1][-1] == "--dry_run"

@@ -224,7 +224,7 @@ def test_the_step_is_compiled_once_a_run(make_cfg, tmp_path, monkeypatch, fed):
     with pytest.raises(train.Interrupted):
         train.train(make_cfg(), tmp_path)
     train.train(make_cfg(), tmp_path)
-    assert [s._cache_size() for s in steps] == [1, 1]
+    assert [s.jitted._cache_size() for s in steps] == [1, 1]
 
 
 def test_a_finished_run_started_again_does_nothing(make_cfg, undisturbed, tmp_path, fed):

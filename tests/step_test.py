@@ -154,7 +154,7 @@ def test_bfloat16_bank_and_moments_stay_close_to_float32(bank):
 
 
 def test_one_compilation_for_all_steps():
-    assert run(steps=4)[2]._cache_size() == 1
+    assert run(steps=4)[2].jitted._cache_size() == 1
 
 
 def test_state_keeps_its_storage_layout_and_the_bank_is_sliced_within_experts():

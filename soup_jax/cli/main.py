@@ -5,6 +5,7 @@
     soup-jax histogram   --documents=F --corpus=DIR             which domains documents lie in
     soup-jax plan        --config=FILE.py --topology=v5e:4x4    memory, traffic and time of a run
     soup-jax train       --config=FILE.py --workdir=RUN         corpus -> trained soup
+    soup-jax sweep       --config=FILE.py --sweep.seed=0,1      many runs, and a table of them
     soup-jax evaluate    --workdir=RUN --specialists='DIR/*'    losses of specialists and baselines
     soup-jax instantiate --run=RUN --documents=F --out=DIR      documents -> one small model
     soup-jax generate    --model=DIR --prompt=TEXT              continue a prompt with it
@@ -18,9 +19,9 @@
 A config is a Python file with `get_config()`; `--config=FILE.py:ARG` passes it an argument, and
 `--config.section.field=value` changes a field. `soup-jax SUBCOMMAND --help` lists the flags.
 Exit status: 0 if what was asked is done; 1 if `plan` finds that the run does not fit, training
-diverged, a loss of `evaluate` is not finite, or the self-test of `prepare` missed something; 2 for
-something you can fix, said in one line; 75 if `prepare --merge` waits for shards; 130 if you
-interrupted it, 141 if nobody reads its output any more.
+diverged, a point of `sweep` failed, a loss of `evaluate` is not finite, or the self-test of
+`prepare` missed something; 2 for something you can fix, said in one line; 75 if `prepare --merge`
+waits for shards; 130 if you interrupted it, 141 if nobody reads its output any more.
 """
 
 import functools
@@ -50,6 +51,7 @@ from soup_jax.cli import (
     prepare,
     score,
     serve,
+    sweep,
     train,
     verify,
 )
@@ -63,6 +65,7 @@ SUBCOMMANDS = {
     "histogram": histogram,
     "plan": plan,
     "train": train,
+    "sweep": sweep,
     "evaluate": evaluate,
     "pack": pack,
     "instantiate": instantiate,

@@ -50,7 +50,7 @@ def run(values: flags.FlagValues) -> int:
     ways = ("shard", "merge", "beam", "self_test")
     if len(given := [f"--{name}" for name in ways if values[name].value]) > 1:
         raise UserError(f"{given[0]} and {given[1]} do not go together")
-    shard = _shard(values.shard)
+    part = shard(values.shard)
     cfg = config_flag.checked(values)
     if values.self_test:
         from soup_jax.data.prepare.self_test import self_test
@@ -67,14 +67,19 @@ def run(values: flags.FlagValues) -> int:
         stages.prepare(cfg, map=beam_map(values.beam))
     elif values.merge:
         return 0 if stages.prepare_part(cfg, Part(number=0)) else WAITING
-    elif shard:
-        stages.prepare_part(cfg, Part(*shard, merges=False))
+    elif part:
+        stages.prepare_part(cfg, Part(*part, merges=False))
     else:
         stages.prepare(cfg)
     return 0
 
 
-def _shard(text: str) -> tuple[int, int] | None:
+def shard(text: str) -> tuple[int, int] | None:
+    """(i, n) of the flag --shard=i/n, None without it.
+
+    Raises:
+      UserError: it is something else.
+    """
     if not text:
         return None
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)

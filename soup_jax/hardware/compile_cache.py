@@ -25,6 +25,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 _log = logging.getLogger(__name__)
 
@@ -98,6 +99,36 @@ def _listen() -> None:
     jax.monitoring.register_event_listener(count)
 
 
+class Bound:
+    """A jitted function whose first argument is given. It is an argument of the program and no
+    constant in it, so that runs which differ in its value alone share what is compiled."""
+
+    def __init__(self, jitted: Any, value: np.generic, sharding: jax.sharding.Sharding):
+        """`sharding` is that of the argument; its devices need not be present for `lower`."""
+        self.jitted, self._value, self._sharding = jitted, value, sharding
+
+    @functools.cached_property
+    def _array(self) -> jax.Array:
+        # No process asks the others, as device_put would; and it is meant, once.
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.make_array_from_callback(
+                (), self._sharding, lambda _: np.asarray(self._value)
+            )
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it with the other arguments."""
+        return self.jitted(self._array, *arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        """Lower it for them, as of a jitted function."""
+        first = jax.ShapeDtypeStruct((), self._value.dtype, sharding=self._sharding)
+        return self.jitted.lower(first, *arguments)
+
+    def bind(self, compiled: Any) -> Any:
+        """What `lower` and `compile` made, for the other arguments alone."""
+        return functools.partial(compiled, self._array)
+
+
 def compiled(name: str, jitted: Any, *arguments: Any) -> Any:
     """`jitted` compiled for the arguments, or read from the cache; logs which, and the seconds."""
     _listen()
@@ -112,4 +143,4 @@ def compiled(name: str, jitted: Any, *arguments: Any) -> Any:
         "read from the cache" if _hits > hits else "compiled",
         time.perf_counter() - traced,
     )
-    return result
+    return jitted.bind(result) if isinstance(jitted, Bound) else result

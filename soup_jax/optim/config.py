@@ -23,7 +23,7 @@ class OptimizerConfig:
       stochastic_rounding: of what is stored in bfloat16; else to the nearest.
     """
 
-    learning_rate: float
+    learning_rate: Array | float
     num_steps: int
     schedule: str = "cosine"
     warmup_steps: int = 0

@@ -109,8 +109,9 @@ def base_model(cfg: ConfigDict) -> BaseModel:
 
 def initial_state(
     cfg: ConfigDict, model: BaseModel, domains: DomainMap
-) -> Callable[[], TrainState]:
-    """How a run of a config begins: for `jax.jit`, or `jax.eval_shape` for its structure alone.
+) -> Callable[..., TrainState]:
+    """How a run of a config begins: for `jax.jit`, or `jax.eval_shape` for its structure alone. It
+    may be given another seed than the config's.
 
     Raises:
       UserError: as `soup_config` and `optimizer_config` raise it.

@@ -34,6 +34,7 @@ from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
 from soup_jax.shapes import Params
+from soup_jax.soup import layout
 from soup_jax.training import build, pretrained, trackers
 from soup_jax.training import changes as changes_lib
 from soup_jax.training import checkpoint as checkpoint_lib
@@ -62,6 +63,7 @@ class Run:
     mesh: Mesh
     plan: SamplingPlan
     abstract: TrainState  # with shardings: the target of a restore
+    make: Any  # seed -> TrainState, not compiled
     init: Any  # () -> TrainState, sharded
     group: Solo  # the processes of the run
     evaluation_due: bool = False  # that of the restored step was cut short
@@ -175,9 +177,17 @@ def _build(
         mesh=mesh,
         plan=plan,
         abstract=abstract_with_shardings(abstract, shardings),
-        init=jax.jit(make, out_shardings=shardings),
+        make=make,
+        init=_seeded(make, cfg, mesh, shardings),
         group=distributed.current(),
     )
+
+
+def _seeded(make: Any, cfg: ConfigDict, mesh: Mesh, shardings: Any) -> Any:
+    # Earlier versions let larger seeds through, which jax cut.
+    seed = np.uint32(cfg.seed % (1 << 32))
+    jitted = jax.jit(make, out_shardings=shardings)
+    return compile_cache.Bound(jitted, seed, layout.replicated(mesh))
 
 
 def _check_new(new: bool, check: Callable[..., None], *arguments: Any) -> None:
@@ -366,6 +376,6 @@ def _init(run: Run) -> TrainState:
         )
 
     shardings = jax.tree.map(lambda a: a.sharding, rest(run.abstract))
-    init = jax.jit(lambda: rest(run.init()), out_shardings=shardings)
+    init = _seeded(lambda seed: rest(run.make(seed)), run.cfg, run.mesh, shardings)
     state = compile_together(run.group, "init", init)()
     return state._replace(params={**state.params, **run.initial})

@@ -14,7 +14,7 @@ from soup_jax.models.base import BaseModel
 from soup_jax.optim import apply
 from soup_jax.optim.bank import bank_optimizer
 from soup_jax.optim.config import OptimizerConfig
-from soup_jax.shapes import Params
+from soup_jax.shapes import Array, Params
 from soup_jax.soup import SoupConfig, layout
 from soup_jax.soup.bank import kind_of
 
@@ -44,10 +44,10 @@ def make_init(
     seed: int,
     frequencies_K: np.ndarray,
     centroids_KC: np.ndarray | None = None,
-) -> Callable[[], TrainState]:
-    """() -> TrainState, traceable, from the seed."""
+) -> Callable[..., TrainState]:
+    """() -> TrainState, traceable, from the seed; a call may give another one, traced or not."""
 
-    def init() -> TrainState:
+    def init(seed: Array | int = seed) -> TrainState:
         params = soup.init(
             jax.random.key(seed),
             model.init,

@@ -5,15 +5,18 @@
 Metrics are summed on the device, so that the host reads them only every few steps.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from soup_jax import soup
+from soup_jax.hardware import compile_cache
 from soup_jax.models.base import BaseModel
 from soup_jax.optim import apply
 from soup_jax.optim.config import OptimizerConfig
@@ -38,6 +41,7 @@ def zero_metrics(num_domains: int) -> Metrics:
 
 
 def train_step(
+    learning_rate: Array | float,
     state: TrainState,
     metrics: Metrics,
     batch: Batch,
@@ -52,6 +56,7 @@ def train_step(
     """Apply one update; nothing changes if this or an earlier step was not finite.
 
     Args:
+      learning_rate: in place of the optimizer's.
       num_micro, gather: as of `soup.value_and_grad`.
     """
     (loss, (row_loss_B, row_weight_B)), grads = soup.value_and_grad(
@@ -63,6 +68,7 @@ def train_step(
         num_micro=num_micro,
         gather=gather,
     )
+    optimizer = dataclasses.replace(optimizer, learning_rate=learning_rate)
     alpha_ME = grads.alpha_ME
     params, opt_state, info = apply.apply_update(
         optimizer,
@@ -97,7 +103,8 @@ def train_step(
 def compile_step(cfg: ConfigDict, model: BaseModel, mesh: Mesh, shardings: TrainState) -> Any:
     """The jitted step of a config: the state is donated and keeps its storage layout, batches come
     in as `loader.to_device` laid them out. The sums are not donated: those of a step stay, so that
-    the host can wait for its end while the next one runs."""
+    the host can wait for its end while the next one runs. Configs that differ in the learning rate
+    alone share a program."""
     step = functools.partial(
         train_step,
         model=model,
@@ -109,4 +116,5 @@ def compile_step(cfg: ConfigDict, model: BaseModel, mesh: Mesh, shardings: Train
     )
     replicated = layout.replicated(mesh)
     metric_shardings = jax.tree.map(lambda _: replicated, zero_metrics(cfg.num_domains))
-    return jax.jit(step, donate_argnums=(0,), out_shardings=(shardings, metric_shardings))
+    jitted = jax.jit(step, donate_argnums=(1,), out_shardings=(shardings, metric_shardings))
+    return compile_cache.Bound(jitted, np.float32(cfg.optimizer.learning_rate), replicated)

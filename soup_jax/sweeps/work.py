@@ -1,0 +1,189 @@
+"""The work of a sweep: which points are trained, by whom, and how each ended."""
+
+import logging
+import pathlib
+import shlex
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from soup_jax import storage as files
+from soup_jax.data import corpus as corpus_lib
+from soup_jax.data import loader
+from soup_jax.errors import UserError
+from soup_jax.evaluation import sets
+from soup_jax.sweeps import pool, table
+from soup_jax.sweeps.points import Point, Sweep
+from soup_jax.training import build, changes
+from soup_jax.training import workdir as workdir_lib
+
+_log = logging.getLogger(__name__)
+
+# A worker whose sweep was killed saves, and then leaves its point.
+_LEAVE_SECS = 120
+_MAX_ERROR = 240  # characters; the log has the rest
+
+Pairs = Sequence[tuple[Point, ConfigDict]]
+
+
+def check_evaluations(pairs: Pairs, *, evaluate: bool, metric: str) -> None:
+    """Refuse what only an evaluation gives, where there will be none.
+
+    Raises:
+      UserError: names the point.
+    """
+    of_specialists = evaluate or metric not in ("", "loss", "validation")
+    for point, cfg in pairs:
+        what = "--evaluate" if evaluate else f"--metric={metric}"
+        if of_specialists and not cfg.evaluate.specialists:
+            raise UserError(
+                f"{what}, but {point.name} has no evaluate.specialists: set "
+                "--config.evaluate.specialists=FILES"
+            )
+        if metric not in ("", "loss") and not (evaluate or cfg.evaluate.every_steps):
+            raise UserError(
+                f"{what}, but {point.name} is never evaluated: add --evaluate, or set "
+                "--config.evaluate.every_steps"
+            )
+
+
+def check_runs(pairs: Pairs, workdir: pathlib.Path) -> None:
+    """Refuse, before the first starts, points whose run would be refused.
+
+    Raises:
+      UserError: names the point: its folder holds a run with another config, its corpus or
+        documents are not there or do not fit, or its soup or optimizer is none.
+    """
+    jax.config.update("jax_platforms", "cpu")  # this process leaves the devices to its workers
+    seen: dict[tuple[Any, ...], Any] = {}
+    for point, cfg in pairs:
+        try:
+            changes.compare(workdir_lib.at(workdir / point.name), cfg, accept=False)
+            build.soup_config(cfg)
+            build.optimizer_config(cfg)
+            key = (cfg.corpus.dir, cfg.num_domains, cfg.corpus.cache_dir)
+            if key not in seen:
+                seen[key] = corpus_lib.open_corpus(key[0], num_domains=key[1], cache_dir=key[2])
+            sizes = {n: cfg[n] for n in ("num_domains", "seq_len", "vocab_size")}
+            loader.check_corpus(seen[key], **sizes)
+            if cfg.evaluate.specialists not in seen:
+                seen[cfg.evaluate.specialists] = sets.document_sets(cfg.evaluate.specialists)
+        except UserError as e:
+            raise UserError(f"point {point.name}: {e}") from e
+
+
+class Work:
+    """A pool at work on a sweep's points, and what it tells of them."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        workdir: pathlib.Path,
+        *,
+        worker: str,
+        evaluate: bool,
+        retry_failed: bool,
+    ):
+        """`worker` is the module of the workers' processes."""
+        self.sweep, self.workdir, self.worker = sweep, workdir, worker
+        self.evaluate, self.retry_failed = evaluate, retry_failed
+        self.begun: dict[str, tuple[float, int]] = {}  # time, and length of the log
+        self.num_ended = self.num_jobs = 0
+        self.num_steps: dict[str, int] = {}
+
+    def run(self, pairs: Pairs, *, jobs: int) -> str:
+        """Train what has not ended, `jobs` at a time as `pool.slots` takes it; returns the name of
+        the signal that stopped it, or "".
+
+        Raises:
+          UserError: too many at a time, or a point that another process trains.
+        """
+        todo = [job for point, cfg in pairs if (job := self._job(point, cfg))]
+        self.num_jobs = len(todo)
+        if len(pairs) > len(todo):
+            _log.info("%d of %d points have ended before", len(pairs) - len(todo), len(pairs))
+        if not todo:
+            return ""
+        devices = max(cfg.mesh.num_devices for _, cfg in pairs)
+        slots = pool.slots(jobs, len(todo), devices_per_job=devices)
+        _log.info("%d at a time", len(slots))
+        _wait_until_free([job.log.parent for job in todo])
+        workers = pool.Pool(slots, self.worker)
+        workers.run(todo, started=self._started, ended=self._ended)
+        return workers.stopped
+
+    def _job(self, point: Point, cfg: ConfigDict) -> pool.Job | None:
+        folder = self.workdir / point.name
+        state = table.outcome(folder)["state"]
+        commands = []
+        if state != "done" and (state != "failed" or self.retry_failed):
+            words = [*self.sweep.train, *point.arguments, f"--workdir={folder}"]
+            commands.append(["train", *words, "--distributed=off"])
+        scored = not self.evaluate or (folder / "evaluation_tuning.json").exists()
+        if not scored and (commands or state == "done"):
+            documents = [f"--specialists={pattern}" for pattern in cfg.evaluate.specialists]
+            commands.append(["evaluate", f"--workdir={folder}", "--part=tuning", *documents])
+        if not commands:
+            return None
+        self.num_steps[point.name] = cfg.num_steps
+        return pool.Job(point.name, commands, folder / "log.txt")
+
+    def _started(self, job: pool.Job) -> None:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("a", encoding="utf-8") as log:
+            for words in job.commands:
+                log.write(f"+ {shlex.join(['soup-jax', *words])}\n")
+            self.begun[job.name] = time.perf_counter(), log.tell()
+        _log.info("%s: started", job.name)
+
+    def _ended(self, job: pool.Job, status: int) -> None:
+        start, length = self.begun[job.name]
+        seconds, folder = time.perf_counter() - start, job.log.parent
+        trained = (folder / "checkpoints" / str(self.num_steps[job.name])).is_dir()
+        self.num_ended += 1
+        where = f"{self.num_ended} of {self.num_jobs}"
+        if status == 0 and not trained:
+            _log.info("%s: %s, stopped by a signal in %.0f s", where, job.name, seconds)
+        elif status == 0:
+            table.record(folder, state="done", seconds=seconds)
+            _log.info("%s: %s, done in %.0f s", where, job.name, seconds)
+        else:
+            error = _reason(job.log, length, status)
+            table.record(folder, state="failed", seconds=seconds, error=error)
+            _log.warning("%s: %s, FAILED in %.0f s: %s", where, job.name, seconds, error)
+
+
+def _reason(log: pathlib.Path, start: int, status: int) -> str:
+    # The last words of a job, or the signal that its worker died of.
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"killed by {name}" + " (out of memory, perhaps)" * (name == "SIGKILL")
+    with log.open("rb") as f:
+        f.seek(max(start, log.stat().st_size - (1 << 16)))
+        lines = [x.strip() for x in f.read().decode("utf-8", "replace").splitlines() if x.strip()]
+    told = [line for line in lines if line.startswith("soup-jax: error: ")]
+    last = (told or lines or [f"ended with status {status}"])[-1]
+    error = last.removeprefix("soup-jax: error: ")
+    return error if len(error) <= _MAX_ERROR else f"{error[:_MAX_ERROR]}..."
+
+
+def _wait_until_free(folders: Sequence[pathlib.Path]) -> None:
+    end, told = time.monotonic() + _LEAVE_SECS, False
+    for folder in folders:
+        while folder.exists():
+            try:
+                with files.locked(folder, "it is being trained"):
+                    break
+            except UserError:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"another process trains {folder}: wait for it, or end it"
+                    ) from None
+                if not told:
+                    _log.info("waiting for the process that trains %s", folder)
+                told = True
+                time.sleep(0.5)

@@ -1,0 +1,438 @@
+"""Sweeps: their points, the pool, a sweep that is killed and goes on, and the table."""
+
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import tiny_config
+
+from soup_jax.cli import config_flag, main
+from soup_jax.config import schema
+from soup_jax.errors import UserError
+from soup_jax.sweeps import points, pool, table, work
+from soup_jax.training import metrics
+
+RATE, SEED = "optimizer.learning_rate", "seed"
+
+
+# ------------------------------------------------------------------------------------------ points
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "values"),
+    [
+        (RATE, "3e-3,1", [0.003, 1]),
+        (SEED, "0, 1,2", [0, 1, 2]),
+        ("optimizer.schedule", "cosine,wsd", ["cosine", "wsd"]),
+        ("name", "1,2", ["1", "2"]),
+        ("name", "'a,b','c'", ["a,b", "c"]),
+        ("model.tie_embeddings", "true,False", [True, False]),
+        ("skip_batches", "((1, 2),),()", [((1, 2),), ()]),
+    ],
+)
+def test_values_of_an_axis(name, text, values):
+    assert points.axis(name, text) == values
+
+
+@pytest.mark.parametrize("text", ["", "fast", "1,,2", "1],[2", "0:3", "open('x')"])
+def test_an_axis_of_no_values_is_refused(text):
+    with pytest.raises(UserError, match=f"--sweep.{SEED}=.* must be one or more values"):
+        points.axis(SEED, text)
+
+
+def test_the_product_keeps_the_order_and_the_list():
+    axes = {RATE: [0.1, 0.2], SEED: [0, 1]}
+    assert [tuple(x.values()) for x in points.product([{}], axes)] == [
+        (0.1, 0),
+        (0.1, 1),
+        (0.2, 0),
+        (0.2, 1),
+    ]
+    assert points.product([{"name": "a"}, {"name": "b"}], {SEED: [3]}) == [
+        {"name": "a", SEED: 3},
+        {"name": "b", SEED: 3},
+    ]
+    with pytest.raises(UserError, match=r"seed is in get_sweep\(\) and in --sweep\.seed"):
+        points.product([{SEED: 1}], {SEED: [2]})
+    with pytest.raises(UserError, match="has 1,000,000 points"):
+        points.product([{}], {SEED: range(1000), RATE: range(1000)})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([{}, {"optimizer.learning_rte": 1.0}], "point 2 of 2 .* unknown field .*did you mean"),
+        ([{SEED: 1.5}], r"point 1 of 1 \(seed = 1.5\): seed = 1.5 is a float, expected a int"),
+        ([{RATE: "fast"}], "is a str, expected a float"),
+        ([{RATE: -1.0}], r"point 1 of 1 .*: config: optimizer\.learning_rate = -1.0 must be"),
+        ([{"optimizer.schedule": "fast"}], "is none of"),
+        ([{"num_mixtures": 5}], "num_mixtures = 5 must divide batch_size"),
+        ([{"num_steps": 2}], "warmup_steps = 2 must be below num_steps"),
+        ([{RATE: 0.1}, {RATE: 1e-1}], "point 2 of 2 .* has the same config as point 1"),
+        ([{SEED: 0}, {}], r"point 2 of 2 \(the config itself\) has the same config as point 1"),
+    ],
+)
+def test_every_point_is_checked_before_the_first(overrides, says):
+    with pytest.raises(UserError, match=says):
+        points.check(tiny_config(), overrides)
+
+
+def test_a_point_is_the_config_with_its_overrides():
+    base = tiny_config()
+    (first, one), (second, _) = points.check(base, [{SEED: 1, RATE: 1}, {"name": "a b"}])
+    assert schema.diff(base, one) == {SEED: (0, 1), RATE: (base.optimizer.learning_rate, 1.0)}
+    assert base.seed == 0
+    assert first.name == "optimizer.learning_rate=1.0,seed=1"
+    assert second.name.startswith("name=a-b-")
+
+
+def test_names_are_safe_short_and_told_apart():
+    overrides = [
+        {},
+        {"name": "a/b"},
+        {"name": "a?b"},
+        {"name": "a", "corpus.dir": "x"},
+        {"name": "a,corpus.dir=x"},
+        {"name": "x" * 400},
+        {"name": "x" * 401},
+        {"name": "é"},
+        {"skip_batches": ((1, 2),)},
+    ]
+    names = [points.name_of(o) for o in overrides]
+    assert len({name.lower() for name in names}) == len(names)
+    for name in names:
+        assert len(name) <= 120
+        assert shlex.quote(name) == name or "," in name
+        assert name.isascii()
+        assert "/" not in name
+    assert points.name_of({"b": 1, "a": 2}) == points.name_of({"a": 2, "b": 1}) == "a=2,b=1"
+
+
+def test_the_flags_of_a_point_give_its_values(tmp_path):
+    overrides = {
+        RATE: 1e-05,
+        SEED: 7,
+        "model.tie_embeddings": False,
+        "name": "a b=c,'d'",
+        "skip_batches": ((1, 2), (4, 4)),
+        "evaluate.specialists": ("a*.jsonl", "b"),
+        "corpus.sources": (),
+        "tokenizer.path": "",
+    }
+    (point, expected), *_ = points.check(tiny_config(), [overrides])
+    (tmp_path / "tiny.py").write_text(CONFIG.format(flat=dict(schema.flat_items(tiny_config()))))
+    words = ["", f"--config={tmp_path / 'tiny.py'}", *point.arguments]
+    flags = config_flag.flags.FlagValues()
+    config_flag.define(flags, words)
+    assert flags(words) == [""]
+    assert not schema.diff(config_flag.checked(flags), expected)
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    made = [p for p, _ in points.check(tiny_config(), [{SEED: 3}, {"skip_batches": ((1, 2),)}])]
+    sweep = points.Sweep(["soup-jax", "sweep"], ["--config=c.py"], made, ["seed=9"])
+    points.save(sweep, tmp_path)
+    assert points.load(tmp_path) == sweep
+    with pytest.raises(UserError, match="is no sweep"):
+        points.load(tmp_path / "none")
+
+
+# -------------------------------------------------------------------------------------------- pool
+
+# Answers as a worker does, by the first word of the first command.
+WORKER = """
+import json, os, signal, sys, time
+for line in sys.stdin:
+    word, *rest = json.loads(line)["commands"][0]
+    if word == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "wait":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(print(0, flush=True)))
+        open(rest[0], "w").close()
+        time.sleep(60)
+    if word == "where":
+        where = os.getpid(), sys.argv[1], os.environ.get("CUDA_VISIBLE_DEVICES")
+        print(*where, file=open(rest[0], "w"))
+    print(rest[0] if word == "status" else 0, flush=True)
+"""
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    (tmp_path / "a_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "a_worker"
+
+
+def done(pool_, *commands):
+    """{first word and argument: status} of the jobs that ended."""
+    jobs = [pool.Job(" ".join(c), [list(c)], pathlib.Path("log")) for c in commands]
+    ended = {}
+    pool_.run(
+        jobs, started=lambda _: None, ended=lambda job, status: ended.update({job.name: status})
+    )
+    return ended
+
+
+def test_a_job_that_fails_or_kills_its_worker_ends_no_other(worker, tmp_path):
+    two = pool.Pool([pool.Slot(), pool.Slot(cores=(0, 1))], worker)
+    commands = [("status", "0"), ("die",), ("status", "2"), ("status", "70"), ("die",)]
+    commands += [("where", str(tmp_path / "where"))]
+    ended = done(two, *commands)
+    assert list(ended.values()) == [ended[" ".join(c)] for c in commands] or len(ended) == 5
+    assert ended["die"] == -signal.SIGKILL
+    assert ended["status 2"] == 2
+    assert ended["status 70"] == 70
+    assert ended[f"where {tmp_path / 'where'}"] == 0
+    assert not two.stopped
+
+
+def test_one_worker_does_many_jobs_where_its_slot_says(worker, tmp_path):
+    slot = pool.Slot({"CUDA_VISIBLE_DEVICES": "3"}, cores=(1, 2))
+    done(pool.Pool([slot], worker), *(("where", str(tmp_path / name)) for name in "ab"))
+    first, second = ((tmp_path / name).read_text() for name in "ab")
+    assert first == second
+    assert first.split()[1:] == ["1,2", "3"]
+
+
+def test_a_signal_goes_to_the_workers_and_leaves_the_rest_undone(worker, tmp_path):
+    one = pool.Pool([pool.Slot()], worker)
+
+    def stop():
+        while not (tmp_path / "waits").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    before = signal.getsignal(signal.SIGTERM)
+    assert done(one, ("wait", str(tmp_path / "waits")), ("status", "0")) == {}
+    thread.join()
+    assert one.stopped == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("found", "jobs", "share", "expected"),
+    [
+        (("gpu", ["0", "1", "2", "3"]), 0, 0, ["0", "1", "2", "3"]),
+        (("gpu", ["4", "5", "6", "7"]), 2, 0, ["4,5", "6,7"]),
+        (("gpu", ["0", "1", "2", "3"]), 0, 2, ["0,1", "2,3"]),
+        (("gpu", ["0", "1", "2", "3"]), 1, 2, ["0,1"]),
+        (("tpu", []), 0, 0, [None]),
+        (("tpu", []), 2, 0, "at most 1 can work"),
+        (("gpu", ["0"]), 2, 0, "at most 1 can work"),
+        (("gpu", ["0"]), 0, 2, "there are 1 GPUs here"),
+    ],
+)
+def test_slots_of_accelerators(monkeypatch, found, jobs, share, expected):
+    monkeypatch.setattr(pool, "_accelerators", lambda: found)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            pool.slots(jobs, 9, devices_per_job=share)
+        return
+    slots = pool.slots(jobs, 9, devices_per_job=share)
+    assert [slot.env.get("CUDA_VISIBLE_DEVICES") for slot in slots] == expected
+    assert all(slot.cores == () for slot in slots)
+
+
+def test_slots_of_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {8, 3, 5, 7}, raising=False)
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    assert [s.cores for s in pool.slots(0, 9)] == [(3,), (5,), (7,), (8,)]
+    assert {s.env["PJRT_NPROC"] for s in pool.slots(0, 9)} == {"4"}
+    assert [s.cores for s in pool.slots(2, 9)] == [(3, 5), (7, 8)]
+    assert [s.cores for s in pool.slots(0, 2)] == [(3, 5), (7, 8)]
+    assert [s.cores for s in pool.slots(1, 9)] == [()]
+    assert [s.cores for s in pool.slots(5, 9)] == [()] * 5
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+def row(state="done", seconds=1.0, error="", numbers=None, **overrides):
+    point = points.Point(points.name_of(overrides), overrides)
+    return table.Row(point, state, numbers or {}, seconds, error)
+
+
+def test_the_table_is_sorted_and_averages_over_seeds():
+    losses = {(0.1, 0): 2.0, (0.1, 1): 3.0, (0.2, 0): 2.2, (0.2, 1): 2.4, (0.3, 0): 1.0}
+    rows = [row(numbers={"loss": x}, **{RATE: r, SEED: s}) for (r, s), x in losses.items()]
+    rows.append(row("failed", error="no\nluck", **{RATE: 0.3, SEED: 1}))
+    names = {RATE: "learning_rate", SEED: "seed"}
+    lines = table.text(rows, names, "loss").splitlines()
+    assert lines[0].split() == ["learning_rate", "seed", "loss*", "time"]
+    assert [line.split()[:3] for line in lines[1:4]] == [
+        ["0.3", "0", "1.0000"],
+        ["0.1", "0", "2.0000"],
+        ["0.2", "0", "2.2000"],
+    ]
+    assert lines[6].split() == ["0.3", "1", "1", "s", "failed"]
+    # One seed of the third rate is missing, so its mean decides nothing.
+    assert [line.split() for line in lines[-3:]] == [
+        ["0.2", "2.3000", "0.1414", "2"],
+        ["0.1", "2.5000", "0.7071", "2"],
+        ["0.3", "1.0000", "1"],
+    ]
+    assert table.best(rows, "loss").point.overrides == {RATE: 0.2, SEED: 0}
+    assert table.best(rows[-1:], "loss") is None
+    assert table.best(rows[:1], "loss") is rows[0]
+
+
+def test_the_metric_is_one_that_all_finished_points_have():
+    both, one = {"loss": 1.0, "validation": 2.0}, {"loss": 1.0}
+    rows = [row(numbers=both), row("failed", seed=1)]
+    assert table.choose_metric(rows) == "validation"
+    assert table.choose_metric([*rows, row(numbers=one, seed=2)]) == "loss"
+    assert table.choose_metric(rows, "loss") == "loss"
+    assert table.choose_metric([]) == "specialist"
+    with pytest.raises(UserError, match="no point has it; --evaluate"):
+        table.choose_metric(rows, "specialist")
+
+
+def test_a_loss_that_is_not_finite_comes_last():
+    rows = [row(numbers={"loss": float("nan")}), row(numbers={"loss": 9.0}, seed=1)]
+    assert table.ranked(rows, "loss")[0] is rows[1]
+    assert table.best(rows, "loss") is rows[1]
+
+
+# ----------------------------------------------------------------------------------- a whole sweep
+
+CONFIG = """
+from soup_jax.experiments import base
+
+def get_config():
+    cfg = base.get_config()
+    cfg.update_from_flattened_dict({flat!r})
+    return cfg
+
+def get_sweep():
+    return [{{"optimizer.learning_rate": rate}} for rate in (0.003, 1e30, 0.01)]
+"""
+GOOD, BAD, LAST = (f"{RATE}={rate}" for rate in ("0.003", "1e+30", "0.01"))
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_text, tiny_corpus, tmp_path_factory):
+    """(folder, environment, the process of the second command): the first was killed in its first
+    point."""
+    here = tmp_path_factory.mktemp("sweep")
+    fields = {
+        "corpus.dir": tiny_corpus,
+        "checkpoint.every_steps": 2,
+        "evaluate.specialists": (str(tiny_text / "cooking.jsonl"),),
+    }
+    flat = dict(schema.flat_items(tiny_config(**fields)))
+    (here / "tiny.py").write_text(CONFIG.format(flat=flat))
+    command = [sys.executable, "-m", "soup_jax.cli", "sweep", "--config=tiny.py", "--evaluate"]
+    command += ["--workdir=sweep", "--jobs=1"]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    env = {**os.environ, "XLA_FLAGS": flags}
+    first = subprocess.Popen(command, cwd=here, env=env)
+    for _ in range(1200):
+        if (here / "sweep" / GOOD / "checkpoints" / "2").exists() or first.poll() is not None:
+            break
+        time.sleep(0.05)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    second = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, check=False)
+    return here, env, second
+
+
+def numbers(run):
+    """The lines of metrics without times."""
+    lines = metrics.read_metrics(run / "metrics.jsonl")
+    times = ("step_ms", "data_wait_ms", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+
+def test_a_killed_sweep_goes_on_where_it_was(swept):
+    here, *_ = swept
+    log = (here / "sweep" / GOOD / "log.txt").read_text()
+    assert log.count("+ soup-jax train") == 2
+    assert log.count("starting at step") == 2, log
+    assert (here / "sweep" / GOOD / "checkpoints" / "12").is_dir()
+    assert (here / "sweep" / LAST / "checkpoints" / "12").is_dir()
+
+
+def test_a_point_that_fails_is_told_and_the_others_go_on(swept):
+    here, _, second = swept
+    assert second.returncode == 1
+    assert f"{BAD}: loss or gradient of step" in second.stderr
+    assert f"sweep/{BAD}/log.txt" in second.stderr
+    assert "1 of 3 points failed; --retry_failed" in second.stderr
+    assert "Traceback" not in second.stderr
+    states = {p: table.outcome(here / "sweep" / p)["state"] for p in (GOOD, BAD, LAST)}
+    assert states == {GOOD: "done", BAD: "failed", LAST: "done"}
+
+
+def test_a_point_has_the_bits_of_the_same_config_by_train(swept):
+    """One was killed and resumed, the other came third in its process."""
+    here, env, _ = swept
+    alone = [["train", "--config=tiny.py", f"--config.{p}", f"--workdir={p}"] for p in (LAST, GOOD)]
+    program = f"from soup_jax.cli import main\nfor words in {alone}: main.run(words)"
+    subprocess.run([sys.executable, "-c", program], cwd=here, env=env, check=True)
+    for point in (GOOD, LAST):
+        assert numbers(here / point) == numbers(here / "sweep" / point)
+        assert len(numbers(here / point)) == 3
+
+
+def test_the_table_the_picture_and_the_best_command(swept, monkeypatch, capsys):
+    here, _, second = swept
+    monkeypatch.chdir(here)
+    assert main.run(["sweep", "--workdir=sweep", "--table"]) == 1
+    out = capsys.readouterr().out
+    assert out in second.stdout
+    assert (here / "sweep" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    lines = [x.split("\t") for x in (here / "sweep" / "table.tsv").read_text().splitlines()]
+    assert lines[0][:3] == ["point", RATE, "state"]
+    first, *_ = [dict(zip(lines[0], line)) for line in lines[1:]]
+    evaluated = json.loads((here / "sweep" / first["point"] / "evaluation_tuning.json").read_text())
+    assert float(first["specialist"]) == evaluated["average"]["specialist"]["loss"]
+    assert f"{float(first['specialist']):.4f}" in out
+    assert f"best by specialist, {first['point']}" in out
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:3] == ["soup-jax", "train", "--config=tiny.py"]
+    assert f"--config.{first['point']}" in command
+    assert "--workdir=sweep-best" in command
+
+
+def test_what_is_done_is_not_done_again(swept, monkeypatch, capsys, caplog):
+    here, *_ = swept
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(work.pool.Pool, "run", None)  # no worker is started
+    command = ["sweep", "--config=tiny.py", "--workdir=sweep", "--evaluate"]
+    assert main.run(command) == 1
+    assert "1 of 3 points failed" in capsys.readouterr().err
+    assert main.run([*command, "--config.num_steps=50"]) == 2
+    assert "holds a run with another config" in capsys.readouterr().err
+    saved = points.load(here / "sweep")
+    assert [p.name for p in saved.points] == [GOOD, BAD, LAST]
+    assert saved.earlier == []
+    with monkeypatch.context() as m:
+        m.setattr(work.Work, "run", lambda *_, **__: "")
+        assert main.run([*command, "--sweep.seed=5"]) == 0
+    saved = points.load(here / "sweep")
+    assert [p.name for p in saved.points] == [f"{p},seed=5" for p in (GOOD, BAD, LAST)]
+    assert saved.earlier == [GOOD, BAD, LAST]
+
+
+def test_shards_train_all_points_once_and_tell_their_own_failures(swept, monkeypatch, capsys):
+    here, *_ = swept
+    monkeypatch.chdir(here)
+    trained = []
+    monkeypatch.setattr(work.Work, "run", lambda _, mine, **__: trained.append(mine) or "")
+    command = ["sweep", "--config=tiny.py", "--workdir=sweep"]
+    statuses = [main.run([*command, f"--shard={i}/2"]) for i in range(2)]
+    assert [[point.name for point, _ in mine] for mine in trained] == [[GOOD, LAST], [BAD]]
+    assert statuses == [0, 1]
+    captured = capsys.readouterr()
+    assert captured.out == "3 points\n3 points\n"
+    assert "1 of 1 points failed" in captured.err
