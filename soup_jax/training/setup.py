@@ -34,7 +34,7 @@ from soup_jax.processes import start as distributed
 from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
 from soup_jax.shapes import Params
-from soup_jax.training import build, pretrained, trackers
+from soup_jax.training import build, pretrained, starts, trackers
 from soup_jax.training import changes as changes_lib
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training import workdir as workdir_lib
@@ -69,6 +69,7 @@ class Run:
     unfinished: Any = None  # the metrics since the last line, of the restored step
     changes: changes_lib.Changes = dataclasses.field(default_factory=dict)  # since the last start
     initial: Params = dataclasses.field(default_factory=dict)  # parts from checkpoint.init_from
+    record: starts.Record = dataclasses.field(default_factory=starts.Record)
 
     @property
     def workdir(self) -> pathlib.Path:
@@ -78,6 +79,7 @@ class Run:
     def publish(self) -> None:
         """Let others see what process 0 has written."""
         if self.group.process_id == 0:
+            self.record.update()
             self.home.publish()
 
     def fingerprint(self) -> dict[str, Any]:
@@ -119,6 +121,8 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
+    group = distributed.current()
+    group.restart_clock()
     home = workdir_lib.at(workdir)
     new = not (home.path / "config.json").exists()
     _check_new(new, config_lib.check_start, cfg)
@@ -161,7 +165,7 @@ def setup(
         plan=plan,
         abstract=abstract_with_shardings(abstract, shardings),
         init=jax.jit(make, out_shardings=shardings),
-        group=distributed.current(),
+        group=group,
     )
 
 
@@ -269,7 +273,7 @@ def _says(path: pathlib.Path, cfg: ConfigDict) -> bool:
 
 
 def settle(run: Run, start: int) -> None:
-    """Record the run's changes, which hold from its step `start` on, and its config with them.
+    """Record this start, the run's changes, which hold from its step `start` on, and its config.
 
     Raises:
       UserError: they change what was done before that step.
@@ -279,6 +283,7 @@ def settle(run: Run, start: int) -> None:
         changes_lib.record(run.workdir, run.changes, start=start)
         if run.changes:
             config_lib.save(run.cfg, run.workdir / "config.json")
+        run.record.begin(run.workdir, run.group, step=start)
         run.home.publish()
 
 
