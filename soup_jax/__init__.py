@@ -27,6 +27,7 @@ _MODULES = {
     "load": "specialists.open",
     "next_token_losses": "models.base",
     "prepare": "data.prepare.stages",
+    "report": "reports.write",
     "train": "training.loop",
 }
 __all__ = ["__version__", *_MODULES]

@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,3 +268,19 @@ def address(tiny_run: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) ->
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(30)
+
+
+@pytest.fixture
+def browser(tmp_path: pathlib.Path) -> Iterator:
+    """Chromium without a window; downloads go to `tmp_path`, and its log has all requests."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.binary_location = shutil.which("chromium")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    service = webdriver.ChromeService(shutil.which("chromedriver"), env=os.environ)
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()

@@ -224,7 +224,8 @@ def test_result_has_the_documented_shape(evaluated, cooking):
     assert set(result["specialists"]) == {"cooking", "python"}
     columns = {*COLUMNS, "generic"}
     for row in result["specialists"].values():
-        assert set(row) == {"tokens", "bytes", "documents_in_training", *columns}
+        counts = {"tokens", "bytes", "documents_in_training"}
+        assert set(row) == {*counts, "alpha", "h", *columns}
         assert all(set(row[c]) == {"loss", "bits_per_byte"} for c in columns)
     assert set(result["average"]) == columns
     assert set(result["generic_validation"]) == columns - {"specialist"}
@@ -232,6 +233,17 @@ def test_result_has_the_documented_shape(evaluated, cooking):
     assert row["tokens"] == cooking.scored.num_targets.sum()
     assert row["bytes"] == cooking.scored.num_bytes
     assert set(result["runs"]) == {"specialist", "generic"}
+
+
+def test_result_has_the_coefficients_and_domain_weights_that_were_scored(
+    evaluated, trained, cooking
+):
+    row = json.loads(json.dumps(evaluated[0]["specialists"]["cooking"]))
+    h_K = np.zeros(trained.num_domains)
+    for domain, weight in row["h"].items():
+        h_K[int(domain)] = weight
+    np.testing.assert_array_equal(h_K, cooking.histogram.h_K)
+    np.testing.assert_allclose(row["alpha"], trained.at(h_K).alpha_E, rtol=1e-5)
 
 
 def test_average_is_the_mean_over_specialists(evaluated):

@@ -38,6 +38,7 @@ PACKAGES = (
     "data.prepare",
     "evaluation",
     "training",
+    "reports",
     "specialists.export",
     "specialists",
     "specialists.serve",

@@ -4,7 +4,6 @@ Slow; needs `pip install selenium`, and chromium and chromedriver on the PATH.
 """
 
 import json
-import os
 import shutil
 
 import pytest
@@ -14,25 +13,10 @@ pytest.importorskip("uvicorn")
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
     pytest.skip("no chromium and chromedriver", allow_module_level=True)
 
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def browser(tmp_path):
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.binary_location = shutil.which("chromium")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
-    service = webdriver.ChromeService(shutil.which("chromedriver"), env=os.environ)
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
 
 
 def test_a_person_makes_compares_and_downloads(address, browser, tiny_text, tmp_path):

@@ -7,6 +7,7 @@
     soup-jax train       --config=FILE.py --workdir=RUN         corpus -> trained soup
     soup-jax sweep       --config=FILE.py --sweep.seed=0,1      many runs, and a table of them
     soup-jax evaluate    --workdir=RUN --specialists='DIR/*'    losses of specialists and baselines
+    soup-jax report      RUN... --out=report.html               runs as one web page
     soup-jax instantiate --run=RUN --documents=F --out=DIR      documents -> one small model
     soup-jax generate    --model=DIR --prompt=TEXT              continue a prompt with it
     soup-jax score       --model=DIR --documents=F              how well it predicts documents
@@ -49,6 +50,7 @@ from soup_jax.cli import (
     pack,
     plan,
     prepare,
+    report,
     score,
     serve,
     sweep,
@@ -67,6 +69,7 @@ SUBCOMMANDS = {
     "train": train,
     "sweep": sweep,
     "evaluate": evaluate,
+    "report": report,
     "pack": pack,
     "instantiate": instantiate,
     "generate": generate,
@@ -175,8 +178,11 @@ def _run(argv: Sequence[str]) -> int:
             raise
         raise UserError((where or _plain(e)) + _hint(e)) from e
     positional = getattr(subcommand, "POSITIONAL", "")
-    if positional and len(rest) == 1 and not values[positional].present:
-        values[positional].parse(rest.pop())
+    if positional and not values[positional].present:
+        if getattr(subcommand, "SEVERAL", False):
+            values[positional].value, rest = rest, []
+        elif len(rest) == 1:
+            values[positional].parse(rest.pop())
     if rest:
         raise UserError(f"unexpected arguments {rest}; flags are given as --name=value")
     return subcommand.run(values)

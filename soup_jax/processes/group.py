@@ -33,14 +33,27 @@ class Solo:
         self.stop_reason = ""
         self.place: dict[str, Any] = {"step": -1, "phase": "starting"}
         self.moved = time.monotonic()
+        self.seconds: dict[str, float] = {}  # in each phase that has ended
         # Called before this process ends by force: the coordinator's must not be gone before the
         # others have heard why.
         self.wait_for_others: Callable[[], object] = lambda: None
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Note where this process is; shown to the others if something goes wrong."""
+        now, before = time.monotonic(), self.place["phase"]
+        self.seconds[before] = self.seconds.get(before, 0.0) + now - self.moved
         self.place = {"step": self.place["step"] if step is None else step, "phase": phase}
-        self.moved = time.monotonic()
+        self.moved = now
+
+    def restart_clock(self) -> None:
+        """Begin to count phases: a process may train one run after another."""
+        self.seconds, self.moved = {}, time.monotonic()
+        self.place = {"step": -1, "phase": "starting"}
+
+    def seconds_until_now(self) -> dict[str, float]:
+        """The seconds in each phase, those of the present one included."""
+        phase, now = self.place["phase"], time.monotonic()
+        return {**self.seconds, phase: self.seconds.get(phase, 0.0) + now - self.moved}
 
     def enter(self, step: int) -> bool:
         """Called before each step, on every process; False: stop instead, on all of them."""

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from soup_jax.data.corpus import Corpus
 from soup_jax.errors import UserError
 from soup_jax.evaluation import sets as sets_lib
@@ -37,7 +39,8 @@ def evaluate_runs(
       part: of each specialist's documents, one of `sets.PARTS`.
 
     Returns:
-      As `evaluator.evaluate` says, with a column for each of `against`, "part" and "runs".
+      As `evaluator.evaluate` says, with a column for each of `against`, "part" and "runs"; a
+      specialist has "alpha", E coefficients, and "h", its weight of each domain that has one.
 
     Raises:
       UserError: no specialists given, a run or file that cannot be read, two equal column names.
@@ -107,7 +110,7 @@ def _evaluate_one(
         batch_size=cfg.evaluate.batch_size,
         sets=[*(s.scored for s in sets), validation],
     )
-    return evaluate(
+    result = evaluate(
         evaluator,
         trained.params,
         corpus.domain_frequencies,
@@ -115,3 +118,9 @@ def _evaluate_one(
         validation=validation,
         columns=columns,
     )
+    alpha_ME = trained.coefficients(np.stack([s.histogram.h_K for s in sets]))
+    for s, alpha_E in zip(sets, alpha_ME):
+        row, h_K = result["specialists"][s.name], s.histogram.h_K
+        row["alpha"] = [float(a) for a in alpha_E]
+        row["h"] = {str(k): float(h_K[k]) for k in np.flatnonzero(h_K)}
+    return result

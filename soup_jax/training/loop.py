@@ -93,8 +93,10 @@ def _train(run: Run, specialists: list[sets_lib.SpecialistSet], validation: Any)
     saving = cfg.checkpoint.async_timeout_secs
     compiling = watchdog.COMPILE_SECS
     allowances = {"compiling": compiling, "saving": saving, "restoring": compiling + saving}
+    allowances["compiling the evaluation"] = compiling
     limit = cfg.distributed.step_timeout_secs
     with (
+        run.record.kept(),
         stop_requests(run.group),
         watchdog.watch(run.group, run.workdir, limit=limit, allowances=allowances),
         checkpoint_lib.Checkpointer(run.home.checkpoints, cfg) as checkpointer,
@@ -317,7 +319,7 @@ class _Loop:
         self._sent(ahead=0)
         self._log(state)  # the next start makes no line of these steps; and it may have diverged
         self._check_finite(state)
-        self.group.at("saving")
+        self.group.at("saving", done)
         self.run_.publish()  # before it: a save whose lines are missing would stay without them
         self.checkpointer.save(state, {**self.run_.data_state(done), "meter": self.meter.state()})
         self.group.at("training")
@@ -372,7 +374,7 @@ class _Loop:
 
     def _evaluate(self, state: TrainState, done: int) -> None:
         assert self.evaluator is not None
-        self.group.at("compiling")
+        self.group.at("compiling the evaluation")
         self.run_.evaluation_due = True
         try:
             result = evaluator_lib.evaluate(

@@ -123,22 +123,39 @@ def count_lines(path: pathlib.Path) -> tuple[int, int]:
         return len(_read_lines(path)), sum(1 for _ in f)
 
 
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_all(path: pathlib.Path) -> tuple[list[dict[str, Any]], int, bool]:
+    """(sound lines of all kinds, number of damaged ones, whether the last is not whole): a line at
+    the end without its end is being written, or was cut by a kill, and counts as no damage."""
     lines: list[dict[str, Any]] = []
-    if not path.exists():
-        return lines
-    with open_file(path) as f:
-        for data in f:
-            try:
-                # A crash may leave any bytes, and half a line.
-                value: Any = json.loads(data) if data.endswith(b"\n") else None
-                check_structure(value, _LINE, path)
-                expected = value.pop("crc32", None)  # earlier versions wrote none
-                if expected not in (None, _crc32(value)):
-                    raise ValueError("changed since it was written")
-                lines.append(value)
-            except (ValueError, RecursionError):  # UserError is one
-                print(f"{path}: dropped a damaged line", file=sys.stderr)
+    num_damaged, cut = 0, False
+    if path.exists():
+        with open_file(path) as f:
+            for data in f:
+                value = _sound(data, path)
+                if value is not None:
+                    lines.append(value)
+                elif data.endswith(b"\n"):
+                    num_damaged += 1
+                else:
+                    cut = True
+    return lines, num_damaged, cut
+
+
+def _sound(data: bytes, path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        # A crash may leave any bytes, and half a line.
+        value: Any = json.loads(data) if data.endswith(b"\n") else None
+        check_structure(value, _LINE, path)
+        expected = value.pop("crc32", None)  # earlier versions wrote none
+        return value if expected in (None, _crc32(value)) else None
+    except (ValueError, RecursionError):  # UserError is one
+        return None
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    lines, num_damaged, cut = read_all(path)
+    for _ in range(num_damaged + cut):
+        print(f"{path}: dropped a damaged line", file=sys.stderr)
     return lines
 
 

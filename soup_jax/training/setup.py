@@ -35,7 +35,7 @@ from soup_jax.processes import watchdog
 from soup_jax.processes.group import Solo
 from soup_jax.shapes import Params
 from soup_jax.soup import layout
-from soup_jax.training import build, pretrained, trackers
+from soup_jax.training import build, pretrained, starts, trackers
 from soup_jax.training import changes as changes_lib
 from soup_jax.training import checkpoint as checkpoint_lib
 from soup_jax.training import workdir as workdir_lib
@@ -71,6 +71,7 @@ class Run:
     unfinished: Any = None  # the metrics since the last line, of the restored step
     changes: changes_lib.Changes = dataclasses.field(default_factory=dict)  # since the last start
     initial: Params = dataclasses.field(default_factory=dict)  # parts from checkpoint.init_from
+    record: starts.Record = dataclasses.field(default_factory=starts.Record)
 
     @property
     def workdir(self) -> pathlib.Path:
@@ -80,6 +81,7 @@ class Run:
     def publish(self) -> None:
         """Let others see what process 0 has written."""
         if self.group.process_id == 0:
+            self.record.update()
             self.home.publish()
 
     def fingerprint(self) -> dict[str, Any]:
@@ -123,6 +125,7 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
+    distributed.current().restart_clock()
     with contextlib.ExitStack() as lock:
         home = workdir_lib.at(workdir)
         lock.callback(home.close)
@@ -294,7 +297,7 @@ def _says(path: pathlib.Path, cfg: ConfigDict) -> bool:
 
 
 def settle(run: Run, start: int) -> None:
-    """Record the run's changes, which hold from its step `start` on, and its config with them.
+    """Record this start, the run's changes, which hold from its step `start` on, and its config.
 
     Raises:
       UserError: they change what was done before that step.
@@ -304,6 +307,7 @@ def settle(run: Run, start: int) -> None:
         changes_lib.record(run.workdir, run.changes, start=start)
         if run.changes:
             config_lib.save(run.cfg, run.workdir / "config.json")
+        run.record.begin(run.workdir, run.group, step=start)
         run.home.publish()
 
 

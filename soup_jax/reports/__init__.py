@@ -1,0 +1,1 @@
+"""Trained runs as one web page that needs no network: what `soup-jax report` writes."""
