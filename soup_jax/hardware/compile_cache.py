@@ -1,8 +1,8 @@
 """Compiled functions kept on disk between starts, and a log line of what compiling took.
 
 Every command calls `enable`; a program of your own that calls the library may do the same. The
-folder is ~/.cache/soup_jax/xla (or below XDG_CACHE_HOME). It has a folder for each kind of machine,
-which holds up to 4 GiB; an entry that is damaged is replaced. You may delete it at any time. jax's
+folder is ~/.cache/soup_jax/xla (or below XDG_CACHE_HOME). It has a folder for each kind of machine
+and number of cores, which holds up to 4 GiB; an entry that is damaged is replaced. You may delete it at any time. jax's
 own variables win:
 
     JAX_COMPILATION_CACHE_DIR=DIR          another folder, as it is, with no limit but your own
@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 MAX_BYTES = 4 << 30
 MIN_COMPILE_SECS = 0.1
+# The variable that tells XLA on a CPU for how many threads it compiles; default: of this process.
+NUM_THREADS = "PJRT_NPROC"
 _HIT = "/jax/compilation_cache/cache_hits"
 _hits = 0
 
@@ -76,8 +78,16 @@ def _check_owner(folder: pathlib.Path) -> None:
 def _default_folder() -> pathlib.Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # A home may be shared by machines of several kinds, and jax's key does not tell CPUs apart: it
-    # would run instructions that this one lacks.
-    return pathlib.Path(cache) / "soup_jax" / "xla" / _machine()
+    # would run instructions that this one lacks. Nor does it tell the number of threads, for which
+    # XLA on a CPU cuts loops and so sums: bits would depend on who compiled first.
+    return pathlib.Path(cache) / "soup_jax" / "xla" / f"{_machine()}-{_num_threads()}"
+
+
+def _num_threads() -> str:
+    if chosen := os.environ.get(NUM_THREADS):
+        return chosen
+    granted = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    return str(len(granted) or os.cpu_count() or 1)
 
 
 def _machine() -> str:

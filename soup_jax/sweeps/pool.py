@@ -24,8 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from soup_jax.errors import UserError
-
-_NUM_THREADS = "PJRT_NPROC"  # what jax's CPU client takes for the number of cores
+from soup_jax.hardware.compile_cache import NUM_THREADS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ def slots(jobs: int, num_points: int, *, devices_per_job: int = 0) -> list[Slot]
     share = len(cores) // count
     # XLA cuts loops, and so sums, for as many threads as it has. That number stays the one of a run
     # that has all cores, and with it the bits.
-    env = {_NUM_THREADS: os.environ.get(_NUM_THREADS, str(len(cores)))}
+    env = {NUM_THREADS: os.environ.get(NUM_THREADS, str(len(cores)))}
     return [Slot(env, tuple(cores[i * share : (i + 1) * share])) for i in range(count)]
 
 
