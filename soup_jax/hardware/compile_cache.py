@@ -2,8 +2,8 @@
 
 Every command calls `enable`; a program of your own that calls the library may do the same. The
 folder is ~/.cache/soup_jax/xla (or below XDG_CACHE_HOME). It has a folder for each kind of machine
-and number of cores, which holds up to 4 GiB; an entry that is damaged is replaced. You may delete it at any time. jax's
-own variables win:
+and number of cores, which holds up to 4 GiB; an entry that is damaged is replaced. You may delete
+it at any time. jax's own variables win:
 
     JAX_COMPILATION_CACHE_DIR=DIR          another folder, as it is, with no limit but your own
     JAX_ENABLE_COMPILATION_CACHE=false     no cache
