@@ -1,6 +1,7 @@
 """Sources whose records name their domains: a corpus of these domains, and what is refused."""
 
 import json
+import types
 
 import numpy as np
 import pyarrow
@@ -11,8 +12,11 @@ from conftest import tiny_config, topic_text
 from soup_jax.cli import main as cli
 from soup_jax.data import domain_histogram
 from soup_jax.data.corpus import open_corpus
-from soup_jax.data.prepare import stages
+from soup_jax.data.damage import Report
+from soup_jax.data.prepare import given, provenance, stages
 from soup_jax.data.prepare.work import Part
+from soup_jax.data.readers import SourceFile
+from soup_jax.data.sources import find_files, read_documents
 from soup_jax.errors import UserError
 
 TOPICS = ("cooking", "sailing", "algebra", "python")
@@ -102,11 +106,13 @@ def test_records_without_a_domain_are_reported_and_left_out(tmp_path, capsys):
     rows[4]["cluster"] = True
     del rows[5]["cluster"]
     rows[6]["cluster"] = "x" * 201
+    rows[7]["cluster"] = "\ud800"
+    rows[8]["cluster"] = 0.0  # as tools write integers where some are missing
     write(tmp_path / "text.jsonl", rows)
     corpus = stages.prepare(config(tmp_path))
-    assert sum(sum(entry["documents"].values()) for entry in corpus.domains) == 236
+    assert sum(sum(entry["documents"].values()) for entry in corpus.domains) == 235
     said = capsys.readouterr()
-    assert "4 records that name no domain" in said.out + said.err
+    assert "5 records that name no domain" in said.out + said.err
     assert "text.jsonl:4" in said.out + said.err
     assert "are nearest to the centroid of the domain that they name" in said.out + said.err
 
@@ -139,11 +145,49 @@ def test_a_domain_of_which_no_document_is_left(tmp_path):
         stages.prepare(config(tmp_path, num_domains=5))
 
 
+def test_a_damaged_name_in_a_column_is_reported(tmp_path):
+    names = pyarrow.array([b"a", b"\xff\xfe", b"b"]).cast(pyarrow.binary())
+    names = pyarrow.StringArray.from_buffers(3, names.buffers()[1], names.buffers()[2])
+    table = pyarrow.table({"text": ["one text", "two texts", "three"], "cluster": names})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    report = Report()
+    found = list(
+        read_documents(find_files([str(tmp_path)], report), "text", report, domain_field="cluster")
+    )
+    assert [d.domain for d in found] == ["a", "b"]
+    assert report.counts == {"no_domain": 1}
+
+
+def test_the_order_of_names(tmp_path):
+    # Of two that are the same number, as of all others, in any process.
+    work = types.SimpleNamespace(
+        cfg=types.SimpleNamespace(corpus=types.SimpleNamespace(domain_field="cluster")),
+        path=tmp_path,
+        sources=[SourceFile("a", "lines", "")],
+    )
+    (tmp_path / "documents").mkdir()
+    for names, ordered in (
+        (["10", "07", "7", "-1"], ["-1", "07", "7", "10"]),
+        (["10", "9", "b"], ["10", "9", "b"]),
+    ):
+        (tmp_path / "documents" / "000000.json").write_text(json.dumps({"domains": names}))
+        assert given.given_domains(work) == ordered
+
+
+def test_a_training_asks_for_the_field_that_there_was(tiny_corpus, folder):
+    corpus = open_corpus(tiny_corpus)
+    with pytest.raises(UserError, match="domain_field = 'cluster', prepared with ''"):
+        provenance.check_against(tiny_config(**{"corpus.domain_field": "cluster"}), corpus)
+    with pytest.raises(UserError, match=r"near_duplicates = 0\.8, prepared with 0\.0"):
+        provenance.check_against(tiny_config(**{"corpus.near_duplicates": 0.8}), corpus)
+    provenance.check_against(config(folder), open_corpus(folder / "corpus"))
+
+
 def test_another_field_is_another_corpus(folder, capsys):
     changed = config(folder, **{"corpus.domain_field": ""})
     with pytest.raises(UserError, match=r"corpus\.domain_field: cluster, now "):
         stages.prepare(changed)
-    assert cli.main(["domains", f"--corpus={folder / 'corpus'}"]) == 0
+    assert cli.run(["domains", f"--corpus={folder / 'corpus'}"]) == 0
     assert "21" in capsys.readouterr().out
 
 

@@ -144,7 +144,7 @@ def test_many_processes_stopped_killed_and_resumed_make_the_run_of_one(
     # Only process 0 logs, and nobody writes files but these.
     assert "loss" not in outputs[1]
     names = ["checkpoints", "config.json", "domains", "metrics.jsonl", "parameters.txt"]
-    assert sorted(p.name for p in workdir.iterdir()) == names
+    assert sorted(p.name for p in workdir.iterdir()) == [*names, "starts.jsonl"]
 
     # Four processes go on; one is killed in the middle, the others say so and leave.
     with start(config, workdir, 4, process="2", what="SIGKILL", step=4) as processes:

@@ -15,12 +15,13 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import zstandard
 
 from soup_jax import inputs
+from soup_jax.data import decompress
 from soup_jax.data.damage import Report, listed
 from soup_jax.errors import UnavailableError, UserError
 
@@ -29,13 +30,8 @@ from soup_jax.errors import UnavailableError, UserError
 MAX_DOCUMENT_BYTES = 32 << 20
 # Objects and lists of a JSON line, each of which takes a hundred times its two characters.
 MAX_CONTAINERS = 1 << 20
-# What decompressing one frame of zstd may take; `zstd --long` needs this, --long=28 and more do not
-# fit.
-MAX_WINDOW_BYTES = 128 << 20
-_READ_BYTES = 1 << 16
 # Of a network file system, for the moment.
 _UNREACHABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
-_PIECE_BYTES = 1 << 18  # of decompressed data at a time
 _PARQUET_ROWS = 8  # as long as a document may be, they take a quarter of a gigabyte
 _PARQUET_BUFFER = 1 << 20
 _DOMAIN_CHARS = 200  # of the name of a domain
@@ -55,8 +51,7 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text, where it stands (`line` counts lines or rows from 1), its `text_hash`, and the domain
-    that its record names, if that was asked for."""
+    """A text, where it stands (`line` counts from 1), its `text_hash`, and its domain's name."""
 
     text: str
     source: str
@@ -67,19 +62,10 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Names of fields of JSON lines, or of columns of Parquet.
-
-    Attributes:
-      text: the one that holds the text.
-      domain: the one that names the document's domain; "" where none is asked for.
-    """
+    """Fields of JSON lines or columns of Parquet: of the text, and of the domain or "" for none."""
 
     text: str
     domain: str = ""
-
-
-class _TooLarge(Exception):
-    """More than a document or a compressed file may take; the message says what to do."""
 
 
 def text_hash(text: str) -> bytes:
@@ -118,7 +104,7 @@ def read_file(
             yield Document(value, source.path, line, digest, name if fields.domain else "")
     except (EOFError, zlib.error, zstandard.ZstdError) as e:
         report.add("truncated", source.path, line, f"after this line: {e}")
-    except (_TooLarge, MemoryError) as e:
+    except (decompress.TooLargeError, MemoryError) as e:
         report.add("too_large", source.path, line, str(e) or "the memory is full")
     except UnavailableError:  # what lies there may be sound: no property of the source
         raise
@@ -131,9 +117,11 @@ def read_file(
 
 
 def _domain_name(value: Any) -> str:
-    # "" for what names no domain.
+    # "" for what names no domain. Tools write integers with gaps as floats.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     name = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
-    return name if len(name) <= _DOMAIN_CHARS else ""
+    return name if len(name) <= _DOMAIN_CHARS and name.isprintable() else ""
 
 
 def _read_text(
@@ -142,11 +130,11 @@ def _read_text(
     if skip:
         return
     parts, size = [], 0
-    for chunk in _chunks(source):
+    for chunk in decompress.chunks(source.path, source.compression):
         parts.append(chunk)
         size += len(chunk)
         if size > MAX_DOCUMENT_BYTES:
-            raise _TooLarge(
+            raise decompress.TooLargeError(
                 f"{_TOO_LARGE.format(MAX_DOCUMENT_BYTES)}, and a text file is one document: cut it "
                 "into files (`split -C 30m --additional-suffix=.txt FILE`), or make it .jsonl, a "
                 "document a line"
@@ -169,8 +157,8 @@ def _read_text(
 def _read_lines(
     source: SourceFile, fields: Fields, report: Report, skip: int
 ) -> Iterator[tuple[int, str, Any]]:
-    field = fields.text
-    for number, data in enumerate(_lines(_chunks(source)), start=1):
+    field, chunks = fields.text, decompress.chunks(source.path, source.compression)
+    for number, data in enumerate(_lines(chunks), start=1):
         if number <= skip or (data is not None and not data.strip()):
             continue
         if data is None:
@@ -266,13 +254,20 @@ def _read_parquet(
                     number += 1
                     if number > skip:
                         for text in _parquet_text(scalar, number, source, field, report):
-                            yield number, text, domain and domain.as_py()
+                            yield number, text, domain and _value(domain)
     except MemoryError:  # pyarrow's too
         reason = "the rows that follow do not fit into the memory: write smaller pages"
         report.add("too_large", source.path, number, reason)
     except pyarrow.ArrowException as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         report.add("unreadable", source.path, number, reason)
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def _is_text(kind: Any) -> bool:
@@ -304,80 +299,6 @@ _READERS: dict[str, Callable[[SourceFile, Fields, Report, int], Iterator[tuple[i
     "lines": _read_lines,
     "parquet": _read_parquet,
 }
-
-
-def _chunks(source: SourceFile) -> Iterator[bytes]:
-    """The decompressed bytes in small pieces; EOFError when a compressed stream ends early.
-
-    Concatenated members are read on, and truncation is an error.
-    """
-    with inputs.open_file(source.path) as f:
-        if source.compression == ".gz":
-            yield from _gunzip(f)
-        elif source.compression == ".zst":
-            yield from _unzstd(f)
-        else:
-            while data := f.read(_READ_BYTES):
-                yield data
-
-
-def _gunzip(f: BinaryIO) -> Iterator[bytes]:
-    stream: Any = None
-    while data := f.read(_READ_BYTES):
-        while data:
-            if stream is None:
-                data = data.lstrip(b"\0")  # padding after a member, as gzip itself allows
-                if not data:
-                    break
-                stream = zlib.decompressobj(wbits=31)
-            piece = stream.decompress(data, _PIECE_BYTES)
-            while len(piece) == _PIECE_BYTES and not stream.eof:  # perhaps there is more of it
-                yield piece
-                piece = stream.decompress(stream.unconsumed_tail, _PIECE_BYTES)
-            yield piece
-            data = stream.unused_data if stream.eof else b""
-            stream = None if stream.eof else stream
-    if stream is not None:
-        raise EOFError("the compressed data ends early")
-
-
-def _unzstd(f: BinaryIO) -> Iterator[bytes]:
-    # Block by block, of which none holds more than 128 kB: one call of the library decompresses all
-    # that it is given, and 64 kB may hold gigabytes. Its own reader of streams takes truncation for
-    # the end of the file.
-    while first := f.read(1):
-        if first == b"\0":  # padding
-            continue
-        head = first + _exactly(f, 4)
-        if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:  # a frame of something else
-            size = int.from_bytes(head[4:] + _exactly(f, 3), "little")
-            while size > 0:
-                size -= len(_exactly(f, min(size, _READ_BYTES)))
-            continue
-        head += _exactly(f, zstandard.frame_header_size(head) - len(head))
-        frame = zstandard.get_frame_parameters(head)
-        if frame.window_size > MAX_WINDOW_BYTES:
-            raise _TooLarge(
-                f"decompressing takes {frame.window_size:,} bytes, the limit is "
-                f"{MAX_WINDOW_BYTES:,}: recompress it, `zstd -dc --long=31 FILE | zstd > NEW`"
-            )
-        stream = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
-        stream.decompress(head)
-        last = False
-        while not last:
-            block = _exactly(f, 3)
-            number = int.from_bytes(block, "little")
-            last, repeated = bool(number & 1), number >> 1 & 3 == 1
-            yield stream.decompress(block + _exactly(f, 1 if repeated else number >> 3))
-        if frame.has_checksum:
-            stream.decompress(_exactly(f, 4))
-
-
-def _exactly(f: BinaryIO, num_bytes: int) -> bytes:
-    data = f.read(num_bytes)
-    if len(data) < num_bytes:
-        raise EOFError("the compressed data ends early")
-    return data
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:

@@ -137,10 +137,13 @@ def attend(
       UserError: "cudnn", and no such GPU, or a type or head that it does not take.
     """
     takes = kind != "xla" and _cudnn_takes(query)
+    if begin_BL is not None and query.shape[1] % 2:
+        takes = False  # cuDNN's training pass takes masks of even lengths only
     if kind == "cudnn" and not takes:
         raise UserError(
             "model.attention = 'cudnn' needs an NVIDIA GPU of compute capability 8.0 or more, "
-            "model.dtype = 'bfloat16' and heads of 8 to 128 in steps of 8; here are "
+            "model.dtype = 'bfloat16', heads of 8 to 128 in steps of 8 and, with "
+            "model.attention_reset, an even seq_len; here are "
             f"{query.dtype}, heads of {query.shape[-1]} and {jax.devices()[0].device_kind}. "
             "Set model.attention=auto, which takes cuDNN where it can"
         )

@@ -104,10 +104,10 @@ def state(run: RunFiles) -> str:
     end = run.starts[-1].get("end", "") if run.starts else None
     if done:
         return "done"
-    if run.nonfinite:
-        return "stopped: not finite"
     if end == "":
         return "training, or killed"
+    if run.nonfinite:
+        return "stopped: not finite"
     if end:
         return "stopped" if str(end).startswith("Interrupted") else "ended by an error"
     return "not done; a line is being written, or was cut" if run.cut else "not done"

@@ -9,12 +9,14 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from soup_jax.data.tokenizer import Tokenizer
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
 from soup_jax.shapes import Array, Params
+from soup_jax.soup.low_rank import Rows
 from soup_jax.specialists.decoding import (
     DEFAULT_SAMPLING,
     Decoder,
@@ -135,6 +137,7 @@ class _Lane:
         self._decoder, self._params = decoder, params
         self._max_rows, self._eos_id = max_rows, eos_id
         self._rows: list[tuple[int, int]] = []  # number of the request, tokens that it still wants
+        self._alpha: dict[int, tuple[float, ...]] = {}  # of the requests in rows
         # What the devices are at: first tokens by row, and the next of all rows.
         self._first: dict[int, Array] = {}
         self._more: Array | None = None
@@ -152,14 +155,23 @@ class _Lane:
         self._fit()
         self._first, self._more = {}, None
         while self.waiting and len(self._rows) < self._max_rows:
-            number, request = self.waiting.popleft()
+            number, request = self._next()
             index = len(self._rows)
             self._first[index] = self._decoder.admit(
                 self._params, request.prompt_ids, request.sampling, index, request.alpha_E
             )
             self._rows.append((number, request.max_tokens))
+            self._alpha[number] = request.alpha_E
         if any(left > (i in self._first) for i, (_, left) in enumerate(self._rows)):
             self._more = self._decoder.advance(self._params)
+
+    def _next(self) -> tuple[int, Request]:
+        # The first of those whose specialist has the fewest rows: none takes all of them for long.
+        rows = collections.Counter(self._alpha[number] for number, left in self._rows if left)
+        order = enumerate(self.waiting)
+        index, found = min(order, key=lambda item: (rows[item[1][1].alpha_E], item[0]))
+        del self.waiting[index]
+        return found
 
     def finish(self) -> list[tuple[int, list[int], bool]]:
         found = {index: [int(token)] for index, token in self._first.items()}  # by row
@@ -185,6 +197,7 @@ class _Lane:
         if wanted != self._decoder.num_rows or len(used) < len(self._rows):
             self._decoder.keep(used, wanted if used or self._decoder.num_rows else 0)
             self._rows = [self._rows[i] for i in used]
+            self._alpha = {number: self._alpha[number] for number, _ in self._rows}
 
 
 class Batch:
@@ -209,6 +222,8 @@ class Batch:
         """
         self._model, self._params, self._seq_len = model, params, seq_len
         self._max_rows, self._eos_id = max_rows, eos_id
+        leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Rows))
+        self._unmerged = any(isinstance(leaf, Rows) for leaf in leaves)
         self._lanes: dict[int, _Lane] = {}
         self._started: list[_Lane] = []
 
@@ -217,7 +232,10 @@ class Batch:
 
         Raises:
           UserError: the network is no language model.
+          ValueError: parameters that are not merged, and no coefficients, or the other way round.
         """
+        if self._unmerged != bool(request.alpha_E):
+            raise ValueError("alpha_E goes with parameters that are not merged, and with no others")
         text_len = min(len(request.prompt_ids), self._seq_len) + request.max_tokens
         length = cache_length(self._model, seq_len=self._seq_len, text_len=text_len)
         if length not in self._lanes:

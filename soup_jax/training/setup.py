@@ -125,11 +125,12 @@ def setup(
       UserError: config, corpus, mesh or workdir do not fit each other.
     """
     config_lib.check(cfg)
-    distributed.current().restart_clock()
+    group = distributed.current()
+    group.restart_clock()
     with contextlib.ExitStack() as lock:
         home = workdir_lib.at(workdir)
         lock.callback(home.close)
-        run = _build(cfg, home, model, devices)
+        run = _build(cfg, home, group, model, devices)
         run.lock = lock.pop_all()
         return run
 
@@ -137,6 +138,7 @@ def setup(
 def _build(
     cfg: ConfigDict,
     home: Workdir,
+    group: Solo,
     model: BaseModel | None,
     devices: Sequence[jax.Device] | None,
 ) -> Run:
@@ -168,6 +170,11 @@ def _build(
             "mesh.gather = 'layer', but this network cannot gather its own layers: set "
             "--config.mesh.gather=step, or give its BaseModel a `with_gather`"
         )
+    if cfg.model.attention_reset >= 0 and cfg.model.kind != "llama":
+        _log.warning(
+            "model.attention_reset is obeyed by the network alone: %s gets it in its ModelSettings",
+            cfg.model.kind,
+        )
     make = build.initial_state(cfg, model, corpus)
     abstract = jax.eval_shape(make)
     _check_new(new, build.check_rules, cfg, abstract.params)
@@ -182,7 +189,7 @@ def _build(
         abstract=abstract_with_shardings(abstract, shardings),
         make=make,
         init=_seeded(make, cfg, mesh, shardings),
-        group=distributed.current(),
+        group=group,
     )
 
 

@@ -22,8 +22,9 @@ def given_domains(work: Work) -> list[str]:
     for i in range(len(shards.groups(work.sources))):
         state = inputs.read_json(work.path / "documents" / f"{i:06d}.json", {"domains": [str]})
         names.update(state["domains"])
-    numbers = all(name.removeprefix("-").isdecimal() for name in names)
-    return sorted(names, key=int if numbers else str)
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))  # "7" and "07" are two
+    return sorted(names)
 
 
 def given_centroids(work: Work) -> dict[str, np.ndarray]:

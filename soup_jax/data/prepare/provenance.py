@@ -18,6 +18,7 @@ from soup_jax.data.embed.base import EMBEDDERS
 from soup_jax.errors import UnavailableError, UserError
 
 _MOST_SOURCES = 1_000_000
+_RECORDED_IF_SET = ("corpus.domain_field", "corpus.near_duplicates")
 # What `make_request` returns, as it stands in files.
 REQUEST = {
     "format": int,
@@ -163,7 +164,8 @@ def check_against(cfg: Any, corpus: Corpus) -> list[str]:
     differ = [
         f"{name} = {value!r}, prepared with {_value(made, name)!r}"
         for name, value in asked.items()
-        if name in made and value not in (_value(made, name), config_lib.FIELDS[name].default)
+        if (name in made or name in _RECORDED_IF_SET)
+        and value not in (_value(made, name), config_lib.FIELDS[name].default)
     ]
     if cfg.tokenizer.path:
         found = tokenizer_lib.load_tokenizer(cfg.tokenizer.path).hash

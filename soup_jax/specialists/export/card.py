@@ -26,7 +26,7 @@ without further training.
 
 - Run: {run}, step {step}; config {config}, corpus {corpus} (SHA-256).
 - Domain weights from {documents}. The heaviest of {num_domains} domains, which are clusters of the
-  corpus, labelled by typical words:
+  corpus, labelled by typical words or by the names that its documents give them:
 {domains}
 - Trained on windows of {seq_len} tokens; longer texts were never seen.{one_document}
 - `recipe.json` has all domain weights and coefficients.
