@@ -13,7 +13,7 @@ import time
 import pytest
 from conftest import tiny_config
 
-from soup_jax.cli import config_flag, main
+from soup_jax.cli import config_flag, main, sweep_worker
 from soup_jax.config import schema
 from soup_jax.errors import UserError
 from soup_jax.sweeps import points, pool, table, work
@@ -252,6 +252,47 @@ def test_slots_of_cores(monkeypatch):
     assert [s.cores for s in pool.slots(0, 2)] == [(3, 5), (7, 8)]
     assert [s.cores for s in pool.slots(1, 9)] == [()]
     assert [s.cores for s in pool.slots(5, 9)] == [()] * 5
+
+
+def test_a_run_that_a_signal_stopped_is_not_scored(tmp_path, monkeypatch):
+    carried = []
+    monkeypatch.setattr(main, "run", lambda words: carried.append(words) or 0)
+    monkeypatch.setattr(sweep_worker, "_forget", lambda: None)
+    commands = [["train"], ["evaluate"]]
+    request = {"commands": commands, "needs": str(tmp_path / "12")}
+    assert sweep_worker._carry_out(**request) == 0
+    assert carried == [["train"]]
+    (tmp_path / "12").mkdir()
+    assert sweep_worker._carry_out(**request) == 0
+    assert carried[1:] == commands
+
+
+def one_point(workdir, *, evaluate=True, **fields):
+    """(the work, the point, its config) of a sweep of one point."""
+    fields.setdefault("evaluate.specialists", ("*.jsonl",))
+    (pair,) = points.check(tiny_config(**fields), [{SEED: 1}])
+    sweep = points.Sweep([], ["--config=c.py"], [pair[0]], [])
+    made = work.Work(sweep, workdir, worker="", evaluate=evaluate, retry_failed=False)
+    return made, *pair
+
+
+def test_a_score_of_a_step_before_the_last_counts_for_nothing(tmp_path):
+    made, point, cfg = one_point(tmp_path)
+    job = made._job(point, cfg)
+    assert [words[0] for words in job.commands] == ["train", "evaluate"]
+    assert job.needs == str(tmp_path / point.name / "checkpoints" / str(cfg.num_steps))
+    folder = tmp_path / point.name
+    folder.mkdir()
+    schema.save(cfg, folder / "config.json")
+    table.record(folder, state="done", seconds=1.0)
+    for step, scored in ((cfg.num_steps - 1, False), (cfg.num_steps, True)):
+        score = {"average": {"specialist": {"loss": 2.0}}, "runs": {"specialist": {"step": step}}}
+        (folder / "evaluation_tuning.json").write_text(json.dumps(score))
+        job = made._job(point, cfg)
+        assert (job is None) == scored
+        assert scored or [words[0] for words in job.commands] == ["evaluate"]
+        (found,) = table.rows(made.sweep, tmp_path)
+        assert found.numbers == ({"specialist": 2.0} if scored else {})
 
 
 # --------------------------------------------------------------------------------------- the table

@@ -6,8 +6,11 @@ Nobody starts it by hand. Its runs are those of the same commands in processes o
 they share is what costs a process its start: imports, the devices, and compiled code.
 
     CORES      numbers with commas: the only cores to run on; empty: all
-    request    {"commands": [[argument, ...], ...], "log": FILE}, on a line
+    request    {"commands": [[argument, ...], ...], "log": FILE, "needs": FOLDER}, on a line
     answer     the exit status of the first command that failed, or 0
+
+A `train` that a signal stopped has saved and has status 0. The commands behind it are for a run that
+has ended, so they wait for the folder of its last checkpoint, FOLDER.
 """
 
 import gc
@@ -54,19 +57,21 @@ def _serve(request: dict[str, Any]) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        return _carry_out(request["commands"])
+        return _carry_out(request["commands"], request["needs"])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
 
 
-def _carry_out(commands: Sequence[Sequence[str]]) -> int:
+def _carry_out(commands: Sequence[Sequence[str]], needs: str) -> int:
     from soup_jax.cli import main as cli
 
     try:
         for arguments in commands:
             if status := cli.run(arguments):
                 return status
+            if needs and not os.path.isdir(needs):
+                return 0
         return 0
     except Exception:
         traceback.print_exc()

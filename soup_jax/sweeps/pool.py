@@ -48,11 +48,13 @@ class Job:
       name: for messages.
       commands: arguments of `soup-jax`.
       log: gets what they print, behind what it has.
+      needs: a folder; where the first command leaves without it, the others are not carried out.
     """
 
     name: str
     commands: list[list[str]]
     log: pathlib.Path
+    needs: str = ""
 
 
 def slots(jobs: int, num_points: int, *, devices_per_job: int = 0) -> list[Slot]:
@@ -211,7 +213,7 @@ def _ask(worker: "subprocess.Popen[str]", job: Job) -> int | None:
     # The exit status of the job, None if the worker is gone.
     assert worker.stdin is not None
     assert worker.stdout is not None
-    request = json.dumps({"commands": job.commands, "log": str(job.log)})
+    request = json.dumps({"commands": job.commands, "log": str(job.log), "needs": job.needs})
     try:
         worker.stdin.write(request + "\n")
         worker.stdin.flush()

@@ -18,6 +18,8 @@ from soup_jax.training import metrics
 METRICS = ("specialist", "validation", "loss", "generic_h", "shared")
 _SHOWN = ("loss", "validation", "specialist", "generic_h", "shared")
 _MAX_PANELS = 5
+SCORE = "evaluation_tuning.json"
+_SCORE = {"runs": {"specialist": {"step": int}}}
 _OUTCOME = {"state": str, "seconds": float, "error": str}
 
 
@@ -75,12 +77,33 @@ def _numbers(folder: pathlib.Path) -> dict[str, float]:
     path = folder / "metrics.jsonl"
     lines, evaluations = metrics.read_metrics(path), metrics.read_metrics(path, kind="evaluation")
     numbers = {"loss": lines[-1]["loss"]} if lines else {}
-    file = folder / "evaluation_tuning.json"
-    result = inputs.read_json(file, {}) if file.exists() else (evaluations or [{}])[-1]
+    result = _score(folder) or (evaluations or [{}])[-1]
     averages = result.get("average", {})
     found = {name: averages.get(name, {}).get("loss") for name in METRICS}
     found["validation"] = result.get("generic_validation", {}).get("generic_h", {}).get("loss")
     return numbers | {name: x for name, x in found.items() if x is not None}
+
+
+def _score(folder: pathlib.Path) -> dict[str, Any]:
+    # What `evaluate` found at the end of the run; one of a step before it is no score of the point.
+    config = folder / "config.json"
+    if not config.exists() or (step := scored_step(folder)) is None:
+        return {}
+    at_end = step == inputs.read_json(config, {"num_steps": int})["num_steps"]
+    return inputs.read_json(folder / SCORE, {}) if at_end else {}
+
+
+def scored_step(folder: pathlib.Path) -> int | None:
+    """The step whose parameters `evaluate --part=tuning` has scored; None: it has not.
+
+    Raises:
+      UserError: its file is damaged.
+    """
+    path = folder / SCORE
+    if not path.exists():
+        return None
+    step: int = inputs.read_json(path, _SCORE)["runs"]["specialist"]["step"]
+    return step
 
 
 def choose_metric(rows: Sequence[Row], wanted: str = "") -> str:

@@ -123,14 +123,16 @@ class Work:
         if state != "done" and (state != "failed" or self.retry_failed):
             words = [*self.sweep.train, *point.arguments, f"--workdir={folder}"]
             commands.append(["train", *words, "--distributed=off"])
-        scored = not self.evaluate or (folder / "evaluation_tuning.json").exists()
+        scored = not self.evaluate or table.scored_step(folder) == cfg.num_steps
         if not scored and (commands or state == "done"):
             documents = [f"--specialists={pattern}" for pattern in cfg.evaluate.specialists]
-            commands.append(["evaluate", f"--workdir={folder}", "--part=tuning", *documents])
+            at = [f"--workdir={folder}", f"--step={cfg.num_steps}"]
+            commands.append(["evaluate", *at, "--part=tuning", *documents])
         if not commands:
             return None
         self.num_steps[point.name] = cfg.num_steps
-        return pool.Job(point.name, commands, folder / "log.txt")
+        needs = str(_last_checkpoint(folder, cfg.num_steps))
+        return pool.Job(point.name, commands, folder / "log.txt", needs)
 
     def _started(self, job: pool.Job) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,7 @@ class Work:
     def _ended(self, job: pool.Job, status: int) -> None:
         start, length = self.begun[job.name]
         seconds, folder = time.perf_counter() - start, job.log.parent
-        trained = (folder / "checkpoints" / str(self.num_steps[job.name])).is_dir()
+        trained = _last_checkpoint(folder, self.num_steps[job.name]).is_dir()
         self.num_ended += 1
         where = f"{self.num_ended} of {self.num_jobs}"
         if status == 0 and not trained:
@@ -155,6 +157,10 @@ class Work:
             error = _reason(job.log, length, status)
             table.record(folder, state="failed", seconds=seconds, error=error)
             _log.warning("%s: %s, FAILED in %.0f s: %s", where, job.name, seconds, error)
+
+
+def _last_checkpoint(folder: pathlib.Path, num_steps: int) -> pathlib.Path:
+    return folder / "checkpoints" / str(num_steps)
 
 
 def _reason(log: pathlib.Path, start: int, status: int) -> str:
