@@ -327,6 +327,14 @@ def test_the_table_is_sorted_and_averages_over_seeds():
     assert table.best(rows[:1], "loss") is rows[0]
 
 
+def test_the_best_is_of_the_first_group_where_one_has_the_overrides_of_another_and_more():
+    losses = {(None, 0): 2.0, (None, 1): 2.2, (8, 0): 1.0, (8, 1): 9.0}
+    more = {None: {}, 8: {"num_experts": 8}}
+    rows = [row(numbers={"loss": x}, seed=s, **more[e]) for (e, s), x in losses.items()]
+    assert table.over_seeds(rows, "loss")[0].overrides == {}
+    assert table.best(rows, "loss").point.overrides == {SEED: 0}
+
+
 def test_the_metric_is_one_that_all_finished_points_have():
     both, one = {"loss": 1.0, "validation": 2.0}, {"loss": 1.0}
     rows = [row(numbers=both), row("failed", seed=1)]

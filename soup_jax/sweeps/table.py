@@ -158,11 +158,15 @@ def over_seeds(rows: Sequence[Row], metric: str) -> list[Group]:
     for row in rows:
         value = row.numbers.get(metric, math.nan)
         if row.state == "done" and math.isfinite(value):
-            rest = {name: x for name, x in row.point.overrides.items() if name != "seed"}
+            rest = _without_seed(row)
             groups.setdefault(repr(rest), Group(rest, [])).values.append(value)
     if all(len(group.values) == 1 for group in groups.values()):
         return []
     return sorted(groups.values(), key=lambda group: (-len(group.values), group.mean))
+
+
+def _without_seed(row: Row) -> dict[str, Any]:
+    return {name: x for name, x in row.point.overrides.items() if name != "seed"}
 
 
 def best(rows: Sequence[Row], metric: str) -> Row | None:
@@ -170,8 +174,7 @@ def best(rows: Sequence[Row], metric: str) -> Row | None:
     groups = over_seeds(rows, metric)
     found = [r for r in ranked(rows, metric) if math.isfinite(r.numbers.get(metric, math.nan))]
     if groups:
-        inside = groups[0].overrides.items()
-        found = [row for row in found if inside <= row.point.overrides.items()]
+        found = [row for row in found if _without_seed(row) == groups[0].overrides]
     return found[0] if found else None
 
 
