@@ -295,6 +295,33 @@ def test_a_score_of_a_step_before_the_last_counts_for_nothing(tmp_path):
         assert found.numbers == ({"specialist": 2.0} if scored else {})
 
 
+def test_a_point_whose_config_was_edited_since_it_was_checked_is_not_trained(tmp_path, capsys):
+    made, point, cfg = one_point(tmp_path)
+    file = tmp_path / "c.py"
+    made.sweep.train[:] = [f"--config={file}"]
+    job = made._job(point, cfg)
+    edited = tiny_config(**{RATE: 0.5, "evaluate.specialists": ("*.jsonl",)})
+    file.write_text(CONFIG.format(flat=dict(schema.flat_items(edited))))
+    with config_flag.expected(job.config):
+        assert main.run(job.commands[0]) == 2
+    told = "its config is not what was checked when the sweep began"
+    changed = f"{RATE} {cfg.optimizer.learning_rate} -> 0.5"
+    assert f"{told}: {file} was edited meanwhile: {changed}\n" in capsys.readouterr().err
+    assert not (tmp_path / point.name).exists()
+
+
+def test_the_config_that_was_checked_is_taken(tmp_path):
+    made, point, cfg = one_point(tmp_path, name="a = b")
+    base = tiny_config(**{"name": "a = b", "evaluate.specialists": ("*.jsonl",)})
+    (tmp_path / "c.py").write_text(CONFIG.format(flat=dict(schema.flat_items(base))))
+    words = ["", f"--config={tmp_path / 'c.py'}", *point.arguments]
+    flags = config_flag.flags.FlagValues()
+    config_flag.define(flags, words)
+    flags(words)
+    with config_flag.expected(made._job(point, cfg).config):
+        assert not schema.diff(config_flag.checked(flags), cfg)
+
+
 # --------------------------------------------------------------------------------------- the table
 
 

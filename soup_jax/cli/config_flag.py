@@ -1,14 +1,20 @@
 """The flag --config of prepare, plan and train: a config file, and changes of its fields."""
 
+import ast
+import contextlib
+import contextvars
 import os
 import pathlib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from soup_jax.errors import UserError
+
+_expected: contextvars.ContextVar[str] = contextvars.ContextVar("_expected", default="")
 
 _HELP = "config file, FILE.py or FILE.py:ARG; names of shipped ones work anywhere"
 
@@ -106,6 +112,45 @@ def _real(path: str) -> str:
     return os.path.realpath(path)
 
 
+@contextlib.contextmanager
+def expected(text: str) -> Iterator[None]:
+    """For the block, `checked` refuses any config but the one of this `to_text`; "": none."""
+    token = _expected.set(text)
+    try:
+        yield
+    finally:
+        _expected.reset(token)
+
+
+def _check_expected(text: str, path: str) -> None:
+    if not _expected.get():
+        return
+    before, now = (_fields(t) for t in (_expected.get(), text))
+    changes = [
+        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
+        raise UserError(
+            "its config is not what was checked when the sweep began: "
+            f"{path} was edited meanwhile: {', '.join(changes)}"
+        )
+
+
+def _fields(text: str) -> dict[str, Any]:
+    # Values, for a float may have been given as an integer.
+    pairs = (line.split(" = ", 1) for line in text.splitlines())
+    return {name: _value(value) for name, value in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except ValueError:  # nan, in a tuple
+        return text
+
+
 def checked(values: flags.FlagValues) -> ConfigDict:
     """The config that was asked for; UserError if there is none, or a value is wrong."""
     from soup_jax.config import schema as config_lib
@@ -115,4 +160,6 @@ def checked(values: flags.FlagValues) -> ConfigDict:
         raise UserError("--config=FILE.py is required")
     if not isinstance(cfg, ConfigDict):
         raise UserError(f"get_config() returned {type(cfg).__name__}, expected a ConfigDict")
-    return config_lib.check(cfg)
+    cfg = config_lib.check(cfg)
+    _check_expected(config_lib.to_text(cfg), config_flags.get_config_filename(values["config"]))
+    return cfg

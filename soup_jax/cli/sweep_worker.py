@@ -6,11 +6,13 @@ Nobody starts it by hand. Its runs are those of the same commands in processes o
 they share is what costs a process its start: imports, the devices, and compiled code.
 
     CORES      numbers with commas: the only cores to run on; empty: all
-    request    {"commands": [[argument, ...], ...], "log": FILE, "needs": FOLDER}, on a line
+    request    {"commands": [[argument, ...], ...], "log": FILE, "needs": FOLDER,
+               "config": TEXT}, on a line
     answer     the exit status of the first command that failed, or 0
 
-A `train` that a signal stopped has saved and has status 0. The commands behind it are for a run that
-has ended, so they wait for the folder of its last checkpoint, FOLDER.
+A `train` that a signal stopped has saved and has status 0. The commands behind it are for a run
+that has ended, so they wait for the folder of its last checkpoint, FOLDER. A config file is read
+again for each point, and may have been edited since the sweep began: what it gives must be TEXT.
 """
 
 import gc
@@ -23,6 +25,8 @@ import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
+
+from soup_jax.cli import config_flag
 
 _CRASHED = 70  # as in sweeps.pool
 
@@ -57,7 +61,8 @@ def _serve(request: dict[str, Any]) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        return _carry_out(request["commands"], request["needs"])
+        with config_flag.expected(request["config"]):
+            return _carry_out(request["commands"], request["needs"])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

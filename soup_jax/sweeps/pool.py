@@ -49,12 +49,14 @@ class Job:
       commands: arguments of `soup-jax`.
       log: gets what they print, behind what it has.
       needs: a folder; where the first command leaves without it, the others are not carried out.
+      config: its text, as `schema.to_text` gives it; the commands refuse another.
     """
 
     name: str
     commands: list[list[str]]
     log: pathlib.Path
     needs: str = ""
+    config: str = ""
 
 
 def slots(jobs: int, num_points: int, *, devices_per_job: int = 0) -> list[Slot]:
@@ -213,7 +215,7 @@ def _ask(worker: "subprocess.Popen[str]", job: Job) -> int | None:
     # The exit status of the job, None if the worker is gone.
     assert worker.stdin is not None
     assert worker.stdout is not None
-    request = json.dumps({"commands": job.commands, "log": str(job.log), "needs": job.needs})
+    request = json.dumps({**dataclasses.asdict(job), "log": str(job.log)})
     try:
         worker.stdin.write(request + "\n")
         worker.stdin.flush()

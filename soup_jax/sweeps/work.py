@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from soup_jax import storage as files
+from soup_jax.config import schema as config_lib
 from soup_jax.data import corpus as corpus_lib
 from soup_jax.data import loader
 from soup_jax.errors import UserError
@@ -132,7 +133,8 @@ class Work:
             return None
         self.num_steps[point.name] = cfg.num_steps
         needs = str(_last_checkpoint(folder, cfg.num_steps))
-        return pool.Job(point.name, commands, folder / "log.txt", needs)
+        text = config_lib.to_text(cfg)
+        return pool.Job(point.name, commands, folder / "log.txt", needs, text)
 
     def _started(self, job: pool.Job) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
