@@ -14,6 +14,7 @@ import pytest
 from conftest import tiny_config
 
 from soup_jax.cli import config_flag, main, sweep_worker
+from soup_jax.cli import sweep as sweep_cli
 from soup_jax.config import schema
 from soup_jax.errors import UserError
 from soup_jax.sweeps import points, pool, table, work
@@ -320,6 +321,83 @@ def test_the_config_that_was_checked_is_taken(tmp_path):
     flags(words)
     with config_flag.expected(made._job(point, cfg).config):
         assert not schema.diff(config_flag.checked(flags), cfg)
+
+
+def scored_point(workdir, made, point, cfg, **outcome):
+    """The folder of a point that is done and has a score."""
+    folder = workdir / point.name
+    (folder / "checkpoints" / str(cfg.num_steps)).mkdir(parents=True, exist_ok=True)
+    schema.save(cfg, folder / "config.json")
+    table.record(folder, **{"state": "done", "seconds": 1.0, **outcome})
+    runs = {"specialist": {"step": cfg.num_steps}}
+    score = {"average": {"specialist": {"loss": 2.0}}, "runs": runs}
+    (folder / "evaluation_tuning.json").write_text(json.dumps(score))
+    return folder
+
+
+def test_a_score_by_other_documents_or_settings_is_made_again(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("{}")
+    old = {"evaluate.specialists": (str(tmp_path / "a.jsonl"),)}
+    made, point, cfg = one_point(tmp_path, **old)
+    first = work.scoring(cfg)
+    made.sweep.scoring[point.name] = first
+    scored_point(tmp_path, made, point, cfg, scoring=first)
+    assert made._job(point, cfg) is None
+    assert table.rows(made.sweep, tmp_path)[0].numbers == {"specialist": 2.0}
+    for changed, words in (
+        ({"evaluate.specialists": (str(tmp_path / "[ab].jsonl"),)}, ["evaluate"]),
+        ({"evaluate.tuning_fraction": 0.3}, ["train", "evaluate"]),
+    ):
+        made, point, cfg = one_point(tmp_path, **{**old, **changed})
+        made.sweep.scoring[point.name] = work.scoring(cfg)
+        assert work.scoring(cfg) != first
+        assert [c[0] for c in made._job(point, cfg).commands] == words
+        assert table.rows(made.sweep, tmp_path)[0].numbers == {}
+    _, _, same = one_point(tmp_path, **old, **{"evaluate.every_steps": 3, RATE: 0.5})
+    assert work.scoring(same) == first
+    (tmp_path / "a.jsonl").write_text("{}\n{}")
+    assert work.scoring(same) != first
+
+
+def test_a_score_of_an_earlier_version_which_did_not_say_by_what_is_made_again(tmp_path):
+    made, point, cfg = one_point(tmp_path)
+    folder = scored_point(tmp_path, made, point, cfg)
+    (folder / "outcome.json").write_text('{"state": "done", "seconds": 1, "error": ""}')
+    made.sweep.scoring[point.name] = "new"
+    assert [c[0] for c in made._job(point, cfg).commands] == ["evaluate"]
+
+
+def test_a_point_that_has_begun_on_another_corpus_is_refused(tmp_path, tiny_corpus):
+    _, point, cfg = one_point(tmp_path, **{"corpus.dir": tiny_corpus, "evaluate.specialists": ()})
+    work.check_runs([(point, cfg)], tmp_path)
+    (tmp_path / point.name / "domains").mkdir(parents=True)
+    (tmp_path / point.name / "domains" / "map.json").write_text('{"fingerprint": "old"}')
+    with pytest.raises(UserError, match=r"point seed=1: .* holds a run of another corpus than"):
+        work.check_runs([(point, cfg)], tmp_path)
+
+
+def test_a_point_whose_evaluation_fails_stays_done_with_its_numbers(tmp_path, capsys):
+    made, point, cfg = one_point(tmp_path)
+    made.sweep.scoring[point.name] = "new"
+    folder = scored_point(tmp_path, made, point, cfg, scoring="old")
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 12, "loss": 3.0}\n')
+    job = made._job(point, cfg)
+    made._started(job)
+    with job.log.open("a") as log:
+        log.write("soup-jax: error: no such documents\n")
+    made._ended(job, 2)
+    (found,) = table.rows(made.sweep, tmp_path)
+    assert (found.state, found.error) == ("done", "evaluation failed: no such documents")
+    assert found.numbers == {"loss": 3.0}
+    assert table.text([found], {}, "loss").splitlines()[1].endswith("evaluation failed")
+    assert sweep_cli._tell(made.sweep, tmp_path, "", only=[(point, cfg)]) == 1
+    err = capsys.readouterr().err
+    assert "1 of 1 points are trained and not scored" in err
+    assert "seed=1: evaluation failed: no such documents (" in err
+    made._ended(made._job(point, cfg), 0)
+    assert table.outcome(folder)["scoring"] == "new"
+    assert sweep_cli._tell(made.sweep, tmp_path, "", only=[(point, cfg)]) == 0
 
 
 # --------------------------------------------------------------------------------------- the table

@@ -100,7 +100,8 @@ def run(values: flags.FlagValues) -> int:
     if earlier:
         _log.info("no longer in the sweep, and left alone: %s", "; ".join(earlier))
     command = ["soup-jax", "sweep", *train, *given]
-    sweep = points.Sweep(command, train, [point for point, _ in pairs], earlier)
+    scoring = {point.name: work.scoring(own) for point, own in pairs}
+    sweep = points.Sweep(command, train, [point for point, _ in pairs], earlier, scoring)
     workdir.mkdir(parents=True, exist_ok=True)
     refusal = f"another `soup-jax sweep` is at work in {workdir}"
     with files.locked(workdir, refusal, shared=shard is not None):
@@ -205,16 +206,14 @@ def _tell(
         mine = {point.name for point, _ in only}
         rows = [row for row in rows if row.point.name in mine]
     failed = [row for row in rows if row.state == "failed"]
-    if not failed:
-        return 0
+    unscored = [row for row in rows if row.state == "done" and row.error]
     sys.stdout.flush()
-    print(
-        f"soup-jax: error: {len(failed)} of {len(rows)} points failed; --retry_failed trains them "
-        "again:",
-        file=sys.stderr,
-    )
-    for row in failed:
-        print(
-            f"  {row.point.name}: {row.error} ({workdir / row.point.name}/log.txt)", file=sys.stderr
-        )
-    return 1
+    for some, what in (
+        (failed, "failed; --retry_failed trains them again"),
+        (unscored, "are trained and not scored; the same command tries that again"),
+    ):
+        if some:
+            told = f"soup-jax: error: {len(some)} of {len(rows)} points {what}:"
+            logs = [f"{r.point.name}: {r.error} ({workdir / r.point.name}/log.txt)" for r in some]
+            print(*[told, *logs], sep="\n  ", file=sys.stderr)
+    return 1 if failed or unscored else 0

@@ -36,6 +36,7 @@ _SWEEP = {
     "train": [str],
     "points": [{"name": str, "overrides": {}}],
     "earlier": [str],
+    "scoring?": {},
 }
 
 
@@ -66,12 +67,14 @@ class Sweep:
       train: --config and the overrides that all points share.
       points: of that command, in its order.
       earlier: names of points of earlier commands, whose folders are left alone.
+      scoring: name of a point -> `work.scoring` of its config; older sweeps have none.
     """
 
     command: list[str]
     train: list[str]
     points: list[Point]
     earlier: list[str]
+    scoring: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def argument(name: str, value: Any) -> str:
@@ -220,4 +223,5 @@ def load(workdir: pathlib.Path) -> Sweep:
         names = [name for name in overrides if name in config_lib.FIELDS]
         values = config_lib.restore(overrides, names, where=path)
         points.append(Point(point["name"], values))
-    return Sweep(found["command"], found["train"], points, found["earlier"])
+    rest = found["earlier"], found.get("scoring", {})
+    return Sweep(found["command"], found["train"], points, *rest)

@@ -20,7 +20,7 @@ _SHOWN = ("loss", "validation", "specialist", "generic_h", "shared")
 _MAX_PANELS = 5
 SCORE = "evaluation_tuning.json"
 _SCORE = {"runs": {"specialist": {"step": int}}}
-_OUTCOME = {"state": str, "seconds": float, "error": str}
+_OUTCOME = {"state": str, "seconds": float, "error": str, "scoring?": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Row:
       numbers: nats per token; `loss` of the last line of metrics, the others of the documents
         `tuning` of the specialists and of the validation text.
       seconds: of all starts that came to an end.
-      error: why it failed, in a line.
+      error: why it failed, in a line; of one that is done: why its evaluation did.
     """
 
     point: Point
@@ -42,22 +42,30 @@ class Row:
     error: str
 
 
-def record(folder: pathlib.Path, *, state: str, seconds: float, error: str = "") -> None:
-    """Write how a point ended; `seconds` is added to those of earlier starts."""
-    value = {"state": state, "seconds": seconds + outcome(folder)["seconds"], "error": error}
+def record(
+    folder: pathlib.Path, *, state: str, seconds: float, error: str = "", scoring: str = ""
+) -> None:
+    """Write how a point ended.
+
+    Args:
+      seconds: added to those of earlier starts.
+      error: why it, or its evaluation, failed.
+      scoring: `work.scoring` of its score, if it has one.
+    """
+    seconds += outcome(folder)["seconds"]
+    value = {"state": state, "seconds": seconds, "error": error, "scoring": scoring}
     files.write_json(folder / "outcome.json", value)
 
 
 def outcome(folder: pathlib.Path) -> dict[str, Any]:
-    """How a point ended: its `state`, which is "" while it has not, `seconds` and `error`.
+    """How a point ended: its `state`, which is "" while it has not, and what `record` takes.
 
     Raises:
       UserError: the file is damaged.
     """
     path = folder / "outcome.json"
-    if not path.exists():
-        return {"state": "", "seconds": 0.0, "error": ""}
-    return inputs.read_json(path, _OUTCOME)
+    nothing = {"state": "", "seconds": 0.0, "error": "", "scoring": ""}
+    return nothing | (inputs.read_json(path, _OUTCOME) if path.exists() else {})
 
 
 def rows(sweep: Sweep, workdir: pathlib.Path) -> list[Row]:
@@ -68,16 +76,18 @@ def rows(sweep: Sweep, workdir: pathlib.Path) -> list[Row]:
         ended = outcome(folder)
         started = (folder / "metrics.jsonl").exists()
         state = ended["state"] or ("unfinished" if started else "waiting")
-        numbers = _numbers(folder) if state == "done" else {}
+        # A score by other documents or settings is not comparable with those beside it.
+        scored = ended["scoring"] == sweep.scoring.get(point.name, "")
+        numbers = _numbers(folder, scored=scored) if state == "done" else {}
         found.append(Row(point, state, numbers, ended["seconds"], ended["error"]))
     return found
 
 
-def _numbers(folder: pathlib.Path) -> dict[str, float]:
+def _numbers(folder: pathlib.Path, *, scored: bool) -> dict[str, float]:
     path = folder / "metrics.jsonl"
     lines, evaluations = metrics.read_metrics(path), metrics.read_metrics(path, kind="evaluation")
     numbers = {"loss": lines[-1]["loss"]} if lines else {}
-    result = _score(folder) or (evaluations or [{}])[-1]
+    result = (_score(folder) if scored else {}) or (evaluations or [{}])[-1]
     averages = result.get("average", {})
     found = {name: averages.get(name, {}).get("loss") for name in METRICS}
     found["validation"] = result.get("generic_validation", {}).get("generic_h", {}).get("loss")
@@ -198,7 +208,7 @@ def text(rows: Sequence[Row], names: dict[str, str], metric: str) -> str:
     for row in ranked(rows, metric):
         cells = [spelled(row.point.overrides[f]) if f in row.point.overrides else "" for f in names]
         cells += [f"{row.numbers[m]:.4f}" if m in row.numbers else "" for m in shown]
-        state = "" if row.state == "done" else row.state
+        state = row.state if row.state != "done" else "evaluation failed" if row.error else ""
         lines.append([*cells, _time(row.seconds), state])
     parts = [_aligned(lines), f"(nats per token; lower is better; by {metric})"]
     if groups := over_seeds(rows, metric):

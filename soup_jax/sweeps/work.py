@@ -1,6 +1,7 @@
 """The work of a sweep: which points are trained, by whom, and how each ended."""
 
 import logging
+import os
 import pathlib
 import shlex
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from soup_jax import inputs, remote
 from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.data import corpus as corpus_lib
@@ -27,6 +29,10 @@ _log = logging.getLogger(__name__)
 # A worker whose sweep was killed saves, and then leaves its point.
 _LEAVE_SECS = 120
 _MAX_ERROR = 240  # characters; the log has the rest
+
+# Of evaluate.*: what changes no score.
+_NOT_SCORING = ("specialists", "every_steps", "batch_size")
+_MAP = {"fingerprint": str}
 
 Pairs = Sequence[tuple[Point, ConfigDict]]
 
@@ -56,8 +62,8 @@ def check_runs(pairs: Pairs, workdir: pathlib.Path) -> None:
     """Refuse, before the first starts, points whose run would be refused.
 
     Raises:
-      UserError: names the point: its folder holds a run with another config, its corpus or
-        documents are not there or do not fit, or its soup or optimizer is none.
+      UserError: names the point: its folder holds a run with another config or of another corpus,
+        its corpus or documents are not there or do not fit, or its soup or optimizer is none.
     """
     jax.config.update("jax_platforms", "cpu")  # this process leaves the devices to its workers
     seen: dict[tuple[Any, ...], Any] = {}
@@ -71,10 +77,41 @@ def check_runs(pairs: Pairs, workdir: pathlib.Path) -> None:
                 seen[key] = corpus_lib.open_corpus(key[0], num_domains=key[1], cache_dir=key[2])
             sizes = {n: cfg[n] for n in ("num_domains", "seq_len", "vocab_size")}
             loader.check_corpus(seen[key], **sizes)
+            _check_same_corpus(workdir / point.name, seen[key])
             if cfg.evaluate.specialists not in seen:
                 seen[cfg.evaluate.specialists] = sets.document_sets(cfg.evaluate.specialists)
         except UserError as e:
             raise UserError(f"point {point.name}: {e}") from e
+
+
+def _check_same_corpus(folder: pathlib.Path, corpus: corpus_lib.Corpus) -> None:
+    about = folder / "domains" / "map.json"  # of a run that has started
+    if about.exists() and inputs.read_json(about, _MAP)["fingerprint"] != corpus.fingerprint:
+        raise UserError(
+            f"{folder} holds a run of another corpus than {corpus.path} is now: set corpus.dir to "
+            "that one, or give another --workdir"
+        )
+
+
+def scoring(cfg: ConfigDict) -> str:
+    """A hash of what the score of a config's run depends on beside the run: the documents, by
+    place and length, and the fields of `evaluate`.
+
+    Raises:
+      UserError: there are no such documents.
+    """
+    found = sets.document_sets(cfg.evaluate.specialists)
+    documents = {
+        name: [path] if remote.is_object(path) else [os.path.realpath(path), os.path.getsize(path)]
+        for name, path in found.items()
+    }
+    text = files.json_text({"documents": documents, **_scoring_fields(cfg)})
+    return files.sha256_bytes(text.encode())[:16]
+
+
+def _scoring_fields(cfg: ConfigDict) -> dict[str, Any]:
+    fields = config_lib.flat_items(cfg.evaluate)
+    return {name: value for name, value in fields if name not in _NOT_SCORING}
 
 
 class Work:
@@ -119,13 +156,21 @@ class Work:
 
     def _job(self, point: Point, cfg: ConfigDict) -> pool.Job | None:
         folder = self.workdir / point.name
-        state = table.outcome(folder)["state"]
+        ended = table.outcome(folder)
+        state = ended["state"]
+        words = [*self.sweep.train, *point.arguments, f"--workdir={folder}"]
+        train = ["train", *words, "--distributed=off"]
         commands = []
         if state != "done" and (state != "failed" or self.retry_failed):
-            words = [*self.sweep.train, *point.arguments, f"--workdir={folder}"]
-            commands.append(["train", *words, "--distributed=off"])
-        scored = not self.evaluate or table.scored_step(folder) == cfg.num_steps
-        if not scored and (commands or state == "done"):
+            commands.append(train)
+        current = ended["scoring"] == self.sweep.scoring.get(point.name, "")
+        scored = current and table.scored_step(folder) == cfg.num_steps
+        if self.evaluate and not scored and (commands or state == "done"):
+            # `evaluate` takes what config.json says, which `train` brings up to date.
+            config = folder / "config.json"
+            saved = config_lib.load(config) if config.exists() else cfg
+            if not commands and _scoring_fields(saved) != _scoring_fields(cfg):
+                commands.append(train)
             documents = [f"--specialists={pattern}" for pattern in cfg.evaluate.specialists]
             at = [f"--workdir={folder}", f"--step={cfg.num_steps}"]
             commands.append(["evaluate", *at, "--part=tuning", *documents])
@@ -138,6 +183,8 @@ class Work:
 
     def _started(self, job: pool.Job) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
+        if job.commands[-1][0] == "evaluate":
+            (job.log.parent / table.SCORE).unlink(missing_ok=True)  # of other settings or steps
         with job.log.open("a", encoding="utf-8") as log:
             for words in job.commands:
                 log.write(f"+ {shlex.join(['soup-jax', *words])}\n")
@@ -148,13 +195,19 @@ class Work:
         start, length = self.begun[job.name]
         seconds, folder = time.perf_counter() - start, job.log.parent
         trained = _last_checkpoint(folder, self.num_steps[job.name]).is_dir()
+        evaluated = job.commands[-1][0] == "evaluate"
         self.num_ended += 1
         where = f"{self.num_ended} of {self.num_jobs}"
         if status == 0 and not trained:
             _log.info("%s: %s, stopped by a signal in %.0f s", where, job.name, seconds)
         elif status == 0:
-            table.record(folder, state="done", seconds=seconds)
+            scoring = self.sweep.scoring.get(job.name, "") if evaluated else ""
+            table.record(folder, state="done", seconds=seconds, scoring=scoring)
             _log.info("%s: %s, done in %.0f s", where, job.name, seconds)
+        elif trained and evaluated:
+            error = f"evaluation failed: {_reason(job.log, length, status)}"
+            table.record(folder, state="done", seconds=seconds, error=error)
+            _log.warning("%s: %s, trained in %.0f s, %s", where, job.name, seconds, error)
         else:
             error = _reason(job.log, length, status)
             table.record(folder, state="failed", seconds=seconds, error=error)
