@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from conftest import tiny_config
 
@@ -92,6 +93,13 @@ def test_a_point_is_the_config_with_its_overrides():
     assert base.seed == 0
     assert first.name == "optimizer.learning_rate=1.0,seed=1"
     assert second.name.startswith("name=a-b-")
+
+
+def test_numbers_of_numpy_are_taken_as_numbers():
+    ((point, _),) = points.check(tiny_config(), [{RATE: np.float64(0.001), SEED: np.int64(3)}])
+    assert point.arguments == ["--config.optimizer.learning_rate=0.001", "--config.seed=3"]
+    assert {type(x) for x in point.overrides.values()} == {float, int}
+    assert point.name == "optimizer.learning_rate=0.001,seed=3"
 
 
 def test_names_are_safe_short_and_told_apart():

@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from soup_jax import inputs
@@ -176,7 +177,8 @@ def _typed(name: str, value: Any, where: str) -> Any:
     if name not in config_lib.FIELDS:
         raise UserError(f"{where}: unknown field {name}{nearest(name, config_lib.FIELDS)}")
     field = config_lib.FIELDS[name]
-    value = field.from_json(value)
+    # What numpy counts with, such as geomspace, has numbers of its own.
+    value = field.from_json(value.item() if isinstance(value, np.generic) else value)
     if problem := field.type_problem(value):
         raise UserError(f"{where}: {problem}")
     return value
