@@ -252,7 +252,26 @@ def test_slots_of_accelerators(monkeypatch, found, jobs, share, expected):
     assert all(slot.cores == () for slot in slots)
 
 
+@pytest.mark.parametrize(("jobs", "expected"), [(0, ["0"]), (4, ["0"]), (2, ["0,1"])])
+def test_fewer_points_than_gpus_leave_some_idle(monkeypatch, jobs, expected):
+    monkeypatch.setattr(pool, "_accelerators", lambda: ("gpu", ["0", "1", "2", "3"]))
+    found = [slot.env["CUDA_VISIBLE_DEVICES"] for slot in pool.slots(jobs, 1)]
+    assert found == expected
+
+
+def test_the_default_number_of_jobs_is_what_a_container_and_its_memory_allow(monkeypatch):
+    monkeypatch.setattr(pool, "_accelerators", lambda: ("", []))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(pool.joblib, "cpu_count", lambda: 16)
+    for free, expected in ((sys.maxsize, 16), (9 << 30, 4), (1 << 30, 1)):
+        monkeypatch.setattr(pool, "_free_memory", lambda free=free: free)
+        assert len(pool.slots(0, 99)) == expected
+        assert len(pool.slots(20, 99)) == 20
+
+
 def test_slots_of_cores(monkeypatch):
+    monkeypatch.setattr(pool.joblib, "cpu_count", lambda: 4)
+    monkeypatch.setattr(pool, "_free_memory", lambda: sys.maxsize)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {8, 3, 5, 7}, raising=False)
     monkeypatch.delenv("PJRT_NPROC", raising=False)
     assert [s.cores for s in pool.slots(0, 9)] == [(3,), (5,), (7,), (8,)]

@@ -39,7 +39,8 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer(
         "jobs",
         0,
-        "runs at a time, each on cores or GPUs of its own; 0: as many as there are cores or GPUs",
+        "runs at a time, each on cores or GPUs of its own; 0: as many as there are cores, "
+        "with 2 GiB of free memory each, or GPUs",
         lower_bound=0,
         flag_values=values,
     )

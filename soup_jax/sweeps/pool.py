@@ -23,8 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import joblib
+
 from soup_jax.errors import UserError
 from soup_jax.hardware.compile_cache import NUM_THREADS
+
+_JOB_BYTES = 2 << 30  # of memory that must be free for one more process, if nobody says how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +67,10 @@ def slots(jobs: int, num_points: int, *, devices_per_job: int = 0) -> list[Slot]
     """As many places as processes work at the same time.
 
     Args:
-      jobs: how many; 0: one for each GPU, or for each core of a machine without accelerators, and
-        one in all on TPUs, whose chips one process holds.
-      devices_per_job: GPUs that a job must have; 0: what there is for it.
+      jobs: how many; 0: one for each GPU, or for each core of a machine without accelerators while
+        each has 2 GiB of free memory, and one in all on TPUs, whose chips one process holds.
+      devices_per_job: GPUs that a job must have; 0: one, or an equal share of all for each of
+        `jobs`, also where there are fewer points: how many there are changes nothing of one.
 
     Raises:
       UserError: there are fewer accelerators than that.
@@ -79,9 +84,11 @@ def slots(jobs: int, num_points: int, *, devices_per_job: int = 0) -> list[Slot]
         raise UserError(f"--jobs={jobs}: at most {most} can work at the same time, for {what}")
     if most < 1:
         raise UserError(f"mesh.num_devices = {each}, but there are {len(devices)} GPUs here")
+    if not kind:
+        most = min(most, max(joblib.cpu_count(), 1), max(_free_memory() // _JOB_BYTES, 1))
     count = max(min(jobs or most, num_points), 1)
     if devices:
-        share = devices_per_job or len(devices) // count
+        share = devices_per_job or (len(devices) // jobs if jobs else 1)
         parts = [devices[i * share : (i + 1) * share] for i in range(count)]
         return [Slot({"CUDA_VISIBLE_DEVICES": ",".join(part)}) for part in parts]
     if kind or count == 1 or count > len(cores):
@@ -91,6 +98,15 @@ def slots(jobs: int, num_points: int, *, devices_per_job: int = 0) -> list[Slot]
     # that has all cores, and with it the bits.
     env = {NUM_THREADS: os.environ.get(NUM_THREADS, str(len(cores)))}
     return [Slot(env, tuple(cores[i * share : (i + 1) * share])) for i in range(count)]
+
+
+def _free_memory() -> int:
+    # In bytes, where Linux tells it.
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return sys.maxsize
 
 
 def _accelerators() -> tuple[str, list[str]]:
