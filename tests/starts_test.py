@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from soup_jax import command
 from soup_jax.processes.group import Solo
 from soup_jax.training import starts
 
@@ -13,13 +14,14 @@ def lines(folder):
 
 
 def test_a_line_for_each_start_says_how_it_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/x/soup_jax/cli/__main__.py", "train", "--config=a b.py"])
+    monkeypatch.setattr("sys.argv", ["/x/theirs.py", "--key=secret"])
     with starts.Record().kept():
         pass
     assert not (tmp_path / starts.NAME).exists()  # it never began
 
     killed, group = starts.Record(), Solo()
-    killed.begin(tmp_path, group, step=0)
+    with command.carried_out(["train", "--config=a b.py"]):
+        killed.begin(tmp_path, group, step=0)
     group.at("training", 7)
     killed.update()
     (line,) = lines(tmp_path)
@@ -38,6 +40,7 @@ def test_a_line_for_each_start_says_how_it_ended(tmp_path, monkeypatch):
     with pytest.raises(KeyError):
         fail()
     first, second = lines(tmp_path)
+    assert second["command"] == ["theirs.py"]
     assert first == line
     assert (second["first_step"], second["end"]) == (7, "KeyError: 'gone'")
 

@@ -543,6 +543,16 @@ def test_a_killed_sweep_goes_on_where_it_was(swept):
     assert (here / "sweep" / LAST / "checkpoints" / "12").is_dir()
 
 
+def test_a_run_of_a_sweep_says_by_which_command_it_was_made(swept):
+    here, *_ = swept
+    *_, last = (here / "sweep" / LAST / "starts.jsonl").read_text().splitlines()
+    words = json.loads(last)["command"]
+    assert words[:3] == ["soup-jax", "train", "--config=tiny.py"]
+    assert f"--config.{LAST}" in words
+    score = json.loads((here / "sweep" / LAST / "evaluation_tuning.json").read_text())
+    assert score["command"][:3] == ["soup-jax", "evaluate", f"--workdir=sweep/{LAST}"]
+
+
 def test_a_point_that_fails_is_told_and_the_others_go_on(swept):
     here, _, second = swept
     assert second.returncode == 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from soup_jax import places
+from soup_jax import command, places
 from soup_jax.errors import UserError
 from soup_jax.storage import check_file_target, nulled, refuse_address, write_json, write_text
 
@@ -68,7 +68,7 @@ def run(values: flags.FlagValues) -> int:
     compile_cache.enable()
     from soup_jax.evaluation import table
     from soup_jax.specialists.compare import evaluate_runs
-    from soup_jax.training import learning_curve, starts
+    from soup_jax.training import learning_curve
 
     name = "evaluation" if values.part == "final" else f"evaluation_{values.part}"
     numbers = values.json or str(places.local(values.workdir) / f"{name}.json")
@@ -86,7 +86,7 @@ def run(values: flags.FlagValues) -> int:
     )
     text = f"{table.table(result)}\n{table.verdict(result)}"
     print(text)  # before anything is written: what was computed must not be lost
-    write_json(numbers, nulled({**result, "command": starts.command()}))
+    write_json(numbers, nulled({**result, "command": command.words()}))
     if not values.json:
         numbers = places.given_back(pathlib.Path(numbers), workdir)
     where = f"numbers: {numbers}\nlearning curve: {learning_curve.drawn(workdir, against=against)}"

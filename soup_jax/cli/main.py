@@ -37,7 +37,7 @@ from typing import Any
 
 from absl import flags
 
-from soup_jax import remote
+from soup_jax import command, remote
 from soup_jax.cli import (
     config_flag,
     domains,
@@ -133,7 +133,8 @@ def run(argv: Sequence[str]) -> int:
     _set_up_logging()
     _heed_interrupts()
     try:
-        status = _run(argv)
+        with command.carried_out(argv):
+            status = _run(argv)
         sys.stdout.flush()  # a closed pipe is told here, not at the end of the interpreter
         return status
     except UserError as e:
@@ -165,15 +166,15 @@ def _run(argv: Sequence[str]) -> int:
         subcommand.define(values, [])
         print(f"{__doc__}\nFlags of {name}:\n{_flags_help(values)}")
         return 0
-    command = [f"soup-jax {name}", *config_flag.resolve(arguments)]
+    words = [f"soup-jax {name}", *config_flag.resolve(arguments)]
     try:
-        subcommand.define(values, command)
-        _check_once(values, command[1:])
-        rest = values(command)[1:]
+        subcommand.define(values, words)
+        _check_once(values, words[1:])
+        rest = values(words)[1:]
     except UserError:
         raise
     except Exception as e:
-        where = config_flag.explain(e, command)
+        where = config_flag.explain(e, words)
         if not where and not _about_flags(e):
             raise
         raise UserError((where or _plain(e)) + _hint(e)) from e

@@ -13,17 +13,15 @@ import contextlib
 import importlib.metadata
 import json
 import logging
-import os
 import pathlib
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from soup_jax import inputs
+from soup_jax import command, inputs
 from soup_jax import storage as files
 from soup_jax.errors import UserError
 from soup_jax.processes.group import Solo
@@ -32,14 +30,6 @@ _log = logging.getLogger(__name__)
 
 NAME = "starts.jsonl"
 _PACKAGES = ("soup_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def command() -> list[str]:
-    """The words that this program was started with."""
-    program, *words = sys.argv or [""]
-    name = os.path.basename(program)
-    ours = name == "__main__.py" and pathlib.Path(program).parent.name == "cli"
-    return ["soup-jax" if ours else name, *words]
 
 
 def _now(earlier: float = 0.0) -> str:
@@ -74,7 +64,7 @@ class Record:
             return
         devices, spent = jax.devices(), group.seconds_until_now()
         self._line = {
-            "command": command(),
+            "command": command.words(),
             "began": _now(sum(spent.values())),
             "first_step": step,
             "devices": {
