@@ -203,6 +203,24 @@ def test_a_job_that_fails_or_kills_its_worker_ends_no_other(worker, tmp_path):
     assert not two.stopped
 
 
+def test_what_a_start_or_an_end_raises_ends_no_other_job(worker):
+    one, ended = pool.Pool([pool.Slot()], worker), []
+
+    def start(job):
+        if job.name == "1":
+            raise OSError(28, "No space left on device")
+
+    def end(job, status):
+        if job.name == "2":
+            raise UserError("outcome.json is damaged")
+        ended.append((job.name, status))
+
+    jobs = [pool.Job(str(i), [["status", "0"]], pathlib.Path("log")) for i in range(4)]
+    one.run(jobs, started=start, ended=end)
+    assert ended == [("0", 0), ("3", 0)]
+    assert {name: type(e) for name, e in one.errors.items()} == {"1": OSError, "2": UserError}
+
+
 def test_one_worker_does_many_jobs_where_its_slot_says(worker, tmp_path):
     slot = pool.Slot({"CUDA_VISIBLE_DEVICES": "3"}, cores=(1, 2))
     done(pool.Pool([slot], worker), *(("where", str(tmp_path / name)) for name in "ab"))
@@ -293,6 +311,13 @@ def test_a_run_that_a_signal_stopped_is_not_scored(tmp_path, monkeypatch):
     (tmp_path / "12").mkdir()
     assert sweep_worker._carry_out(**request) == 0
     assert carried[1:] == commands
+
+
+def raises(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def one_point(workdir, *, evaluate=True, **fields):
@@ -418,13 +443,42 @@ def test_a_point_whose_evaluation_fails_stays_done_with_its_numbers(tmp_path, ca
     assert (found.state, found.error) == ("done", "evaluation failed: no such documents")
     assert found.numbers == {"loss": 3.0}
     assert table.text([found], {}, "loss").splitlines()[1].endswith("evaluation failed")
-    assert sweep_cli._tell(made.sweep, tmp_path, "", only=[(point, cfg)]) == 1
+    assert (
+        sweep_cli._tell(
+            made.sweep, tmp_path, "", table.rows(made.sweep, tmp_path), only=[(point, cfg)]
+        )
+        == 1
+    )
     err = capsys.readouterr().err
     assert "1 of 1 points are trained and not scored" in err
     assert "seed=1: evaluation failed: no such documents (" in err
     made._ended(made._job(point, cfg), 0)
     assert table.outcome(folder)["scoring"] == "new"
-    assert sweep_cli._tell(made.sweep, tmp_path, "", only=[(point, cfg)]) == 0
+    assert (
+        sweep_cli._tell(
+            made.sweep, tmp_path, "", table.rows(made.sweep, tmp_path), only=[(point, cfg)]
+        )
+        == 0
+    )
+
+
+def test_a_point_whose_end_cannot_be_noted_has_failed_with_the_reason(tmp_path, monkeypatch):
+    made, point, _ = one_point(tmp_path)
+    full = OSError(28, "No space left on device", "outcome.json")
+    (tmp_path / point.name).mkdir()
+    made._note({point.name: full})
+    (found,) = table.rows(made.sweep, tmp_path, made.errors)
+    assert (found.state, made.errors) == ("failed", {})
+    assert "the disk is full" in found.error
+    monkeypatch.setattr(table, "record", raises(full))
+    made._note({point.name: UserError("full")})
+    (found,) = table.rows(made.sweep, tmp_path, made.errors)
+    assert (found.state, found.error) == ("failed", "full")
+    monkeypatch.undo()
+    (tmp_path / point.name / "outcome.json").write_text("{")
+    (found,) = table.rows(made.sweep, tmp_path)
+    assert found.state == "failed"
+    assert "outcome.json is not valid JSON" in found.error
 
 
 # --------------------------------------------------------------------------------------- the table

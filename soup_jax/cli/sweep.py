@@ -67,14 +67,15 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 def run(values: flags.FlagValues) -> int:
     """Train, and print the table; returns the exit status, 1 if a point failed."""
-    from soup_jax.sweeps import points, work
+    from soup_jax.sweeps import points, table, work
 
     if not values.workdir:
         raise UserError("--workdir=DIR is required: the folder of the sweep")
     workdir = pathlib.Path(os.path.normpath(values.workdir))
     files.check_folder_target(values.workdir, "--workdir")
     if values.table:
-        return _tell(points.load(workdir), workdir, values.metric or "")
+        sweep = points.load(workdir)
+        return _tell(sweep, workdir, values.metric or "", table.rows(sweep, workdir))
     cfg = config_flag.checked(values)
     shard = _shard(values.shard)
     overrides = points.product(_listed(values), _axes(values))
@@ -119,7 +120,8 @@ def run(values: flags.FlagValues) -> int:
         if stopped:
             print(f"soup-jax: {stopped}: saved; the same command continues")
             return 0
-        return _tell(sweep, workdir, values.metric or "", only=mine if shard else None)
+        rows = table.rows(sweep, workdir, training.errors)
+        return _tell(sweep, workdir, values.metric or "", rows, only=mine if shard else None)
 
 
 def _shard(text: str) -> tuple[int, int] | None:
@@ -188,11 +190,15 @@ def _listed(values: flags.FlagValues) -> list[dict[str, Any]]:
 
 
 def _tell(
-    sweep: Any, workdir: pathlib.Path, metric: str, *, only: Sequence[Any] | None = None
+    sweep: Any,
+    workdir: pathlib.Path,
+    metric: str,
+    rows: Sequence[Any],
+    *,
+    only: Sequence[Any] | None = None,
 ) -> int:
     from soup_jax.sweeps import table
 
-    rows = table.rows(sweep, workdir)
     if only is None:
         metric = table.choose_metric(rows, metric)
         names = table.columns(sweep)

@@ -127,12 +127,18 @@ def _accelerators() -> tuple[str, list[str]]:
 
 
 class Pool:
-    """Workers that do jobs; `stopped` is the signal that ended it early, or empty."""
+    """Workers that do jobs.
+
+    Attributes:
+      stopped: the signal that ended it early, or "".
+      errors: name of a job -> what was raised where it was to start, or its end to be noted.
+    """
 
     def __init__(self, slots: Sequence[Slot], module: str):
         """`module` is what `python -m` runs as a worker."""
         self._slots, self._module = slots, module
         self.stopped = ""
+        self.errors: dict[str, Exception] = {}
         self._lock = threading.RLock()  # a signal may arrive while this thread holds it
         self._workers: set[subprocess.Popen[str]] = set()
 
@@ -149,7 +155,7 @@ class Pool:
           started: called before a job.
           ended: called after one with its exit status, or minus the number of the signal that
             killed its worker. Not called for jobs that a stop has left undone. Both are called
-            one at a time, in any thread.
+            one at a time, in any thread. What they raise ends no other job.
 
         Raises:
           KeyboardInterrupt: at a second SIGINT.
@@ -174,16 +180,23 @@ class Pool:
                     job = None if self.stopped else next(left, None)
                     if job is None:
                         return
-                    worker = worker or self._start(slot)
-                    started(job)
+                    try:
+                        worker = worker or self._start(slot)
+                        started(job)
+                    except Exception as e:
+                        self.errors[job.name] = e
+                        continue
                 status = _ask(worker, job)
                 alive = status is not None
                 if status is None:
                     status = worker.wait()
                 with self._lock:
                     # What a stop has cut short is neither done nor failed.
-                    if not self.stopped:
-                        ended(job, status)
+                    try:
+                        if not self.stopped:
+                            ended(job, status)
+                    except Exception as e:
+                        self.errors[job.name] = e
                 if not alive or status == _CRASHED:
                     self._end(worker)
                     worker = None

@@ -4,7 +4,8 @@ import dataclasses
 import math
 import pathlib
 import statistics
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from soup_jax import inputs
@@ -68,12 +69,20 @@ def outcome(folder: pathlib.Path) -> dict[str, Any]:
     return nothing | (inputs.read_json(path, _OUTCOME) if path.exists() else {})
 
 
-def rows(sweep: Sweep, workdir: pathlib.Path) -> list[Row]:
-    """All points of the sweep, in its order."""
+def rows(
+    sweep: Sweep, workdir: pathlib.Path, errors: Mapping[str, str] = types.MappingProxyType({})
+) -> list[Row]:
+    """All points of the sweep, in its order; `errors` has why points failed that no file tells."""
     found = []
     for point in sweep.points:
         folder = workdir / point.name
-        ended = outcome(folder)
+        try:
+            if point.name in errors:
+                raise UserError(errors[point.name])
+            ended = outcome(folder)
+        except UserError as e:
+            found.append(Row(point, "failed", {}, 0.0, str(e)))
+            continue
         started = (folder / "metrics.jsonl").exists()
         state = ended["state"] or ("unfinished" if started else "waiting")
         # A score by other documents or settings is not comparable with those beside it.

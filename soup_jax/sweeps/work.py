@@ -6,7 +6,7 @@ import pathlib
 import shlex
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.data import corpus as corpus_lib
 from soup_jax.data import loader
-from soup_jax.errors import UserError
+from soup_jax.errors import UserError, explain
 from soup_jax.evaluation import sets
 from soup_jax.sweeps import pool, table
 from soup_jax.sweeps.points import Point, Sweep
@@ -132,6 +132,7 @@ class Work:
         self.begun: dict[str, tuple[float, int]] = {}  # time, and length of the log
         self.num_ended = self.num_jobs = 0
         self.num_steps: dict[str, int] = {}
+        self.errors: dict[str, str] = {}  # of points whose start or end could not be noted
 
     def run(self, pairs: Pairs, *, jobs: int) -> str:
         """Train what has not ended, `jobs` at a time as `pool.slots` takes it; returns the name of
@@ -152,6 +153,7 @@ class Work:
         _wait_until_free([job.log.parent for job in todo])
         workers = pool.Pool(slots, self.worker)
         workers.run(todo, started=self._started, ended=self._ended)
+        self._note(workers.errors)
         return workers.stopped
 
     def _job(self, point: Point, cfg: ConfigDict) -> pool.Job | None:
@@ -180,6 +182,16 @@ class Work:
         needs = str(_last_checkpoint(folder, cfg.num_steps))
         text = config_lib.to_text(cfg)
         return pool.Job(point.name, commands, folder / "log.txt", needs, text)
+
+    def _note(self, errors: Mapping[str, Exception]) -> None:
+        for name, e in errors.items():
+            told = str(e) if isinstance(e, UserError) else explain(e)
+            error = told or f"{type(e).__name__}: {e}"
+            _log.warning("%s: FAILED: %s", name, error)
+            try:
+                table.record(self.workdir / name, state="failed", seconds=0.0, error=error)
+            except (UserError, OSError):  # what is wrong there is what has been told
+                self.errors[name] = error
 
     def _started(self, job: pool.Job) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
