@@ -113,10 +113,12 @@ def naive_step(training):
 def real_step(training):
     """The project's step."""
     arguments = training.state, training.sums, training.batch
-    compiled = training.abstract.function.lower(*arguments).compile()
+    function = training.abstract.function
+    compiled = function.lower(*arguments).compile()
+    step = function.bind(compiled)
 
     def run():
-        training.state, training.sums = compiled(training.state, training.sums, training.batch)
+        training.state, training.sums = step(training.state, training.sums, training.batch)
         return training.state
 
     return run, compiled
