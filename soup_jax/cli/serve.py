@@ -51,11 +51,12 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flag_values=values,
     )
     integer("max_requests", 256, "texts under way or waiting", lower_bound=1, flag_values=values)
-    flags.DEFINE_enum(
+    integer(
         "rows",
-        "16",
-        ["1", "4", "16", "64"],
-        "texts of one specialist that are decoded together",
+        16,
+        "texts of one specialist, or of all with low-rank experts, that are decoded together",
+        lower_bound=1,
+        upper_bound=1024,
         flag_values=values,
     )
 
@@ -86,7 +87,7 @@ def run(values: flags.FlagValues) -> int:
     limits = Limits(
         memory_bytes=int(values.memory_gib * (1 << 30)),
         requests=values.max_requests,
-        rows=int(values.rows),
+        rows=values.rows,
     )
     engine = Engine(load(values.run, step=values.step, corpus_dir=values.corpus), limits)
     hosts = values.allowed_host or (["*"] if token else _HERE)

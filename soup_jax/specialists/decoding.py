@@ -8,7 +8,7 @@ token once; for another a row's cache is its last `seq_len` ids, and each token 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,23 +24,18 @@ from soup_jax.soup.low_rank import with_coefficients
 # Tokens of one call of the compiled function: what is computed beyond a row's end is thrown away,
 # and the calls of a small network cost as much as its arithmetic.
 STEPS = 8
-_SHORTEST = 16  # prompts are padded to this, or a power of four times as much
+_SHORTEST = 16  # prompts are padded to this, or a power of two times as much
 _SHORTEST_CACHE = 128
+_TOGETHER = 4  # prompts of a length that are read by one call, if there are so many
 _BLOCK = 64  # tokens that are summed first when one is drawn
 
 
 class _Network(NamedTuple):
     # What compiled functions are made for; they are shared by all decoders with the same.
     decode: Callable[..., Any] | None
-    decode_params: Callable[[Params], Any] | None
     logits: Callable[[Params, Array], Array] | None
     cache_len: int
     nucleus: bool  # whether any row asks for top_p: it takes a sort of all logits
-
-    def prepared(self, params: Params) -> Any:
-        if self.decode is None or self.decode_params is None:
-            return params
-        return self.decode_params(params)
 
     def prefill(self, params: Any, tokens_RL: Array, length_R: Array) -> tuple[Any, Array]:
         """(cache, logits [R, V] after each prompt) of padded prompts."""
@@ -104,18 +99,22 @@ def _sample(network: _Network, logits_V: Array, row: Any) -> Array:
     return jnp.where(row.temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
 
 
+def _sample_rows(network: _Network, logits_RV: Array, rows: _Rows) -> Array:
+    rows = rows._replace(cache=None)
+    return jax.vmap(lambda logits_V, row: _sample(network, logits_V, row))(logits_RV, rows)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(network: _Network, params: Params, tokens_L: Array, row: _Rows) -> _Rows:
-    prepared = with_coefficients(network.prepared(params), row.alpha[None])
-    cache, logits_RV = network.prefill(prepared, tokens_L[None], row.at[None])
-    token = _sample(network, logits_RV[0], row)
-    cache = jax.tree.map(lambda x: x[0], cache)
-    return row._replace(cache=cache, token=token, number=row.number + 1)
+def _prefill(network: _Network, params: Any, tokens_RL: Array, rows: _Rows) -> _Rows:
+    params = with_coefficients(params, rows.alpha)
+    cache, logits_RV = network.prefill(params, tokens_RL, rows.at)
+    token_R = _sample_rows(network, logits_RV, rows)
+    return rows._replace(cache=cache, token=token_R, number=rows.number + 1)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _insert(rows: _Rows, index: Array, row: _Rows) -> _Rows:
-    return jax.tree.map(lambda all_, one: all_.at[index].set(one), rows, row)
+def _insert(rows: _Rows, index_R: Array, new: _Rows) -> _Rows:
+    return jax.tree.map(lambda x, y: x.at[index_R].set(y), rows, new)
 
 
 @jax.jit
@@ -124,15 +123,14 @@ def _reorder(rows: _Rows, indices: Array) -> _Rows:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance(network: _Network, params: Params, rows: _Rows) -> tuple[_Rows, Array]:
-    prepared = with_coefficients(network.prepared(params), rows.alpha)
+def _advance(network: _Network, params: Any, rows: _Rows) -> tuple[_Rows, Array]:
+    params = with_coefficients(params, rows.alpha)
 
     def step(rows: _Rows, _: None) -> tuple[_Rows, Array]:
         # Rows that are done go on without use, at the cache's last place.
         at_R = jnp.minimum(rows.at, network.cache_len - 1)
-        cache, logits_RV = network.next(prepared, rows.cache, rows.token, at_R)
-        drawn = rows._replace(cache=None)
-        token_R = jax.vmap(lambda logits_V, row: _sample(network, logits_V, row))(logits_RV, drawn)
+        cache, logits_RV = network.next(params, rows.cache, rows.token, at_R)
+        token_R = _sample_rows(network, logits_RV, rows)
         rows = rows._replace(cache=cache, token=token_R, at=rows.at + 1, number=rows.number + 1)
         return rows, token_R
 
@@ -157,11 +155,37 @@ class Sampling:
 DEFAULT_SAMPLING = Sampling()
 
 
-class Decoder:
-    """Texts of one network that share a length of the cache; parameters are given at each call.
+class Prompt(NamedTuple):
+    """What a row begins with.
 
-    Rows are independent: one may be admitted while others are in the middle of their texts. There
-    are no more than are in use, up to a power of four.
+    Attributes:
+      ids: at least one; of more than `seq_len` the last ones are read.
+      alpha_E: coefficients, where the parameters are not merged.
+    """
+
+    ids: list[int]
+    sampling: Sampling
+    alpha_E: tuple[float, ...] = ()
+
+
+def prepared(model: BaseModel, params: Params) -> Any:
+    """Parameters as a `Decoder` of that network takes them: a copy, made once for all its calls."""
+    if model.decode is None or model.decode_params is None:
+        return params
+    return _prepared(model.decode_params, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepared(decode_params: Callable[[Params], Any], params: Params) -> Any:
+    return decode_params(params)
+
+
+class Decoder:
+    """Texts of one network that share a length of the cache; `prepared` parameters are given at
+    each call.
+
+    Rows are independent: one may be admitted while others are in the middle of their texts. `keep`
+    says how many there are.
     """
 
     def __init__(self, model: BaseModel, *, seq_len: int, length: int):
@@ -177,60 +201,68 @@ class Decoder:
         if model.decode is None and model.logits is None:
             raise UserError("this network cannot generate: its BaseModel has no `logits`")
         self._seq_len = seq_len
-        self._network = _Network(
-            model.decode, model.decode_params, model.logits, length, nucleus=False
-        )
+        self._network = _Network(model.decode, model.logits, length, nucleus=False)
         self._rows: _Rows | None = None
         self.num_rows = 0
 
     def admit(
-        self,
-        params: Params,
-        prompt_ids: list[int],
-        sampling: Sampling,
-        index: int,
-        alpha_E: Any = (),
-    ) -> Array:
-        """The first token after a prompt, which takes the row `index`; `alpha_E` are the row's
-        coefficients, where parameters are not merged."""
-        if sampling.top_p < 1:
-            self._network = self._network._replace(nucleus=True)
-        prompt_ids = prompt_ids[-self._seq_len :]
-        length = len(prompt_ids)
-        padded = self._network.cache_len
-        if self._network.decode is not None:
-            padded = min(_up(length, _SHORTEST), padded)
-        tokens_L = np.zeros(padded, np.int32)
-        tokens_L[:length] = prompt_ids
-        row = _Rows(
-            cache=None,
-            token=jnp.int32(0),
-            at=jnp.int32(length),
-            number=jnp.int32(0),
-            key=jax.random.key(sampling.seed),
-            temperature=jnp.float32(sampling.temperature),
-            top_p=jnp.float32(sampling.top_p),
-            alpha=jnp.asarray(alpha_E, jnp.float32),
-        )
-        row = _prefill(self._network, params, tokens_L, row)
-        if self._rows is None:
-            self._rows, self.num_rows = jax.tree.map(lambda x: x[None], row), 1
-            return row.token
-        if index >= self.num_rows:
-            self.keep(list(range(index)), num_rows_for(index + 1))
-        self._rows = _insert(self._rows, jnp.int32(index), row)
-        return row.token
+        self, params: Any, prompts: Sequence[Prompt], indices: Sequence[int]
+    ) -> list[tuple[list[int], Array]]:
+        """Read prompts, which take the rows `indices`.
 
-    def keep(self, indices: list[int], num_rows: int) -> None:
+        Returns:
+          (rows, the first token after the prompt of each) of those that were read together.
+        """
+        if any(prompt.sampling.top_p < 1 for prompt in prompts):
+            self._network = self._network._replace(nucleus=True)
+        by_length: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            padded = self._network.cache_len
+            if self._network.decode is not None:
+                length = min(len(prompt.ids), self._seq_len)
+                padded = min(_up(length, _SHORTEST, factor=2), padded)
+            by_length.setdefault(padded, []).append(i)
+        found = []
+        for padded, group in by_length.items():
+            while group:
+                number = _TOGETHER if len(group) >= _TOGETHER else 1
+                part, group = group[:number], group[number:]
+                new = self._read(params, [prompts[i] for i in part], padded)
+                places = [indices[i] for i in part]
+                if self._rows is None:
+                    self._rows = _reorder(new, jnp.zeros(self.num_rows, jnp.int32))
+                self._rows = _insert(self._rows, jnp.asarray(places, jnp.int32), new)
+                found.append((places, new.token))
+        return found
+
+    def _read(self, params: Any, prompts: Sequence[Prompt], padded: int) -> _Rows:
+        tokens_RL = np.zeros((len(prompts), padded), np.int32)
+        lengths = []
+        for tokens_L, prompt in zip(tokens_RL, prompts):
+            ids = prompt.ids[-self._seq_len :]
+            tokens_L[: len(ids)] = ids
+            lengths.append(len(ids))
+        samplings = [prompt.sampling for prompt in prompts]
+        rows = _Rows(
+            cache=None,
+            token=jnp.zeros(len(prompts), jnp.int32),
+            at=jnp.asarray(lengths, jnp.int32),
+            number=jnp.zeros(len(prompts), jnp.int32),
+            key=jnp.stack([jax.random.key(s.seed) for s in samplings]),
+            temperature=jnp.asarray([s.temperature for s in samplings], jnp.float32),
+            top_p=jnp.asarray([s.top_p for s in samplings], jnp.float32),
+            alpha=jnp.asarray([prompt.alpha_E for prompt in prompts], jnp.float32),
+        )
+        return _prefill(self._network, params, tokens_RL, rows)
+
+    def keep(self, indices: Sequence[int], num_rows: int) -> None:
         """Make the rows `indices` the first of `num_rows`; the others may be admitted to."""
-        if self._rows is not None and num_rows:
+        if self._rows is not None:
             filled = [*indices, *[0] * (num_rows - len(indices))]
             self._rows = _reorder(self._rows, jnp.asarray(filled, jnp.int32))
-        else:
-            self._rows = None
-        self.num_rows = num_rows if self._rows is not None else 0
+        self.num_rows = num_rows
 
-    def advance(self, params: Params) -> Array:
+    def advance(self, params: Any) -> Array:
         """int32 [STEPS, rows]: the next tokens of all rows; those not in use get some too."""
         assert self._rows is not None
         self._rows, token_SR = _advance(self._network, params, self._rows)
@@ -242,15 +274,15 @@ def cache_length(model: BaseModel, *, seq_len: int, text_len: int) -> int:
     return _up(text_len, _SHORTEST_CACHE, factor=2) if model.decode is not None else seq_len
 
 
-def _up(number: int, least: int, factor: int = 4) -> int:
+def _up(number: int, least: int, *, factor: int) -> int:
     while least < number:
         least *= factor
     return least
 
 
-def num_rows_for(number: int) -> int:
-    """As many as there are compiled functions for: a power of four."""
-    return _up(number, 1)
+def num_rows_for(number: int, most: int) -> int:
+    """As many as there are compiled functions for: a power of four, or the most there may be."""
+    return min(_up(number, 1, factor=4), most)
 
 
 @functools.lru_cache(maxsize=256)

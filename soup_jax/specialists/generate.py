@@ -8,10 +8,12 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from soup_jax import tree
 from soup_jax.data.tokenizer import Tokenizer
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
@@ -20,15 +22,17 @@ from soup_jax.soup.low_rank import Rows
 from soup_jax.specialists.decoding import (
     DEFAULT_SAMPLING,
     Decoder,
+    Prompt,
     Sampling,
     cache_bytes,
     cache_length,
     num_rows_for,
+    prepared,
 )
 
 # The cache, and on some devices the program, is as long as the text.
 MAX_TOKENS = 1 << 16
-# Decoded together, a power of four, as many as have caches of so many bytes.
+# Decoded together, as many as have caches of so many bytes.
 MAX_ROWS = 64
 _CACHE_BYTES = 1 << 30
 _MAX_STOPS = 16
@@ -129,75 +133,86 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in sizes if text.endswith(stop[:n])), 0)
 
 
+@dataclasses.dataclass
+class _Row:
+    number: int  # of the request
+    left: int  # tokens that it still wants
+    alpha_E: tuple[float, ...]
+
+
 class _Lane:
     # Requests whose texts share a length of the cache.
 
-    def __init__(self, decoder: Decoder, params: Params, max_rows: int, eos_id: int | None):
+    def __init__(self, decoder: Decoder, params: Any, max_rows: int, eos_id: int | None):
         self.waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._decoder, self._params = decoder, params
         self._max_rows, self._eos_id = max_rows, eos_id
-        self._rows: list[tuple[int, int]] = []  # number of the request, tokens that it still wants
-        self._alpha: dict[int, tuple[float, ...]] = {}  # of the requests in rows
-        # What the devices are at: first tokens by row, and the next of all rows.
-        self._first: dict[int, Array] = {}
+        self._rows: dict[int, _Row] = {}  # by the decoder's row; the others are free
+        # What the devices are at: first tokens by their rows, and the next of all rows.
+        self._first: list[tuple[list[int], Array]] = []
         self._more: Array | None = None
 
     def drop(self, number: int) -> None:
-        self._rows = [(n, 0 if n == number else left) for n, left in self._rows]
+        self._rows = {index: row for index, row in self._rows.items() if row.number != number}
         self.waiting = collections.deque(w for w in self.waiting if w[0] != number)
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting) or any(left for _, left in self._rows)
+        return bool(self.waiting) or bool(self._rows)
 
     def start(self) -> None:
         # Hands the devices their work; nothing here waits for them.
         self._fit()
-        self._first, self._more = {}, None
-        while self.waiting and len(self._rows) < self._max_rows:
+        self._first, self._more = [], None
+        free = [i for i in range(self._decoder.num_rows) if i not in self._rows]
+        prompts = []
+        for index in free[: len(self.waiting)]:
             number, request = self._next()
-            index = len(self._rows)
-            self._first[index] = self._decoder.admit(
-                self._params, request.prompt_ids, request.sampling, index, request.alpha_E
-            )
-            self._rows.append((number, request.max_tokens))
-            self._alpha[number] = request.alpha_E
-        if any(left > (i in self._first) for i, (_, left) in enumerate(self._rows)):
+            prompts.append(Prompt(request.prompt_ids, request.sampling, request.alpha_E))
+            self._rows[index] = _Row(number, request.max_tokens, request.alpha_E)
+        free = free[: len(prompts)]
+        if prompts:
+            self._first = self._decoder.admit(self._params, prompts, free)
+        if any(row.left > (index in free) for index, row in self._rows.items()):
             self._more = self._decoder.advance(self._params)
 
     def _next(self) -> tuple[int, Request]:
         # The first of those whose specialist has the fewest rows: none takes all of them for long.
-        rows = collections.Counter(self._alpha[number] for number, left in self._rows if left)
+        rows = collections.Counter(row.alpha_E for row in self._rows.values())
         order = enumerate(self.waiting)
         index, found = min(order, key=lambda item: (rows[item[1][1].alpha_E], item[0]))
         del self.waiting[index]
         return found
 
     def finish(self) -> list[tuple[int, list[int], bool]]:
-        found = {index: [int(token)] for index, token in self._first.items()}  # by row
+        found: dict[int, list[int]] = {}  # by row
+        for indices, token_R in self._first:
+            found |= {i: [token] for i, token in zip(indices, np.asarray(token_R).tolist())}
         if self._more is not None:
-            for index, ids in enumerate(np.asarray(self._more).T[: len(self._rows)].tolist()):
+            for index, ids in enumerate(np.asarray(self._more).T.tolist()):
                 found[index] = found.get(index, []) + ids
         result = []
-        for index, (number, left) in enumerate(self._rows):
-            ids = found[index][:left]
+        for index, row in list(self._rows.items()):
+            ids = found.get(index, [])[: row.left]
             end = self._eos_id
-            ended = end is not None and end in ids
-            if end is not None and ended:
-                ids = ids[: ids.index(end) + 1]
-            left = 0 if ended else left - len(ids)
-            self._rows[index] = (number, left)
-            result.append((number, ids, not left))
+            row.left -= len(ids)
+            if end is not None and end in ids:
+                ids, row.left = ids[: ids.index(end) + 1], 0
+            result.append((row.number, ids, not row.left))
+            if not row.left:
+                del self._rows[index]
         return result
 
     def _fit(self) -> None:
-        # As many rows as are needed, those in use first.
-        used = [i for i, (_, left) in enumerate(self._rows) if left]
-        wanted = num_rows_for(min(len(used) + len(self.waiting), self._max_rows))
-        if wanted != self._decoder.num_rows or len(used) < len(self._rows):
-            self._decoder.keep(used, wanted if used or self._decoder.num_rows else 0)
-            self._rows = [self._rows[i] for i in used]
-            self._alpha = {number: self._alpha[number] for number, _ in self._rows}
+        # As many rows as are needed; those in use are moved only where there are fewer then.
+        wanted = num_rows_for(len(self._rows) + len(self.waiting), self._max_rows)
+        if wanted == self._decoder.num_rows:
+            return
+        kept = list(range(self._decoder.num_rows))
+        if wanted < len(kept):
+            kept = sorted(self._rows)
+            self._rows = {place: self._rows[index] for place, index in enumerate(kept)}
+        self._decoder.keep(kept, wanted)
 
 
 class Batch:
@@ -218,14 +233,19 @@ class Batch:
         """Of texts whose training windows have `seq_len` tokens, and that end by the id `eos_id`.
 
         Args:
-          max_rows: that are decoded together, a power of four; more requests wait.
+          max_rows: that are decoded together; more requests wait.
         """
-        self._model, self._params, self._seq_len = model, params, seq_len
+        self._model, self._params, self._seq_len = model, prepared(model, params), seq_len
         self._max_rows, self._eos_id = max_rows, eos_id
         leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Rows))
         self._unmerged = any(isinstance(leaf, Rows) for leaf in leaves)
         self._lanes: dict[int, _Lane] = {}
         self._started: list[_Lane] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the parameters, as they are kept."""
+        return tree.num_bytes(self._params)
 
     def submit(self, number: int, request: Request) -> None:
         """Queue a request under a number of the caller's choice.
@@ -238,6 +258,9 @@ class Batch:
             raise ValueError("alpha_E goes with parameters that are not merged, and with no others")
         text_len = min(len(request.prompt_ids), self._seq_len) + request.max_tokens
         length = cache_length(self._model, seq_len=self._seq_len, text_len=text_len)
+        # Among longer texts it costs less than a few rows by themselves, up to twice its length.
+        busy = [n for n, lane in self._lanes.items() if lane.busy and length <= n <= 2 * length]
+        length = max(busy, default=length)
         if length not in self._lanes:
             decoder = Decoder(self._model, seq_len=self._seq_len, length=length)
             self._lanes[length] = _Lane(decoder, self._params, self._max_rows, self._eos_id)

@@ -42,7 +42,7 @@ class Limits:
       memory_bytes: of merged parameters and caches; at least one specialist is kept.
       specialists: that are described; the one that was not asked for longest is forgotten.
       requests: texts that wait or are being decoded.
-      rows: texts of a network that are decoded together, a power of four.
+      rows: texts of a network that are decoded together.
       text_len: tokens of a prompt and what is added to it; 0: twice the training windows.
     """
 
@@ -109,8 +109,8 @@ class Engine:
         self._warm()
 
     def _warm(self) -> None:
-        # Compile what the first texts would wait for, for each number of rows; prompts of other
-        # lengths compile once each.
+        # Compile what the first texts would wait for, for each number of rows; longer prompts
+        # compile when they come.
         request = Request([self.soup.map.eos_id], max_tokens=2)
         ended = threading.Semaphore(0)
 
@@ -118,13 +118,16 @@ class Engine:
             if reason:
                 ended.release()
 
-        number = 1
-        while number <= min(self.limits.rows, self.limits.requests):
+        def ask(number: int) -> None:
             for _ in range(number):
                 self.complete(GENERIC, request, listen)
+
+        number, most = 1, min(self.limits.rows, self.limits.requests)
+        while number <= most:
+            self.call(ask, number)  # on the thread, which so takes them together
             for _ in range(number):
                 ended.acquire()
-            number *= 4
+            number = most if number < most < 4 * number else 4 * number
 
     def histogram(self, texts: Sequence[str]) -> DocumentHistogram:
         """Of documents; for any thread, as nothing on the devices is needed for it.
@@ -237,7 +240,7 @@ class Engine:
         """Of each text by a specialist."""
         return score_texts(
             self.soup.model,
-            self._networks.merged(name, self.find(name).alpha_E),
+            self.soup.on_devices(self.find(name).alpha_E),
             self.tokenizer,
             texts,
             eos_id=self.soup.map.eos_id,

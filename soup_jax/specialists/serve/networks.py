@@ -1,17 +1,18 @@
 """What texts are decoded with: a network for each specialist, or one for all.
 
-Merged parameters and caches are kept by least recent use under a limit, and made again when they
-are needed. Low-rank experts are not merged: their factors and S are one network, and texts of all
-specialists are rows of one batch, each with its coefficients (soup_jax/soup/low_rank.py).
+Merged parameters, in the form that decoding takes, and caches are kept by least recent use under a
+limit, and made again when they are needed. Low-rank experts are not merged: their factors and S are
+one network, and texts of all specialists are rows of one batch, each with its coefficients
+(soup_jax/soup/low_rank.py).
 """
 
 import collections
 import dataclasses
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
-from soup_jax import tree
 from soup_jax.shapes import Params
 from soup_jax.soup.low_rank import unmerged
 from soup_jax.specialists.decoding import cache_bytes, cache_length
@@ -23,9 +24,8 @@ _ALL = ""  # the place of all specialists together
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Network:
-    """Parameters, and the texts that they continue."""
+    """Texts under way, and bytes of the parameters and caches that they are continued with."""
 
-    params: Params
     batch: Batch
     num_bytes: int
 
@@ -45,13 +45,16 @@ class Networks:
         length = cache_length(soup.model, seq_len=soup.cfg.seq_len, text_len=text_len)
         # Of all rows at their longest, whether they are in use or not.
         self._cache_bytes = rows * cache_bytes(soup.model, length)
-        params = soup.params
-        self._unmerged = unmerged(params["shared"], params["bank"], leaves=soup.model.row_products)
+        self._is_merged = jax.eval_shape(self._all) is None
         self._made: collections.OrderedDict[str, Network] = collections.OrderedDict()
+
+    def _all(self) -> Params | None:
+        params, leaves = self._soup.params, self._soup.model.row_products
+        return unmerged(params["shared"], params["bank"], leaves=leaves)
 
     def place(self, name: str) -> str:
         """Where a specialist's texts are decoded."""
-        return name if self._unmerged is None else _ALL
+        return name if self._is_merged else _ALL
 
     def get(self, place: str) -> Network | None:
         """The network of a place, if it is there."""
@@ -61,25 +64,19 @@ class Networks:
         """Places with texts under way."""
         return [place for place, network in self._made.items() if network.batch.busy]
 
-    def merged(self, name: str, alpha_E: np.ndarray) -> Params:
-        """A specialist's own parameters."""
-        if self._unmerged is None:
-            return self._ready(name, alpha_E).params
-        return self._soup.on_devices(alpha_E)
-
     def submit(self, name: str, alpha_E: np.ndarray, number: int, request: Request) -> None:
         """Queue a text of a specialist under a number.
 
         Raises:
           UserError: as `Batch.submit`.
         """
-        if self._unmerged is not None:
+        if not self._is_merged:
             request = dataclasses.replace(request, alpha_E=tuple(alpha_E.tolist()))
         self._ready(name, alpha_E).batch.submit(number, request)
 
     def forget(self, name: str) -> None:
         """Drop what belongs to a specialist alone; texts under way in it are lost."""
-        if self._unmerged is None:
+        if self._is_merged:
             self._made.pop(name, None)
 
     def fail(self, place: str) -> None:
@@ -89,7 +86,7 @@ class Networks:
     def _ready(self, name: str, alpha_E: np.ndarray) -> Network:
         place, soup = self.place(name), self._soup
         if place not in self._made:
-            params = self._unmerged
+            params = self._all()
             if params is None:
                 params = soup.on_devices(alpha_E)
             batch = Batch(
@@ -99,8 +96,8 @@ class Networks:
                 seq_len=soup.cfg.seq_len,
                 eos_id=soup.map.eos_id,
             )
-            num_bytes = tree.num_bytes(params) + self._cache_bytes
-            self._made[place] = Network(params=params, batch=batch, num_bytes=num_bytes)
+            num_bytes = batch.num_bytes + self._cache_bytes
+            self._made[place] = Network(batch=batch, num_bytes=num_bytes)
         self._made.move_to_end(place)
         for other in self._least_used(place):
             del self._made[other]
