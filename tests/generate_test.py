@@ -149,7 +149,9 @@ def test_end_of_text_stops(params):
 
 def _together(params, requests, *, model=MODEL, max_rows=4, eos_id=None):
     """Ids of each request, decoded together in at most `max_rows` rows."""
-    batch = generate_lib.Batch(model, params, max_rows=max_rows, seq_len=160, eos_id=eos_id)
+    batch = generate_lib.Batch(
+        model, params, max_rows=max_rows, seq_len=160, text_len=512, eos_id=eos_id
+    )
     for number, request in enumerate(requests):
         batch.submit(number, request)
     found = [[] for _ in requests]

@@ -38,12 +38,13 @@ class _Network(NamedTuple):
     nucleus: bool  # whether any row asks for top_p: it takes a sort of all logits
 
     def prefill(self, params: Any, tokens_RL: Array, length_R: Array) -> tuple[Any, Array]:
-        """(cache, logits [R, V] after each prompt) of padded prompts."""
+        """(cache, logits [R, V] after each prompt) of padded prompts; the cache is as long."""
         cache: Any = (tokens_RL, length_R)
         if self.decode is not None:
             # Causal attention never sees the padding behind a prompt, and decoding overwrites it.
             start_R = jnp.zeros_like(length_R)
-            logits, cache = self.decode(params, tokens_RL, start_R, None, cache_len=self.cache_len)
+            cache_len = tokens_RL.shape[1]
+            logits, cache = self.decode(params, tokens_RL, start_R, None, cache_len=cache_len)
         else:
             assert self.logits is not None
             logits = self.logits(params, tokens_RL)
@@ -112,14 +113,31 @@ def _prefill(network: _Network, params: Any, tokens_RL: Array, rows: _Rows) -> _
     return rows._replace(cache=cache, token=token_R, number=rows.number + 1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _taken(network: _Network, params: Any, rows: _Rows, index_R: Array) -> _Rows:
+    # Some of the rows, with caches of the network's length.
+    rows = jax.tree.map(lambda x: x[index_R], rows)
+    params = with_coefficients(params, rows.alpha)
+    tokens_RL = jnp.zeros((len(index_R), network.cache_len), jnp.int32)
+    wanted = jax.eval_shape(network.prefill, params, tokens_RL, rows.at)[0]
+
+    def fit(x: Array, like: Any) -> Array:
+        x = x[tuple(slice(size) for size in like.shape)]
+        return jnp.pad(x, [(0, size - here) for size, here in zip(like.shape, x.shape)])
+
+    return rows._replace(cache=jax.tree.map(fit, rows.cache, wanted))
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert(rows: _Rows, index_R: Array, new: _Rows) -> _Rows:
-    return jax.tree.map(lambda x, y: x.at[index_R].set(y), rows, new)
+    # The cache of a prompt, which is as long as the prompt, is the beginning of the row's.
+    def put(x: Array, y: Array) -> Array:
+        for i in range(len(y)):
+            start: list[Any] = [index_R[i], *[0] * (x.ndim - 1)]
+            x = jax.lax.dynamic_update_slice(x, y[i : i + 1], start)
+        return x
 
-
-@jax.jit
-def _reorder(rows: _Rows, indices: Array) -> _Rows:
-    return jax.tree.map(lambda x: x[indices], rows)
+    return jax.tree.map(put, rows, new)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -181,29 +199,46 @@ def _prepared(decode_params: Callable[[Params], Any], params: Params) -> Any:
 
 
 class Decoder:
-    """Texts of one network that share a length of the cache; `prepared` parameters are given at
-    each call.
+    """Texts of one network, whose `prepared` parameters are given at each call.
 
     Rows are independent: one may be admitted while others are in the middle of their texts. `keep`
-    says how many there are.
+    says how many there are, and how long their texts.
     """
 
-    def __init__(self, model: BaseModel, *, seq_len: int, length: int):
+    def __init__(self, model: BaseModel, *, seq_len: int):
         """No row is in use yet.
 
         Args:
           seq_len: tokens of the training windows; of a longer prompt the last ones are read.
-          length: of the cache, as `cache_length` says.
 
         Raises:
           UserError: the network is no language model.
         """
         if model.decode is None and model.logits is None:
             raise UserError("this network cannot generate: its BaseModel has no `logits`")
-        self._seq_len = seq_len
+        self._model, self._seq_len = model, seq_len
+        length = cache_length(model, seq_len=seq_len, text_len=1)
         self._network = _Network(model.decode, model.logits, length, nucleus=False)
         self._rows: _Rows | None = None
         self.num_rows = 0
+
+    def keep(self, params: Any, indices: Sequence[int], num_rows: int, text_len: int) -> None:
+        """Make the rows `indices` the first of `num_rows`; the others may be admitted to.
+
+        Args:
+          text_len: tokens of the longest text until the next call, those of the next `advance`
+            among them. Attention reads caches whole: they are no longer than that takes.
+        """
+        length = cache_length(self._model, seq_len=self._seq_len, text_len=text_len)
+        same = length == self._network.cache_len and num_rows == self.num_rows
+        if same and list(indices) == list(range(len(indices))):
+            return
+        self._network = self._network._replace(cache_len=length)
+        self.num_rows = num_rows
+        if self._rows is not None:
+            filled = [*indices, *[0] * (num_rows - len(indices))]
+            index_R = jnp.asarray(filled, jnp.int32)
+            self._rows = _taken(self._network, params, self._rows, index_R)
 
     def admit(
         self, params: Any, prompts: Sequence[Prompt], indices: Sequence[int]
@@ -230,7 +265,8 @@ class Decoder:
                 new = self._read(params, [prompts[i] for i in part], padded)
                 places = [indices[i] for i in part]
                 if self._rows is None:
-                    self._rows = _reorder(new, jnp.zeros(self.num_rows, jnp.int32))
+                    index_R = jnp.zeros(self.num_rows, jnp.int32)
+                    self._rows = _taken(self._network, params, new, index_R)
                 self._rows = _insert(self._rows, jnp.asarray(places, jnp.int32), new)
                 found.append((places, new.token))
         return found
@@ -254,13 +290,6 @@ class Decoder:
             alpha=jnp.asarray([prompt.alpha_E for prompt in prompts], jnp.float32),
         )
         return _prefill(self._network, params, tokens_RL, rows)
-
-    def keep(self, indices: Sequence[int], num_rows: int) -> None:
-        """Make the rows `indices` the first of `num_rows`; the others may be admitted to."""
-        if self._rows is not None:
-            filled = [*indices, *[0] * (num_rows - len(indices))]
-            self._rows = _reorder(self._rows, jnp.asarray(filled, jnp.int32))
-        self.num_rows = num_rows
 
     def advance(self, params: Any) -> Array:
         """int32 [STEPS, rows]: the next tokens of all rows; those not in use get some too."""

@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from soup_jax.shapes import Array, Params
 from soup_jax.soup.low_rank import Rows
 from soup_jax.specialists.decoding import (
     DEFAULT_SAMPLING,
+    STEPS,
     Decoder,
     Prompt,
     Sampling,
@@ -136,83 +136,9 @@ def _overlap(text: str, stop: str) -> int:
 @dataclasses.dataclass
 class _Row:
     number: int  # of the request
-    left: int  # tokens that it still wants
+    text_len: int  # tokens so far
+    left: int  # that it still wants
     alpha_E: tuple[float, ...]
-
-
-class _Lane:
-    # Requests whose texts share a length of the cache.
-
-    def __init__(self, decoder: Decoder, params: Any, max_rows: int, eos_id: int | None):
-        self.waiting: collections.deque[tuple[int, Request]] = collections.deque()
-        self._decoder, self._params = decoder, params
-        self._max_rows, self._eos_id = max_rows, eos_id
-        self._rows: dict[int, _Row] = {}  # by the decoder's row; the others are free
-        # What the devices are at: first tokens by their rows, and the next of all rows.
-        self._first: list[tuple[list[int], Array]] = []
-        self._more: Array | None = None
-
-    def drop(self, number: int) -> None:
-        self._rows = {index: row for index, row in self._rows.items() if row.number != number}
-        self.waiting = collections.deque(w for w in self.waiting if w[0] != number)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.waiting) or bool(self._rows)
-
-    def start(self) -> None:
-        # Hands the devices their work; nothing here waits for them.
-        self._fit()
-        self._first, self._more = [], None
-        free = [i for i in range(self._decoder.num_rows) if i not in self._rows]
-        prompts = []
-        for index in free[: len(self.waiting)]:
-            number, request = self._next()
-            prompts.append(Prompt(request.prompt_ids, request.sampling, request.alpha_E))
-            self._rows[index] = _Row(number, request.max_tokens, request.alpha_E)
-        free = free[: len(prompts)]
-        if prompts:
-            self._first = self._decoder.admit(self._params, prompts, free)
-        if any(row.left > (index in free) for index, row in self._rows.items()):
-            self._more = self._decoder.advance(self._params)
-
-    def _next(self) -> tuple[int, Request]:
-        # The first of those whose specialist has the fewest rows: none takes all of them for long.
-        rows = collections.Counter(row.alpha_E for row in self._rows.values())
-        order = enumerate(self.waiting)
-        index, found = min(order, key=lambda item: (rows[item[1][1].alpha_E], item[0]))
-        del self.waiting[index]
-        return found
-
-    def finish(self) -> list[tuple[int, list[int], bool]]:
-        found: dict[int, list[int]] = {}  # by row
-        for indices, token_R in self._first:
-            found |= {i: [token] for i, token in zip(indices, np.asarray(token_R).tolist())}
-        if self._more is not None:
-            for index, ids in enumerate(np.asarray(self._more).T.tolist()):
-                found[index] = found.get(index, []) + ids
-        result = []
-        for index, row in list(self._rows.items()):
-            ids = found.get(index, [])[: row.left]
-            end = self._eos_id
-            row.left -= len(ids)
-            if end is not None and end in ids:
-                ids, row.left = ids[: ids.index(end) + 1], 0
-            result.append((row.number, ids, not row.left))
-            if not row.left:
-                del self._rows[index]
-        return result
-
-    def _fit(self) -> None:
-        # As many rows as are needed; those in use are moved only where there are fewer then.
-        wanted = num_rows_for(len(self._rows) + len(self.waiting), self._max_rows)
-        if wanted == self._decoder.num_rows:
-            return
-        kept = list(range(self._decoder.num_rows))
-        if wanted < len(kept):
-            kept = sorted(self._rows)
-            self._rows = {place: self._rows[index] for place, index in enumerate(kept)}
-        self._decoder.keep(kept, wanted)
 
 
 class Batch:
@@ -228,19 +154,29 @@ class Batch:
         *,
         max_rows: int,
         seq_len: int,
+        text_len: int,
         eos_id: int | None,
     ):
         """Of texts whose training windows have `seq_len` tokens, and that end by the id `eos_id`.
 
         Args:
           max_rows: that are decoded together; more requests wait.
+          text_len: most tokens of a text with its prompt.
+
+        Raises:
+          UserError: the network is no language model.
         """
-        self._model, self._params, self._seq_len = model, prepared(model, params), seq_len
-        self._max_rows, self._eos_id = max_rows, eos_id
+        self._decoder = Decoder(model, seq_len=seq_len)
+        self._params = prepared(model, params)
+        self._max_rows, self._seq_len, self._text_len = max_rows, seq_len, text_len
+        self._eos_id = eos_id
         leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Rows))
         self._unmerged = any(isinstance(leaf, Rows) for leaf in leaves)
-        self._lanes: dict[int, _Lane] = {}
-        self._started: list[_Lane] = []
+        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self._rows: dict[int, _Row] = {}  # by the decoder's row; the others are free
+        # What the devices are at: first tokens by their rows, and the next of all rows.
+        self._first: list[tuple[list[int], Array]] = []
+        self._more: Array | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -251,42 +187,76 @@ class Batch:
         """Queue a request under a number of the caller's choice.
 
         Raises:
-          UserError: the network is no language model.
-          ValueError: parameters that are not merged, and no coefficients, or the other way round.
+          ValueError: a text that is too long; parameters that are not merged, and no coefficients,
+            or the other way round.
         """
         if self._unmerged != bool(request.alpha_E):
             raise ValueError("alpha_E goes with parameters that are not merged, and with no others")
         text_len = min(len(request.prompt_ids), self._seq_len) + request.max_tokens
-        length = cache_length(self._model, seq_len=self._seq_len, text_len=text_len)
-        # Among longer texts it costs less than a few rows by themselves, up to twice its length.
-        busy = [n for n, lane in self._lanes.items() if lane.busy and length <= n <= 2 * length]
-        length = max(busy, default=length)
-        if length not in self._lanes:
-            decoder = Decoder(self._model, seq_len=self._seq_len, length=length)
-            self._lanes[length] = _Lane(decoder, self._params, self._max_rows, self._eos_id)
-        self._lanes[length].waiting.append((number, request))
+        if text_len > self._text_len:
+            raise ValueError(f"a text of {text_len} tokens, where {self._text_len} have room")
+        self._waiting.append((number, request))
 
     def drop(self, number: int) -> None:
         """Forget a request: nobody wants more of its text."""
-        for lane in self._lanes.values():
-            lane.drop(number)
+        self._rows = {index: row for index, row in self._rows.items() if row.number != number}
+        self._waiting = collections.deque(w for w in self._waiting if w[0] != number)
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or is in a row."""
-        return any(lane.busy for lane in self._lanes.values())
+        return bool(self._waiting) or bool(self._rows)
 
     def start(self) -> None:
         """Let the devices add some tokens to every text, and go on; `finish` gets them."""
-        self._started = [lane for lane in self._lanes.values() if lane.busy]
-        for lane in self._started:
-            lane.start()
+        # As many rows as are needed; those in use are moved only where there are fewer then.
+        wanted = num_rows_for(len(self._rows) + len(self._waiting), self._max_rows)
+        kept = list(range(self._decoder.num_rows))
+        if wanted < len(kept):
+            kept = sorted(self._rows)
+            self._rows = {place: self._rows[index] for place, index in enumerate(kept)}
+        free = [index for index in range(wanted) if index not in self._rows]
+        free = free[: len(self._waiting)]
+        prompts = [self._take(index) for index in free]
+        longest = max((row.text_len for row in self._rows.values()), default=1)
+        self._decoder.keep(self._params, kept, wanted, min(longest + STEPS, self._text_len))
+        self._first, self._more = [], None
+        if prompts:
+            self._first = self._decoder.admit(self._params, prompts, free)
+        if any(row.left > (index in free) for index, row in self._rows.items()):
+            self._more = self._decoder.advance(self._params)
+
+    def _take(self, index: int) -> Prompt:
+        # Into a row the first of those whose specialist has the fewest: none takes all for long.
+        rows = collections.Counter(row.alpha_E for row in self._rows.values())
+        order = enumerate(self._waiting)
+        place, (number, request) = min(order, key=lambda item: (rows[item[1][1].alpha_E], item[0]))
+        del self._waiting[place]
+        prompt_len = min(len(request.prompt_ids), self._seq_len)
+        self._rows[index] = _Row(number, prompt_len, request.max_tokens, request.alpha_E)
+        return Prompt(request.prompt_ids, request.sampling, request.alpha_E)
 
     def finish(self) -> list[tuple[int, list[int], bool]]:
         """(number, its next ids, whether it ends by them) of every request in a row."""
-        found = [found for lane in self._started for found in lane.finish()]
-        self._lanes = {length: lane for length, lane in self._lanes.items() if lane.busy}
-        return found
+        found: dict[int, list[int]] = {}  # by row
+        for indices, token_R in self._first:
+            found |= {i: [token] for i, token in zip(indices, np.asarray(token_R).tolist())}
+        if self._more is not None:
+            for index, ids in enumerate(np.asarray(self._more).T.tolist()):
+                found[index] = found.get(index, []) + ids
+        result = []
+        for index, row in list(self._rows.items()):
+            ids = found.get(index, [])
+            row.text_len += len(ids)
+            ids = ids[: row.left]
+            end = self._eos_id
+            row.left -= len(ids)
+            if end is not None and end in ids:
+                ids, row.left = ids[: ids.index(end) + 1], 0
+            result.append((row.number, ids, not row.left))
+            if not row.left:
+                del self._rows[index]
+        return result
 
     def advance(self) -> list[tuple[int, list[int], bool]]:
         """`start` and `finish`."""
@@ -308,7 +278,9 @@ def _batch(
     max_rows = MAX_ROWS
     while max_rows > 1 and max_rows * cache_bytes(model, length) > _CACHE_BYTES:
         max_rows //= 4
-    batch = Batch(model, params, max_rows=max_rows, seq_len=seq_len, eos_id=eos_id)
+    batch = Batch(
+        model, params, max_rows=max_rows, seq_len=seq_len, text_len=longest, eos_id=eos_id
+    )
     for index, request in enumerate(requests):
         if request.max_tokens:
             batch.submit(index, request)

@@ -41,7 +41,8 @@ class Networks:
           rows: of a batch.
           text_len: tokens of the longest text with its prompt.
         """
-        self._soup, self._memory_bytes, self._rows = soup, memory_bytes, rows
+        self._soup, self._memory_bytes = soup, memory_bytes
+        self._rows, self._text_len = rows, text_len
         length = cache_length(soup.model, seq_len=soup.cfg.seq_len, text_len=text_len)
         # Of all rows at their longest, whether they are in use or not.
         self._cache_bytes = rows * cache_bytes(soup.model, length)
@@ -94,6 +95,7 @@ class Networks:
                 params,
                 max_rows=self._rows,
                 seq_len=soup.cfg.seq_len,
+                text_len=self._text_len,
                 eos_id=soup.map.eos_id,
             )
             num_bytes = batch.num_bytes + self._cache_bytes
