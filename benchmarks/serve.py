@@ -4,14 +4,15 @@
     python benchmarks/serve.py --run=RUN --documents='DIR/*.jsonl'
 
 Starts `soup-jax serve`, makes a specialist of each of the first files, and lets clients (the openai
-package, a thread each) complete prompts with them, streaming. The same requests then go to
-`Specialist.generate`, one after the other, in this process. All numbers are of one run on the same
-processors; the server has them to itself while it is measured, but for the clients.
+package, a thread each) complete prompts with them, streaming, in as many rows as there are clients.
+A part of the same requests goes to `Specialist.generate`, one after the other, in this process,
+before and after: rounds of both take turns on the same processors, which the other leaves alone.
 """
 
 import argparse
 import concurrent.futures
 import pathlib
+import random
 import subprocess
 import sys
 import tempfile
@@ -25,11 +26,13 @@ from soup_jax.evaluation.sets import document_sets
 from soup_jax.specialists.open import load
 
 
-def started(run: str, corpus: str, log: pathlib.Path) -> tuple[subprocess.Popen, str]:
+def started(run: str, corpus: str, rows: int, log: pathlib.Path) -> tuple[subprocess.Popen, str]:
     """The server and its address."""
     command = [sys.executable, "-m", "soup_jax.cli", "serve", f"--run={run}", "--port=0"]
     with log.open("w") as f:
-        server = subprocess.Popen([*command, f"--corpus={corpus}"], stdout=f, stderr=f)
+        server = subprocess.Popen(
+            [*command, f"--corpus={corpus}", f"--rows={rows}"], stdout=f, stderr=f
+        )
     while server.poll() is None:
         for line in log.read_text().splitlines():
             if line.startswith("serving on "):
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--requests", type=int, default=160)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     soup = load(given.run, corpus_dir=given.corpus)
     paths = list(document_sets([given.documents]).items())[: given.specialists]
@@ -78,7 +82,7 @@ def main() -> None:
         work.append((name, " ".join(texts[name][i % len(texts[name])].split()[:6]), i))
     with tempfile.TemporaryDirectory() as folder:
         log = pathlib.Path(folder) / "log"
-        server, address = started(given.run, given.corpus, log)
+        server, address = started(given.run, given.corpus, given.clients, log)
         try:
             client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
             made = []
@@ -88,34 +92,43 @@ def main() -> None:
                 client.post("/specialists", body=body, cast_to=object)
                 made.append(time.monotonic() - begin)
 
-            def ask_all(some: list) -> list[tuple[float, int]]:
+            def ask_all() -> list[tuple[float, int]]:
                 with concurrent.futures.ThreadPoolExecutor(given.clients) as pool:
-                    return list(pool.map(lambda w: ask(client, *w[:2], given.tokens, w[2]), some))
+                    return list(pool.map(lambda w: ask(client, *w[:2], given.tokens, w[2]), work))
 
-            ask_all(work[: 2 * given.clients])  # compiles
-            begin = time.monotonic()
-            answers = ask_all(work)
-            seconds = time.monotonic() - begin
+            specialists = {name: soup.instantiate(documents) for name, documents in texts.items()}
+            # Alone a part of them, drawn at random, so that both take about as long.
+            part = random.Random(0).sample(work, min(given.clients, len(work)))
+
+            def generate() -> int:
+                tokens = 0
+                for name, prompt, seed in part:
+                    text = specialists[name].generate(
+                        prompt, max_tokens=given.tokens, temperature=1.0, seed=seed
+                    )
+                    tokens += len(specialists[name].tokenizer.encode(text))
+                return tokens
+
+            ask_all(), generate()  # compiles
+            first, rates = [], []
+            for _ in range(given.rounds):
+                begin = time.monotonic()
+                answers = ask_all()
+                middle = time.monotonic()
+                alone = generate() / (time.monotonic() - middle)
+                rates.append((sum(tokens for _, tokens in answers) / (middle - begin), alone))
+                first += [1000 * t for t, _ in answers]
         finally:
             server.terminate()
             server.wait(30)
-    served = sum(tokens for _, tokens in answers) / seconds
-    first = np.percentile([1000 * t for t, _ in answers], [50, 90, 99])
-    specialists = {name: soup.instantiate(documents) for name, documents in texts.items()}
-    for name, prompt, seed in work[: 2 * given.clients]:  # compiles
-        specialists[name].generate(prompt, max_tokens=given.tokens, temperature=1.0, seed=seed)
-    part = work[: max(given.requests // 4, 1)]
-    begin, tokens = time.monotonic(), 0
-    for name, prompt, seed in part:
-        text = specialists[name].generate(
-            prompt, max_tokens=given.tokens, temperature=1.0, seed=seed
-        )
-        tokens += len(specialists[name].tokenizer.encode(text))
-    alone = tokens / (time.monotonic() - begin)
+    median, *high = np.percentile(first, [50, 90, 99])
     print(f"{given.clients} clients, {len(texts)} specialists, {given.requests} requests")
     print(f"specialist from 20 documents: median {1000 * np.median(made):.0f} ms")
-    print(f"first text: median {first[0]:.0f} ms, 90% {first[1]:.0f} ms, 99% {first[2]:.0f} ms")
-    print(f"served {served:,.0f} tokens/s, generate one by one {alone:,.0f}: {served / alone:.1f}x")
+    print(f"first text: median {median:.0f} ms, 90% {high[0]:.0f} ms, 99% {high[1]:.0f} ms")
+    for served, alone in rates:
+        ratio = served / alone
+        print(f"served {served:,.0f} tokens/s, generate one by one {alone:,.0f}: {ratio:.1f}x")
+    print(f"median {np.median([served / alone for served, alone in rates]):.1f}x")
 
 
 if __name__ == "__main__":

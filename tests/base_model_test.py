@@ -71,6 +71,17 @@ def test_cached_decoding_equals_the_full_forward(tokens):
         np.testing.assert_allclose(logits[:, 0], full[jnp.arange(2), at], atol=2e-5)
 
 
+def test_decoding_keeps_matrices_in_the_type_they_are_used_in(tokens):
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+    params, network = init(), llama.base_model(half, seq_len=L)
+    prepared = network.decode_params(params)
+    assert {x.dtype.name for x in jax.tree.leaves(prepared) if x.ndim > 1} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves(prepared) if x.ndim == 1} == {"float32"}
+    logits, _ = network.decode(prepared, tokens, jnp.zeros(3, jnp.int32), None, cache_len=L)
+    np.testing.assert_allclose(logits, forward(half, params, tokens), atol=0.02)
+    assert abs(logits).max() > 0.1
+
+
 RESET = dataclasses.replace(CONFIG, attention_reset=7)
 
 

@@ -166,7 +166,8 @@ def _together(params, requests, *, model=MODEL, max_rows=4, eos_id=None):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_prompts_together_give_what_each_gives_alone(params, cached):
-    # More prompts than rows, of many lengths: rows are filled again while others are under way.
+    # More prompts than rows, of many lengths, four of which are read by one call: rows are filled
+    # again while others are under way, and a text of 130 tokens makes the cache longer for a while.
     model = MODEL if cached else dataclasses.replace(MODEL, decode=None)
     rng = np.random.default_rng(0)
     requests = [
@@ -187,7 +188,7 @@ def test_prompts_together_give_what_each_gives_alone(params, cached):
             (20, 18, 0.0),
         )
     ]
-    found = _together(params, requests, model=model)
+    found = _together(params, requests, model=model, max_rows=6)
     for request, ids in zip(requests, found):
         settings = {"temperature": request.sampling.temperature, "seed": request.sampling.seed}
         alone = generate_ids(params, request.prompt_ids, max_tokens=request.max_tokens, **settings)
@@ -195,6 +196,24 @@ def test_prompts_together_give_what_each_gives_alone(params, cached):
     eos = found[0][5]
     stopped = _together(params, requests[:2], model=model, eos_id=eos)
     assert stopped[0] == found[0][: found[0].index(eos) + 1]
+
+
+def test_a_dropped_request_is_heard_of_no_more_and_leaves_its_row(params):
+    batch = generate_lib.Batch(MODEL, params, max_rows=1, seq_len=160, text_len=64, eos_id=None)
+    for number in range(3):
+        batch.submit(number, generate_lib.Request([5 + number], 20, Sampling(temperature=0.0)))
+    batch.start()
+    batch.drop(0)  # under way
+    assert batch.finish() == []
+    batch.drop(1)  # waiting
+    found = []
+    while batch.busy:
+        for number, ids, _ in batch.advance():
+            assert number == 2
+            found += ids
+    assert found == generate_ids(params, [7], max_tokens=20, temperature=0)
+    with pytest.raises(ValueError, match="a text of 65 tokens, where 64 have room"):
+        batch.submit(3, generate_lib.Request([1] * 5, 60))
 
 
 def test_top_p_draws_from_the_likeliest(params):

@@ -291,14 +291,14 @@ def llama_flops(cfg: LlamaConfig, *, seq_len: int) -> float:
 
 
 def _by_layer(cfg: LlamaConfig, params: Params) -> Params:
+    layers = params["layers"]
+    cut = [jax.tree.map(lambda x: x[n], layers) for n in range(cfg.num_layers)]  # noqa: B023
+
     # Matrices in the type that they are used in; scales of norms stay as they are.
     def cast(x: Array) -> Array:
         return x.astype(cfg.dtype) if x.ndim > 1 else x
 
-    params = jax.tree.map(cast, params)
-    layers = params["layers"]
-    cut = [jax.tree.map(lambda x: x[n], layers) for n in range(cfg.num_layers)]  # noqa: B023
-    return {**params, "layers": cut}
+    return jax.tree.map(cast, {**params, "layers": cut})
 
 
 def _decode(
