@@ -561,10 +561,10 @@ def test_a_last_interval_that_is_shorter_has_a_line(make_cfg, tmp_path):
     assert (line["step"], line["steps"]) == (12, 12)
 
 
-def test_a_run_whose_documents_see_no_other(make_cfg, tmp_path):
+def test_a_run_whose_documents_see_no_other(make_cfg, undisturbed, tmp_path):
     train.train(make_cfg(**{"model.attention_reset": 0}), tmp_path / "reset")
-    train.train(make_cfg(), tmp_path / "whole")
-    reset, whole = (lines_of(tmp_path / name)[-1]["loss"] for name in ("reset", "whole"))
+    runs = (tmp_path / "reset", undisturbed()[1])
+    reset, whole = (lines_of(run)[-1]["loss"] for run in runs)
     assert reset != whole
     assert abs(reset - whole) < 0.5
     specialist = open_lib.load(tmp_path / "reset").instantiate(["flour and butter"])
