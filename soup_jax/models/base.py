@@ -35,8 +35,8 @@ class BaseModel:
         of the tokens up to it; None if the network is no language model.
       decode: (parameters, tokens [rows, L], int32 position [rows] of the first of each, cache, *,
         cache_len) -> (logits, cache): the same with a cache of what came before, None at first, for
-        `cache_len` positions; its leaves have a leading row dimension, and those of a shorter cache
-        are the beginning of a longer one's. None if the network has no cache; text is generated
+        `cache_len` positions; its leaves have a leading row dimension, and a longer cache is a
+        shorter one with zeros behind it. None if the network has no cache; text is generated
         without, then.
       decode_params: parameters -> those that `decode` takes, made once for some calls of it; None
         if it takes them as they are.

@@ -27,6 +27,7 @@ STEPS = 8
 _SHORTEST = 16  # prompts are padded to this, or a power of two times as much
 _SHORTEST_CACHE = 128
 _TOGETHER = 4  # prompts of a length that are read by one call, if there are so many
+_TOGETHER_LEN = 128  # and no longer: logits of all their positions are held at one time
 _BLOCK = 64  # tokens that are summed first when one is drawn
 
 
@@ -113,12 +114,16 @@ def _prefill(network: _Network, params: Any, tokens_RL: Array, rows: _Rows) -> _
     return rows._replace(cache=cache, token=token_R, number=rows.number + 1)
 
 
+@jax.jit
+def _picked(rows: _Rows, index_R: Array) -> _Rows:
+    return jax.tree.map(lambda x: x[index_R], rows)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _taken(network: _Network, params: Any, rows: _Rows, index_R: Array) -> _Rows:
-    # Some of the rows, with caches of the network's length.
-    rows = jax.tree.map(lambda x: x[index_R], rows)
+def _resized(network: _Network, params: Any, rows: _Rows) -> _Rows:
+    # With caches of the network's length, whatever dimensions of theirs that is.
     params = with_coefficients(params, rows.alpha)
-    tokens_RL = jnp.zeros((len(index_R), network.cache_len), jnp.int32)
+    tokens_RL = jnp.zeros((len(rows.at), network.cache_len), jnp.int32)
     wanted = jax.eval_shape(network.prefill, params, tokens_RL, rows.at)[0]
 
     def fit(x: Array, like: Any) -> Array:
@@ -187,9 +192,9 @@ class Prompt(NamedTuple):
 
 
 def prepared(model: BaseModel, params: Params) -> Any:
-    """Parameters as a `Decoder` of that network takes them: a copy, made once for all its calls."""
+    """Parameters as a `Decoder` of that network takes them, made once for all its calls."""
     if model.decode is None or model.decode_params is None:
-        return params
+        return jax.device_put(params)
     return _prepared(model.decode_params, params)
 
 
@@ -205,40 +210,46 @@ class Decoder:
     says how many there are, and how long their texts.
     """
 
-    def __init__(self, model: BaseModel, *, seq_len: int):
+    def __init__(self, model: BaseModel, *, seq_len: int, most: int):
         """No row is in use yet.
 
         Args:
           seq_len: tokens of the training windows; of a longer prompt the last ones are read.
+          most: tokens of a text, as `lane_length` says.
 
         Raises:
           UserError: the network is no language model.
         """
         if model.decode is None and model.logits is None:
             raise UserError("this network cannot generate: its BaseModel has no `logits`")
-        self._model, self._seq_len = model, seq_len
-        length = cache_length(model, seq_len=seq_len, text_len=1)
-        self._network = _Network(model.decode, model.logits, length, nucleus=False)
+        self._model, self._seq_len, self._most = model, seq_len, most
+        self._length = 0  # of the caches
         self._rows: _Rows | None = None
         self.num_rows = 0
+
+    def prompt_len(self, ids: Sequence[int]) -> int:
+        """Tokens of a prompt that are read."""
+        return min(len(ids), self._seq_len)
 
     def keep(self, params: Any, indices: Sequence[int], num_rows: int, text_len: int) -> None:
         """Make the rows `indices` the first of `num_rows`; the others may be admitted to.
 
         Args:
-          text_len: tokens of the longest text until the next call, those of the next `advance`
-            among them. Attention reads caches whole: they are no longer than that takes.
+          text_len: tokens of the longest text in use after the next `advance`. Attention reads
+            caches whole: they are about as long.
         """
-        length = cache_length(self._model, seq_len=self._seq_len, text_len=text_len)
-        same = length == self._network.cache_len and num_rows == self.num_rows
-        if same and list(indices) == list(range(len(indices))):
-            return
-        self._network = self._network._replace(cache_len=length)
+        length = cache_length(self._model, most=self._most, text_len=text_len)
+        longer, self._length = length != self._length, length
+        moved = num_rows != self.num_rows or list(indices) != list(range(len(indices)))
         self.num_rows = num_rows
-        if self._rows is not None:
+        if self._rows is not None and moved:
             filled = [*indices, *[0] * (num_rows - len(indices))]
-            index_R = jnp.asarray(filled, jnp.int32)
-            self._rows = _taken(self._network, params, self._rows, index_R)
+            self._rows = _picked(self._rows, jnp.asarray(filled, jnp.int32))
+        if self._rows is not None and longer:
+            self._rows = _resized(self._network(), params, self._rows)
+
+    def _network(self, *, nucleus: bool = False) -> _Network:
+        return _Network(self._model.decode, self._model.logits, self._length, nucleus)
 
     def admit(
         self, params: Any, prompts: Sequence[Prompt], indices: Sequence[int]
@@ -248,25 +259,24 @@ class Decoder:
         Returns:
           (rows, the first token after the prompt of each) of those that were read together.
         """
-        if any(prompt.sampling.top_p < 1 for prompt in prompts):
-            self._network = self._network._replace(nucleus=True)
         by_length: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
-            padded = self._network.cache_len
-            if self._network.decode is not None:
-                length = min(len(prompt.ids), self._seq_len)
+            padded = self._length
+            if self._model.decode is not None:
+                length = self.prompt_len(prompt.ids)
                 padded = min(_up(length, _SHORTEST, factor=2), padded)
             by_length.setdefault(padded, []).append(i)
         found = []
         for padded, group in by_length.items():
             while group:
-                number = _TOGETHER if len(group) >= _TOGETHER else 1
+                together = len(group) >= _TOGETHER and padded <= _TOGETHER_LEN
+                number = _TOGETHER if together else 1
                 part, group = group[:number], group[number:]
                 new = self._read(params, [prompts[i] for i in part], padded)
                 places = [indices[i] for i in part]
                 if self._rows is None:
-                    index_R = jnp.zeros(self.num_rows, jnp.int32)
-                    self._rows = _taken(self._network, params, new, index_R)
+                    free = _picked(new, jnp.zeros(self.num_rows, jnp.int32))
+                    self._rows = _resized(self._network(), params, free)
                 self._rows = _insert(self._rows, jnp.asarray(places, jnp.int32), new)
                 found.append((places, new.token))
         return found
@@ -289,18 +299,35 @@ class Decoder:
             top_p=jnp.asarray([s.top_p for s in samplings], jnp.float32),
             alpha=jnp.asarray([prompt.alpha_E for prompt in prompts], jnp.float32),
         )
-        return _prefill(self._network, params, tokens_RL, rows)
+        network = self._network(nucleus=any(s.top_p < 1 for s in samplings))
+        if network.decode is not None:
+            network = network._replace(cache_len=0)  # its cache is as long as the prompt
+        return _prefill(network, params, tokens_RL, rows)
 
-    def advance(self, params: Any) -> Array:
-        """int32 [STEPS, rows]: the next tokens of all rows; those not in use get some too."""
+    def advance(self, params: Any, *, nucleus: bool = True) -> Array:
+        """int32 [STEPS, rows]: the next tokens of all rows; those not in use get some too.
+
+        Args:
+          nucleus: whether any row in use has a top_p below 1.
+        """
         assert self._rows is not None
-        self._rows, token_SR = _advance(self._network, params, self._rows)
+        network = self._network(nucleus=nucleus)
+        self._rows, token_SR = _advance(network, params, self._rows)
         return token_SR
 
 
-def cache_length(model: BaseModel, *, seq_len: int, text_len: int) -> int:
-    """That of a text with its prompt; few, so that texts of many lengths share compilations."""
-    return _up(text_len, _SHORTEST_CACHE, factor=2) if model.decode is not None else seq_len
+def lane_length(model: BaseModel, *, seq_len: int, text_len: int) -> int:
+    """Most tokens of a text that is decoded beside one of `text_len`: attention reads the caches of
+    all rows as far as the longest goes, so none pays for more than four times its own."""
+    return _up(text_len, 2 * _SHORTEST_CACHE, factor=4) if model.decode is not None else seq_len
+
+
+def cache_length(model: BaseModel, *, most: int, text_len: int) -> int:
+    """That of texts of up to `text_len` tokens now, and of up to `most` (`lane_length`) later; few,
+    so that they share compilations."""
+    if model.decode is None:
+        return most
+    return min(_up(text_len, _SHORTEST_CACHE, factor=4), most)
 
 
 def _up(number: int, least: int, *, factor: int) -> int:

@@ -8,11 +8,11 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from soup_jax import tree
 from soup_jax.data.tokenizer import Tokenizer
 from soup_jax.errors import UserError
 from soup_jax.models.base import BaseModel
@@ -25,7 +25,7 @@ from soup_jax.specialists.decoding import (
     Prompt,
     Sampling,
     cache_bytes,
-    cache_length,
+    lane_length,
     num_rows_for,
     prepared,
 )
@@ -136,108 +136,69 @@ def _overlap(text: str, stop: str) -> int:
 @dataclasses.dataclass
 class _Row:
     number: int  # of the request
+    request: Request
     text_len: int  # tokens so far
     left: int  # that it still wants
-    alpha_E: tuple[float, ...]
 
 
-class Batch:
-    """Requests to one network, decoded together; new ones may come at any time.
+class _Lane:
+    # Requests whose texts are of similar lengths, as rows of one decoder.
 
-    Each call of `advance` takes waiting requests into free rows and adds some tokens to all.
-    """
-
-    def __init__(
-        self,
-        model: BaseModel,
-        params: Params,
-        *,
-        max_rows: int,
-        seq_len: int,
-        text_len: int,
-        eos_id: int | None,
-    ):
-        """Of texts whose training windows have `seq_len` tokens, and that end by the id `eos_id`.
-
-        Args:
-          max_rows: that are decoded together; more requests wait.
-          text_len: most tokens of a text with its prompt.
-
-        Raises:
-          UserError: the network is no language model.
-        """
-        self._decoder = Decoder(model, seq_len=seq_len)
-        self._params = prepared(model, params)
-        self._max_rows, self._seq_len, self._text_len = max_rows, seq_len, text_len
-        self._eos_id = eos_id
-        leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Rows))
-        self._unmerged = any(isinstance(leaf, Rows) for leaf in leaves)
-        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+    def __init__(self, decoder: Decoder, params: Any, max_rows: int, eos_id: int | None):
+        self.waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self._decoder, self._params = decoder, params
+        self._max_rows, self._eos_id = max_rows, eos_id
         self._rows: dict[int, _Row] = {}  # by the decoder's row; the others are free
         # What the devices are at: first tokens by their rows, and the next of all rows.
         self._first: list[tuple[list[int], Array]] = []
         self._more: Array | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the parameters, as they are kept."""
-        return tree.num_bytes(self._params)
-
-    def submit(self, number: int, request: Request) -> None:
-        """Queue a request under a number of the caller's choice.
-
-        Raises:
-          ValueError: a text that is too long; parameters that are not merged, and no coefficients,
-            or the other way round.
-        """
-        if self._unmerged != bool(request.alpha_E):
-            raise ValueError("alpha_E goes with parameters that are not merged, and with no others")
-        text_len = min(len(request.prompt_ids), self._seq_len) + request.max_tokens
-        if text_len > self._text_len:
-            raise ValueError(f"a text of {text_len} tokens, where {self._text_len} have room")
-        self._waiting.append((number, request))
-
     def drop(self, number: int) -> None:
-        """Forget a request: nobody wants more of its text."""
         self._rows = {index: row for index, row in self._rows.items() if row.number != number}
-        self._waiting = collections.deque(w for w in self._waiting if w[0] != number)
+        self.waiting = collections.deque(w for w in self.waiting if w[0] != number)
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits or is in a row."""
-        return bool(self._waiting) or bool(self._rows)
+        return bool(self.waiting) or bool(self._rows)
 
     def start(self) -> None:
-        """Let the devices add some tokens to every text, and go on; `finish` gets them."""
-        # As many rows as are needed; those in use are moved only where there are fewer then.
-        wanted = num_rows_for(len(self._rows) + len(self._waiting), self._max_rows)
+        # Hands the devices their work; nothing here waits for them. There are as many rows as are
+        # needed; those in use are moved only where there are fewer then.
+        wanted = num_rows_for(len(self._rows) + len(self.waiting), self._max_rows)
         kept = list(range(self._decoder.num_rows))
         if wanted < len(kept):
             kept = sorted(self._rows)
             self._rows = {place: self._rows[index] for place, index in enumerate(kept)}
         free = [index for index in range(wanted) if index not in self._rows]
-        free = free[: len(self._waiting)]
-        prompts = [self._take(index) for index in free]
-        longest = max((row.text_len for row in self._rows.values()), default=1)
-        self._decoder.keep(self._params, kept, wanted, min(longest + STEPS, self._text_len))
+        free = free[: len(self.waiting)]
+        prompts = self._take(free)
+        rows = self._rows.values()
+        longest = max((row.text_len + min(STEPS, row.left) for row in rows), default=1)
+        self._decoder.keep(self._params, kept, wanted, longest)
         self._first, self._more = [], None
         if prompts:
             self._first = self._decoder.admit(self._params, prompts, free)
         if any(row.left > (index in free) for index, row in self._rows.items()):
-            self._more = self._decoder.advance(self._params)
+            nucleus = any(row.request.sampling.top_p < 1 for row in rows)
+            self._more = self._decoder.advance(self._params, nucleus=nucleus)
 
-    def _take(self, index: int) -> Prompt:
-        # Into a row the first of those whose specialist has the fewest: none takes all for long.
-        rows = collections.Counter(row.alpha_E for row in self._rows.values())
-        order = enumerate(self._waiting)
-        place, (number, request) = min(order, key=lambda item: (rows[item[1][1].alpha_E], item[0]))
-        del self._waiting[place]
-        prompt_len = min(len(request.prompt_ids), self._seq_len)
-        self._rows[index] = _Row(number, prompt_len, request.max_tokens, request.alpha_E)
-        return Prompt(request.prompt_ids, request.sampling, request.alpha_E)
+    def _take(self, free: list[int]) -> list[Prompt]:
+        # Into each row the first of those whose specialist has the fewest: none takes all for long.
+        num_rows = collections.Counter(row.request.alpha_E for row in self._rows.values())
+        prompts = []
+        for index in free:
+            order = enumerate(self.waiting)
+            place, (number, request) = min(
+                order, key=lambda item: (num_rows[item[1][1].alpha_E], item[0])
+            )
+            del self.waiting[place]
+            num_rows[request.alpha_E] += 1
+            prompt_len = self._decoder.prompt_len(request.prompt_ids)
+            self._rows[index] = _Row(number, request, prompt_len, request.max_tokens)
+            prompts.append(Prompt(request.prompt_ids, request.sampling, request.alpha_E))
+        return prompts
 
     def finish(self) -> list[tuple[int, list[int], bool]]:
-        """(number, its next ids, whether it ends by them) of every request in a row."""
         found: dict[int, list[int]] = {}  # by row
         for indices, token_R in self._first:
             found |= {i: [token] for i, token in zip(indices, np.asarray(token_R).tolist())}
@@ -258,6 +219,72 @@ class Batch:
                 del self._rows[index]
         return result
 
+
+class Batch:
+    """Requests to one network, decoded together; new ones may come at any time.
+
+    Each call of `advance` takes waiting requests into free rows and adds some tokens to all.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        params: Params,
+        *,
+        max_rows: int,
+        seq_len: int,
+        eos_id: int | None,
+    ):
+        """Of texts whose training windows have `seq_len` tokens, and that end by the id `eos_id`.
+
+        Args:
+          max_rows: that are decoded together; more requests wait.
+        """
+        self._model, self._params, self._seq_len = model, prepared(model, params), seq_len
+        self._max_rows, self._eos_id = max_rows, eos_id
+        leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Rows))
+        self._unmerged = any(isinstance(leaf, Rows) for leaf in leaves)
+        self._lanes: dict[int, _Lane] = {}
+        self._started: list[_Lane] = []
+
+    def submit(self, number: int, request: Request) -> None:
+        """Queue a request for one token or more under a number of the caller's choice.
+
+        Raises:
+          UserError: the network is no language model.
+          ValueError: parameters that are not merged, and no coefficients, or the other way round.
+        """
+        if self._unmerged != bool(request.alpha_E):
+            raise ValueError("alpha_E goes with parameters that are not merged, and with no others")
+        text_len = min(len(request.prompt_ids), self._seq_len) + request.max_tokens
+        most = lane_length(self._model, seq_len=self._seq_len, text_len=text_len)
+        if most not in self._lanes:
+            decoder = Decoder(self._model, seq_len=self._seq_len, most=most)
+            self._lanes[most] = _Lane(decoder, self._params, self._max_rows, self._eos_id)
+        self._lanes[most].waiting.append((number, request))
+
+    def drop(self, number: int) -> None:
+        """Forget a request: nobody wants more of its text."""
+        for lane in self._lanes.values():
+            lane.drop(number)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or is in a row."""
+        return any(lane.busy for lane in self._lanes.values())
+
+    def start(self) -> None:
+        """Let the devices add some tokens to every text, and go on; `finish` gets them."""
+        self._started = [lane for lane in self._lanes.values() if lane.busy]
+        for lane in self._started:
+            lane.start()
+
+    def finish(self) -> list[tuple[int, list[int], bool]]:
+        """(number, its next ids, whether it ends by them) of every request in a row."""
+        found = [found for lane in self._started for found in lane.finish()]
+        self._lanes = {length: lane for length, lane in self._lanes.items() if lane.busy}
+        return found
+
     def advance(self) -> list[tuple[int, list[int], bool]]:
         """`start` and `finish`."""
         self.start()
@@ -274,13 +301,11 @@ def _batch(
     for request in requests:
         check(request)
     longest = max((len(r.prompt_ids[-seq_len:]) + r.max_tokens for r in requests), default=1)
-    length = cache_length(model, seq_len=seq_len, text_len=longest)
+    length = lane_length(model, seq_len=seq_len, text_len=longest)
     max_rows = MAX_ROWS
     while max_rows > 1 and max_rows * cache_bytes(model, length) > _CACHE_BYTES:
         max_rows //= 4
-    batch = Batch(
-        model, params, max_rows=max_rows, seq_len=seq_len, text_len=longest, eos_id=eos_id
-    )
+    batch = Batch(model, params, max_rows=max_rows, seq_len=seq_len, eos_id=eos_id)
     for index, request in enumerate(requests):
         if request.max_tokens:
             batch.submit(index, request)

@@ -23,8 +23,8 @@ import numpy as np
 from soup_jax.data.domain_histogram import DocumentHistogram, document_histogram
 from soup_jax.errors import UserError
 from soup_jax.evaluation.score import Score, score_texts
-from soup_jax.specialists.generate import Request, Text, check
-from soup_jax.specialists.serve.networks import Network, Networks
+from soup_jax.specialists.generate import Batch, Request, Text, check
+from soup_jax.specialists.serve.networks import Networks
 from soup_jax.specialists.serve.protocol import Refused
 from soup_jax.specialists.specialist import Specialist
 from soup_jax.specialists.trained import Soup
@@ -109,8 +109,8 @@ class Engine:
         self._warm()
 
     def _warm(self) -> None:
-        # Compile what the first texts would wait for, for each number of rows; longer prompts
-        # compile when they come.
+        # Compile what the first texts would wait for, for each number of rows; longer prompts and
+        # texts compile when they come.
         request = Request([self.soup.map.eos_id], max_tokens=2)
         ended = threading.Semaphore(0)
 
@@ -124,7 +124,7 @@ class Engine:
 
         number, most = 1, min(self.limits.rows, self.limits.requests)
         while number <= most:
-            self.call(ask, number)  # on the thread, which so takes them together
+            self.call(ask, number).result()  # on the thread, which so takes them together
             for _ in range(number):
                 ended.acquire()
             number = most if number < most < 4 * number else 4 * number
@@ -265,6 +265,8 @@ class Engine:
             check(request)
         except UserError as e:
             raise Refused(400, str(e)) from e
+        if not request.max_tokens:
+            raise Refused(400, "max_tokens must be at least 1", param="max_tokens")
         prompt = min(len(request.prompt_ids), self.soup.cfg.seq_len)
         if prompt + request.max_tokens > self.text_len:
             raise Refused(
@@ -295,8 +297,8 @@ class Engine:
         def cancel() -> None:
             if self._asked.pop(number, None) is not None:
                 self._end()
-                if network := self._networks.get(self._networks.place(name)):
-                    network.batch.drop(number)
+                if batch := self._networks.get(self._networks.place(name)):
+                    batch.drop(number)
 
         self._jobs.put(submit)
         return lambda: self._jobs.put(cancel)
@@ -320,12 +322,12 @@ class Engine:
                 job()
                 busy = self._networks.busy()
             # All of them are started before the first is waited for: the devices do not idle.
-            for step in (lambda network: network.batch.start(), self._collect):
+            for step in (lambda batch: batch.start(), self._collect):
                 for place in busy:
-                    network = self._networks.get(place)
+                    batch = self._networks.get(place)
                     try:
-                        if network is not None:
-                            step(network)
+                        if batch is not None:
+                            step(batch)
                     except Exception as e:  # the service goes on
                         _log.exception("decoding with %s failed", place or "the soup")
                         self._networks.fail(place)
@@ -333,16 +335,16 @@ class Engine:
                             if self._networks.place(asked.name) == place:
                                 self._finish(number, str(e), "error")
 
-    def _collect(self, network: Network) -> None:
+    def _collect(self, batch: Batch) -> None:
         eos_id = self.soup.map.eos_id
-        for number, ids, ended in network.batch.finish():
+        for number, ids, ended in batch.finish():
             asked = self._asked.get(number)
             if asked is None:
                 continue
             asked.tokens += len(ids)
             piece = asked.text.add(i for i in ids if i != eos_id)
             if asked.text.stopped:
-                network.batch.drop(number)
+                batch.drop(number)
                 self._finish(number, piece, "stop")
             elif ended:
                 piece += asked.text.rest()
@@ -358,8 +360,8 @@ class Engine:
 
     def _drop(self, name: str) -> None:
         self._networks.forget(name)
-        network = self._networks.get(self._networks.place(name))
+        batch = self._networks.get(self._networks.place(name))
         for number in [n for n, asked in self._asked.items() if asked.name == name]:
-            if network is not None:
-                network.batch.drop(number)
+            if batch is not None:
+                batch.drop(number)
             self._finish(number, "the specialist was removed", "error")

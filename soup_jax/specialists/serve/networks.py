@@ -8,26 +8,18 @@ one network, and texts of all specialists are rows of one batch, each with its c
 
 import collections
 import dataclasses
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from soup_jax import tree
 from soup_jax.shapes import Params
 from soup_jax.soup.low_rank import unmerged
-from soup_jax.specialists.decoding import cache_bytes, cache_length
+from soup_jax.specialists.decoding import cache_bytes, lane_length
 from soup_jax.specialists.generate import Batch, Request
 from soup_jax.specialists.trained import Soup
 
 _ALL = ""  # the place of all specialists together
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Network:
-    """Texts under way, and bytes of the parameters and caches that they are continued with."""
-
-    batch: Batch
-    num_bytes: int
 
 
 class Networks:
@@ -41,13 +33,13 @@ class Networks:
           rows: of a batch.
           text_len: tokens of the longest text with its prompt.
         """
-        self._soup, self._memory_bytes = soup, memory_bytes
-        self._rows, self._text_len = rows, text_len
-        length = cache_length(soup.model, seq_len=soup.cfg.seq_len, text_len=text_len)
-        # Of all rows at their longest, whether they are in use or not.
-        self._cache_bytes = rows * cache_bytes(soup.model, length)
+        self._soup, self._rows = soup, rows
         self._is_merged = jax.eval_shape(self._all) is None
-        self._made: collections.OrderedDict[str, Network] = collections.OrderedDict()
+        length = lane_length(soup.model, seq_len=soup.cfg.seq_len, text_len=text_len)
+        # Of all rows at their longest, whether they are in use or not.
+        num_bytes = tree.num_bytes(soup.params["shared"]) + rows * cache_bytes(soup.model, length)
+        self._most = max(1, memory_bytes // num_bytes)
+        self._made: collections.OrderedDict[str, Batch] = collections.OrderedDict()
 
     def _all(self) -> Params | None:
         params, leaves = self._soup.params, self._soup.model.row_products
@@ -57,13 +49,13 @@ class Networks:
         """Where a specialist's texts are decoded."""
         return name if self._is_merged else _ALL
 
-    def get(self, place: str) -> Network | None:
-        """The network of a place, if it is there."""
+    def get(self, place: str) -> Batch | None:
+        """The texts of a place, if it is there."""
         return self._made.get(place)
 
     def busy(self) -> list[str]:
         """Places with texts under way."""
-        return [place for place, network in self._made.items() if network.batch.busy]
+        return [place for place, batch in self._made.items() if batch.busy]
 
     def submit(self, name: str, alpha_E: np.ndarray, number: int, request: Request) -> None:
         """Queue a text of a specialist under a number.
@@ -73,7 +65,7 @@ class Networks:
         """
         if not self._is_merged:
             request = dataclasses.replace(request, alpha_E=tuple(alpha_E.tolist()))
-        self._ready(name, alpha_E).batch.submit(number, request)
+        self._ready(name, alpha_E).submit(number, request)
 
     def forget(self, name: str) -> None:
         """Drop what belongs to a specialist alone; texts under way in it are lost."""
@@ -84,32 +76,22 @@ class Networks:
         """Drop the network of a place, and all texts in it."""
         self._made.pop(place, None)
 
-    def _ready(self, name: str, alpha_E: np.ndarray) -> Network:
+    def _ready(self, name: str, alpha_E: np.ndarray) -> Batch:
         place, soup = self.place(name), self._soup
         if place not in self._made:
-            params = self._all()
-            if params is None:
-                params = soup.on_devices(alpha_E)
-            batch = Batch(
+            # Those not used for longest make room first. Those with texts under way stay, and so
+            # can hold more than the limit for a while.
+            for other in [p for p, batch in self._made.items() if not batch.busy]:
+                if len(self._made) >= self._most:
+                    del self._made[other]
+            params = soup.on_devices(alpha_E) if self._is_merged else self._all()
+            assert params is not None
+            self._made[place] = Batch(
                 soup.model,
                 params,
                 max_rows=self._rows,
                 seq_len=soup.cfg.seq_len,
-                text_len=self._text_len,
                 eos_id=soup.map.eos_id,
             )
-            num_bytes = batch.num_bytes + self._cache_bytes
-            self._made[place] = Network(batch=batch, num_bytes=num_bytes)
         self._made.move_to_end(place)
-        for other in self._least_used(place):
-            del self._made[other]
         return self._made[place]
-
-    def _least_used(self, kept: str) -> Iterator[str]:
-        # Those with texts under way stay, and so can hold more than the limit for a while.
-        for place in list(self._made):
-            total = sum(network.num_bytes for network in self._made.values())
-            if total <= self._memory_bytes:
-                return
-            if place != kept and not self._made[place].batch.busy:
-                yield place
