@@ -5,10 +5,10 @@
 
 Makes a run of that config with a base network of 5.6M parameters and so many experts, at its
 initial state; packs it into a soup folder; and instantiates from both, each in a process whose
-memory a control group limits (Linux, root; the kernel kills what takes more). The files are read
-once before, from the disk, for its speed. Printed are MB of the bank, the limit, the peak of
-resident memory (code of libraries, which others share, is in it and not in the limit), and
-seconds, beside those of reading the files alone.
+memory a control group limits, in MiB (Linux, root; the kernel kills what takes more, and the exit
+status is 1). The files are read once before, from the disk, for its speed. Printed are MB of the
+bank, the limit, the peak of resident memory (code of libraries, which others share, is in it and
+not in the limit), and seconds, beside those of reading the files alone.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def limited(arguments: list[str], limit: int) -> tuple[int, float, int]:
     return done.returncode, seconds, peak[-1] if peak else 0
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--documents", required=True)
@@ -124,7 +124,9 @@ def main() -> None:
         opened = load(soup)
         shapes = opened.arrays.shapes
         bank = tree.num_bytes([s for name, s in shapes.items() if name.startswith("bank/")])
-        print(f"{opened.num_experts} experts, bank {bank / 1e6:,.0f} MB, limit {given.limit_mb} MB")
+        failed = False
+        num, limit = opened.num_experts, given.limit_mb
+        print(f"{num} experts, bank {bank / 1e6:,.0f} MB, limit {limit} MiB")
         for name, source, data in (("soup folder", soup, soup), ("run", run, run / "checkpoints")):
             size, alone = from_disk(data)
             out = folder / "specialist"
@@ -135,8 +137,10 @@ def main() -> None:
                 f"alone {alone:.1f} s for {size / 1e6:,.0f} MB",
                 flush=True,
             )
+            failed |= status != 0
+    return int(failed)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    main()
+    sys.exit(main())

@@ -7,7 +7,7 @@
 # --fast     the test files that find most mistakes in about two minutes (FAST in conftest.py)
 # --all      also the tests marked slow
 # --lowest   the fast ones, with the lowest releases that pyproject.toml allows; no lint
-# --hf       against transformers, torch, gguf and lm_eval, which are installed for it; no lint
+# --hf       against transformers, torch, llama.cpp and lm_eval, which are installed for it; no lint
 # --servers  likewise against Apache Beam and servers of S3 and GCS; their drivers and lm_eval ask for
 #            different releases of fsspec; with --all, the slow ones of these, too
 # PYTHON     the interpreter to use (default python3), 3.11 or newer
@@ -85,7 +85,7 @@ for requirement in tomllib.load(open("pyproject.toml", "rb"))["project"]["depend
 fi
 
 if [[ -n "$hf" ]]; then
-  environment .venv-test-hf "$python" test,hf,gguf,lm_eval
+  environment .venv-test-hf "$python" test,hf,gguf,lm-eval xllamacpp
   tests .venv-test-hf tests/{hf,gguf,lm_eval,minilm}_test.py ${arguments[@]+"${arguments[@]}"}
   exit
 fi

@@ -320,7 +320,7 @@ COMMANDS = [
     (["serve", "--run=gone"], "is not a run"),
     (["serve", "--run=run", "--host=0.0.0.0"], "opens the server to other machines"),
     (["serve", "--run=run", "--port=70000"], "port"),
-    (["serve", "--run=run", "--rows=5"], "rows"),
+    (["serve", "--run=run", "--rows=0"], "rows"),
     (["serve", "--run=run", "--token_file=gone"], "gone does not exist"),
     (["serve", "--run=gs://b/run"], "pip install 'soup_jax[gcs]'"),
 ]

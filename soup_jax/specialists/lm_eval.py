@@ -129,7 +129,7 @@ def _class() -> type:
         from lm_eval.api.model import TemplateLM
     except ImportError as e:
         raise UserError(
-            "lm-evaluation-harness is not installed: pip install 'soup_jax[lm_eval]'"
+            "lm-evaluation-harness is not installed: pip install 'soup_jax[lm-eval]'"
         ) from e
     return type("SoupJax", (_Backend, TemplateLM), {"__doc__": _Backend.__doc__})
 
