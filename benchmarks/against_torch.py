@@ -149,17 +149,17 @@ class Soup:
             name: nn.Parameter(torch.tensor(value).contiguous())
             for name, value in torch_names(params["bank"].get("dense", {}), leading=1).items()
         }
-        self.router = None
+        self.router: Router | None = None
         if self.bank:
             router = tree.flatten(params["router"])
             self.router = Router({name: np.asarray(leaf) for name, leaf in router.items()})
-        groups = [
+        parts = [
             (self.shared, o.learning_rate, o.weight_decay),
             (self.bank, o.learning_rate * o.bank_lr_scale, o.weight_decay),
         ]
         groups = [
             {"params": leaves, "lr": rate, "weight_decay": decay if decays else 0.0}
-            for named, rate, decay in groups
+            for named, rate, decay in parts
             for decays in (True, False)
             if (leaves := [p for n, p in named.items() if n.endswith("weight") == decays])
         ]
@@ -174,7 +174,7 @@ class Soup:
         self.loss = torch.compile(self._loss) if compile_ else self._loss
 
     def _loss(self):
-        if not self.bank:
+        if self.router is None:
             tokens = self.tokens_M.flatten(0, 1)
             return self.model(tokens[:, :-1], tokens[:, 1:])
         losses = []

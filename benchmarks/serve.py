@@ -41,9 +41,9 @@ def started(run: str, corpus: str, rows: int, log: pathlib.Path) -> tuple[subpro
     raise SystemExit(f"the server did not start:\n{log.read_text()}")
 
 
-def ask(client: openai.OpenAI, name: str, prompt: str, tokens: int, seed: int) -> tuple[float, int]:
-    """(seconds to the first text, tokens) of one streamed completion."""
-    begin, first, used = time.monotonic(), 0.0, 0
+def ask(client: openai.OpenAI, work: tuple[str, str, int], tokens: int) -> tuple[float, int]:
+    """(seconds to the first text, tokens) of one streamed completion of (model, prompt, seed)."""
+    (name, prompt, seed), begin, first, used = work, time.monotonic(), 0.0, 0
     for event in client.completions.create(
         model=name,
         prompt=prompt,
@@ -94,7 +94,7 @@ def main() -> None:
 
             def ask_all() -> list[tuple[float, int]]:
                 with concurrent.futures.ThreadPoolExecutor(given.clients) as pool:
-                    return list(pool.map(lambda w: ask(client, *w[:2], given.tokens, w[2]), work))
+                    return list(pool.map(lambda w: ask(client, w, given.tokens), work))
 
             specialists = {name: soup.instantiate(documents) for name, documents in texts.items()}
             # Alone a part of them, drawn at random, so that both take about as long.
