@@ -31,6 +31,7 @@ from soup_jax.specialists.open import load
 from soup_jax.specialists.serve import protocol
 from soup_jax.specialists.serve.app import make_app
 from soup_jax.specialists.serve.engine import Engine, Limits
+from soup_jax.specialists.serve.networks import Networks
 from soup_jax.training.loop import train
 
 PAGE = pathlib.Path(protocol.__file__).parent / "page"
@@ -290,6 +291,29 @@ def test_limits_and_many_clients_at_once(soup):
         names = {m["id"] for m in client.get("/v1/models").json()["data"]}
         assert len(names) == 7
         assert {"generic", "shared", "s7"} <= names
+
+
+def test_networks_without_texts_under_way_make_room(soup):
+    soup = soup.resident()
+    networks = Networks(soup, memory_bytes=0, rows=1, text_len=32)
+    alpha_NE = soup.coefficients(np.eye(6)[:4])
+    for n in range(3):
+        networks.submit(f"s{n}", alpha_NE[n], n, Request([5], max_tokens=3))
+    assert networks.busy() == ["s0", "s1", "s2"]
+    while busy := networks.busy():
+        for place in busy:
+            networks.get(place).advance()
+    networks.submit("s3", alpha_NE[3], 3, Request([5], max_tokens=3))
+    assert [n for n in range(4) if networks.get(f"s{n}")] == [3]
+
+
+def test_texts_that_an_engine_cannot_take_are_refused_and_not_waited_for(soup):
+    with pytest.raises(protocol.Refused, match="more than the 2 tokens"):
+        Engine(soup, Limits(text_len=2))  # what it compiles by at its start is longer
+    engine = Engine(soup, Limits(rows=1))
+    with pytest.raises(protocol.Refused, match="max_tokens must be at least 1"):
+        engine.complete("generic", Request([5], max_tokens=0), lambda *_: None)
+    engine.close()
 
 
 def test_low_rank_specialists_are_rows_of_one_batch(tiny_corpus, tmp_path):

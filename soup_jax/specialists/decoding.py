@@ -304,7 +304,7 @@ class Decoder:
             network = network._replace(cache_len=0)  # its cache is as long as the prompt
         return _prefill(network, params, tokens_RL, rows)
 
-    def advance(self, params: Any, *, nucleus: bool = True) -> Array:
+    def advance(self, params: Any, *, nucleus: bool) -> Array:
         """int32 [STEPS, rows]: the next tokens of all rows; those not in use get some too.
 
         Args:
