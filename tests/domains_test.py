@@ -31,6 +31,18 @@ def test_separate_blobs_become_domains():
     assert similarity.min() > 0.9
 
 
+def test_centroids_are_where_the_cosine_to_their_own_rows_is_largest():
+    # A wide cluster beside a narrow one: by distance the wide one would take rows of the other.
+    rng = np.random.default_rng(0)
+    wide = unit_rows(np.array([1.0, 0, 0, 0]) + 0.9 * rng.normal(size=(400, 4)))
+    narrow = unit_rows(np.array([0, 1.0, 0, 0]) + 0.2 * rng.normal(size=(100, 4)))
+    rows = np.concatenate([wide, narrow])
+    (centroids,) = domains.fit_tree(rows, 3).centroids
+    nearest, _ = domains.assign(rows, centroids)
+    means = unit_rows(np.stack([rows[nearest == k].sum(axis=0) for k in range(3)]))
+    np.testing.assert_allclose(centroids, means, atol=1e-6)
+
+
 @pytest.mark.parametrize("num_domains", [1, 2, 30, 60])
 @pytest.mark.parametrize("levels", [(), (1,), (7,), (3, 8)])
 def test_every_domain_has_a_document(num_domains, levels):

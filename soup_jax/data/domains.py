@@ -31,6 +31,7 @@ QUANTILES = (0.01, 0.05, 0.5)
 LABEL_CHARS = 2_000  # of a document; its beginning says what it is about
 _LABEL_FEATURES = 20_000
 _ROWS = 4096
+_ITERATIONS = 100  # of k-means, at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,12 +108,12 @@ class Tree:
 
 
 def fit_tree(embeddings: np.ndarray, num_domains: int, levels: Sequence[int] = ()) -> Tree:
-    """A tree of k-means on unit embeddings [n, dim], with `num_domains` at its end; deterministic.
+    """A tree of spherical k-means on unit embeddings [n, dim], with `num_domains` at its end.
 
-    Every centroid is the nearest one of at least one row. A level cuts each cluster of the one
-    before into a share of its size in proportion to the cluster's rows. Flat k-means costs
-    n * K * dim per iteration and, with thousands of seeds, leaves many in a few dense spots; two
-    levels cost about n * sqrt(K) * dim and spread them.
+    Deterministic. Every centroid is the nearest one of at least one row. A level cuts each cluster
+    of the one before into a share of its size in proportion to the cluster's rows. Flat k-means
+    costs n * K * dim per iteration and, with thousands of seeds, leaves many in a few dense spots;
+    two levels cost about n * sqrt(K) * dim and spread them.
 
     Args:
       levels: sizes of the levels before, ascending; default: none, or sqrt(K) above FLAT_DOMAINS.
@@ -143,7 +144,7 @@ def fit_tree(embeddings: np.ndarray, num_domains: int, levels: Sequence[int] = (
                 share = shares(np.array(list(map(len, clusters))), size, most=different)
                 begins.append(np.concatenate([[0], np.cumsum(share)]))
             found = [
-                _fill_empty(cluster, unit_rows(_kmeans(cluster, number)))
+                _fill_empty(cluster, _kmeans(cluster, number))
                 for cluster, number in zip(clusters, share.tolist())
             ]
             centroids.append(np.concatenate(found))
@@ -234,16 +235,37 @@ def top_terms(
 
 
 def _kmeans(rows: np.ndarray, num_clusters: int) -> np.ndarray:
+    # Unit centroids [c, dim]: Lloyd's steps by distance, and from there by cosine, as documents are
+    # assigned. By distance alone a scattered cluster, whose mean is short, would reach too far.
     import sklearn.cluster
     import sklearn.exceptions
 
     if num_clusters == 1:
-        return rows.mean(axis=0, keepdims=True)
-    kmeans = sklearn.cluster.KMeans(num_clusters, n_init=1, max_iter=100, random_state=0)
+        return unit_rows(rows.mean(axis=0, keepdims=True))
+    kmeans = sklearn.cluster.KMeans(num_clusters, n_init=1, max_iter=_ITERATIONS, random_state=0)
     with warnings.catch_warnings():
         # Rows too alike for so many clusters: `_fill_empty` puts it right, or says it plainly.
         warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
-        return kmeans.fit(rows).cluster_centers_
+        centroids = unit_rows(kmeans.fit(rows).cluster_centers_)
+    nearest = np.full(len(rows), -1)
+    for _ in range(_ITERATIONS):
+        before, nearest = nearest, assign(rows, centroids)[0]
+        if np.array_equal(nearest, before):
+            break
+        found, sums = _sums(rows, nearest, num_clusters)
+        centroids[found] = unit_rows(sums[found])
+    return centroids
+
+
+def _sums(
+    rows: np.ndarray, nearest: np.ndarray, num_clusters: int
+) -> tuple[np.ndarray, np.ndarray]:
+    # Which clusters have rows, bool [c], and the sum of the rows of each, float32 [c, dim].
+    import scipy.sparse
+
+    ones = (np.ones(len(rows), np.float32), (nearest, np.arange(len(rows))))
+    member = scipy.sparse.csr_matrix(ones, shape=(num_clusters, len(rows)))
+    return np.bincount(nearest, minlength=num_clusters) > 0, member @ rows
 
 
 def shares(size: np.ndarray, total: int, *, most: np.ndarray) -> np.ndarray:
