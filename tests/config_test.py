@@ -6,6 +6,7 @@ from soup_jax.config import schema as config
 from soup_jax.config.fields import Field, to_markdown
 from soup_jax.errors import UserError
 from soup_jax.experiments import base, generic_110m, minipile, quickstart, soup_110m
+from soup_jax.experiments.paper import methods
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SHIPPED = {
@@ -47,6 +48,29 @@ def test_shipped_config_is_valid_and_as_recorded(name, request):
         f"the resolved config {name} changed; if that is meant, run "
         "`pytest tests/config_test.py --update-golden` and commit the difference"
     )
+
+
+@pytest.mark.parametrize("size", methods.SIZES)
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_of_the_paper_has_a_config_at_every_size(method, size):
+    if (method, size) == ("large", "35m"):
+        with pytest.raises(ValueError, match="only there for small"):
+            methods.get_config("large,35m")
+    if method == "large" and size != "small":
+        return
+    cfg = methods.get_config(f"{method},{size}")
+    if method == "fixed":
+        with pytest.raises(UserError, match=r"domain_weights\.path"):  # which it has to be given
+            config.check(cfg)
+        cfg.domain_weights.path = "h.json"
+    config.check_start(config.check(cfg))
+    assert (cfg.num_experts > 0) == (method in ("soup", "per_window"))
+    assert cfg.num_mixtures == {"per_window": cfg.batch_size, "soup": 16}.get(method, 1)
+
+
+def test_a_method_that_there_is_not_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="generic.*small"):
+        methods.get_config("crisp")
 
 
 def test_the_reference_of_fields_is_that_of_the_declarations(request):

@@ -284,7 +284,8 @@ def test_every_package_is_installed_and_compared(monkeypatch, tmp_path):
     listed = configparser.ConfigParser()
     listed.read(ROOT / "setup.cfg")
     packages = {f"soup_jax.{p}" for p in PACKAGES if p != GROUND} | {"soup_jax"}
-    assert set(listed["options"]["packages"].split()) == packages | {"soup_jax.experiments"}
+    configs = {"soup_jax.experiments", "soup_jax.experiments.paper"}
+    assert set(listed["options"]["packages"].split()) == packages | configs
 
     # Processes of a run compare the hash of their code: of all packages.
     shutil.copytree(ROOT / "soup_jax", tmp_path / "soup_jax")

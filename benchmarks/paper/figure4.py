@@ -1,0 +1,239 @@
+"""Figure 4: specialist and generic loss of all methods at equal total budget, against tokens.
+
+    python benchmarks/paper/figure4.py --data=DATA --out=paper
+
+A method that trains several models pays for all of them: at a budget of T tokens CRISP trains one
+model of T/16 for each of 16 specialists. Every point is a training of its own, with the whole of
+its learning-rate schedule, so that budgets can be compared.
+
+    generic          one model
+    soup             Soup-of-Experts, merged at the histogram of each specialist
+    per_window       a soup trained on one domain a row; merged at the histogram
+    crisp            a model for each specialist, on its histogram
+    crisp_branched   the same, each begun from a generic model of half of the budget
+    expert_best      a model for each of 16 domains; the specialist takes that of its heaviest
+    expert_ensemble  their probabilities mixed by h (c-BTM): a specialist costs 16 models to run
+    expert_average   their parameters averaged by h
+    expert_uniform   their parameters averaged
+    branched_*       the same of domain experts begun from a generic model of half of the budget
+    large            one model with as many parameters as the soup stores (--large=1)
+
+`--tune=1` trains at rates around those in RATES instead, with one seed, and scores the documents
+for tuning. Tables are printed, and kept as figure4.json or tuning.json in OUT, with figure4.png.
+"""
+
+import json
+
+import numpy as np
+import study as study_lib
+
+from soup_jax import storage as files
+
+# Learning rates at the middle budget, by `--tune=1`.
+RATES = {
+    "generic": 8e-3,
+    "soup": 5.5e-3,
+    "per_window": 5.5e-3,
+    "crisp": 8e-3,
+    "crisp_branched": 4e-3,
+    "experts": 8e-3,
+    "branched": 4e-3,
+    "large": 3e-3,
+}
+NUM_DOMAINS = 16  # and as many domain experts
+
+
+def train(study, method, steps, seeds, rate):
+    """[{name of a model: folder}] for each seed, of a budget of `steps`."""
+    tag = f"{method}-{steps}-{rate:g}"
+    share = {"crisp": 1, "experts": 1, "crisp_branched": 2, "branched": 2}.get(method)
+    number = len(study.sets()) if method.startswith("crisp") else NUM_DOMAINS
+    own = max(steps // (share * number), 1) if share else steps
+    fields = {"num_steps": own, "optimizer__learning_rate": rate}
+    fields["optimizer__warmup_steps"] = min(100, max(own // 10, 1))
+    fields["checkpoint__every_steps"] = 0
+    fields["loader__num_threads"] = 1
+    if share is None:
+        made = study.train(tag, method, seeds=seeds, **fields)
+        return [{"model": made[(seed,)]} for seed in seeds]
+    if method.startswith("crisp"):
+        paths = {name: study.weights(name, 64) for name in study.sets()}
+    else:
+        fields["num_domains"] = NUM_DOMAINS
+        eye = np.eye(NUM_DOMAINS)
+        paths = {k: study.weights(f"domain{k}", NUM_DOMAINS, eye[k]) for k in range(NUM_DOMAINS)}
+    found = []
+    for i, seed in enumerate(seeds):
+        if share == 2:
+            start = train(study, "generic", steps // 2, seeds, RATES["generic"])[i]["model"]
+            fields["checkpoint__init_from"] = str(start.absolute())
+        axes = {"domain_weights.path": list(paths.values())}
+        made = study.train(f"{tag}-{seed}", "fixed", seeds=[seed], axes=axes, **fields)
+        found.append({name: made[(seed, path)] for name, path in paths.items()})
+    return found
+
+
+def score(study, method, models, part):
+    """{method: {"specialists": {name: loss}, "validation": loss or None}} of one seed."""
+    names = list(study.sets(part))
+    if "model" in models:
+        run, out = models["model"], {}
+        soup = method in ("soup", "per_window")
+        columns = ("specialist", "generic_h", "shared") if soup else ("specialist",)
+        for column in columns:
+            found = study.scores(run, column, part=part)
+            name = method if column == "specialist" else f"{method}_{column}"
+            out[name] = {"validation": found.pop("validation"), "specialists": found}
+        return out
+    if method.startswith("crisp"):
+        own = {n: study.scores(models[n], "specialist", [n], part=part)[n] for n in names}
+        general = [
+            study.scores(models[n], "specialist", ["validation"])["validation"] for n in names
+        ]
+        return {method: {"specialists": own, "validation": float(np.mean(general))}}
+    return _experts(study, method, models, part)
+
+
+def _experts(study, method, models, part):
+    path = next(iter(models.values())).parent / f"experts-{part}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    soups = [study.open(models[k]) for k in range(NUM_DOMAINS)]
+    model, params = soups[0].model, [s.resident().params["shared"] for s in soups]
+    h, generic_K = study.h(NUM_DOMAINS), study.corpus(NUM_DOMAINS).domain_frequencies
+    prefix = "expert" if method == "experts" else method
+    kinds = ("best", "ensemble", "average", "uniform")
+    out = {f"{prefix}_{k}": {"specialists": {}, "validation": None} for k in kinds}
+    uniform = study_lib.mean_params(params, np.full(NUM_DOMAINS, 1 / NUM_DOMAINS))
+    for name in [*study.sets(part), study_lib.VALIDATION]:
+        windows, h_K = study.windows(name, part), h.get(name, generic_K)
+        losses = {
+            "best": study_lib.mean_loss(model, params[int(h_K.argmax())], windows),
+            "ensemble": study_lib.ensemble_loss(model, params, h_K, windows),
+            "average": study_lib.mean_loss(model, study_lib.mean_params(params, h_K), windows),
+            "uniform": study_lib.mean_loss(model, uniform, windows),
+        }
+        for kind, loss in losses.items():
+            row = out[f"{prefix}_{kind}"]
+            if name == study_lib.VALIDATION:
+                row["validation"] = loss
+            else:
+                row["specialists"][name] = loss
+    files.write_json(path, out)
+    return out
+
+
+def seconds(models):
+    """Of training, without starts and compiling, of all models together."""
+    total = 0.0
+    for run in models.values():
+        for line in (run / "starts.jsonl").read_text().splitlines():
+            total += json.loads(line)["seconds"].get("training", 0.0)
+    return total
+
+
+def tune(study, methods, steps):
+    """Print losses on the documents for tuning, at rates around RATES."""
+    rows = []
+    for method in methods:
+        for factor in (0.5, 1, 2):
+            rate = float(f"{RATES[method] * factor:.3g}")
+            (models,) = train(study, method, steps, study.seeds[:1], rate)
+            for name, one in score(study, method, models, "tuning").items():
+                loss = float(np.mean(list(one["specialists"].values())))
+                rows.append({"method": name, "rate": rate, "specialist": loss} | one)
+    files.write_json(study.out / "tuning.json", rows)
+    print("| method | rate | specialists, tuning part |\n| --- | --- | --- |")
+    for row in rows:
+        print(f"| {row['method']} | {row['rate']:g} | {row['specialist']:.4f} |")
+
+
+def main():
+    given = study_lib.arguments(
+        __doc__,
+        budgets=("305,610,1220", "steps of the whole budget; each a double of the one before"),
+        methods=("generic,soup,per_window,crisp,crisp_branched,experts,branched", "of RATES"),
+        large=(0, "1: the large model, too"),
+        tune=(0, "1: rates instead"),
+    )
+    study = study_lib.Study(given)
+    budgets = [int(b) for b in given.budgets.split(",")]
+    methods = given.methods.split(",") + ["large"] * bool(given.large)
+    if given.tune:
+        tune(study, methods, budgets[-1])
+        return
+    tokens = study.config.batch_size * study.config.seq_len
+    rows = []
+    for steps in budgets:
+        for method in methods:
+            made = train(study, method, steps, study.seeds, RATES[method])
+            for seed, models in zip(study.seeds, made):
+                took = seconds(models)
+                for name, one in score(study, method, models, "final").items():
+                    rows.append(
+                        {"method": name, "tokens": steps * tokens, "seed": seed, "seconds": took}
+                        | {"specialist": float(np.mean(list(one["specialists"].values())))}
+                        | one
+                    )
+            files.write_json(study.out / "figure4.json", rows)
+    print(table(rows))
+    print(draw(rows, study.out / "figure4.png"))
+
+
+def _of(rows, method, tokens, key):
+    found = [r[key] for r in rows if (r["method"], r["tokens"]) == (method, tokens)]
+    return None if not found or found[0] is None else np.array(found)
+
+
+def table(rows):
+    """Markdown: specialists and generic validation, means over seeds with their range."""
+    budgets = sorted({r["tokens"] for r in rows})
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    head = [f"{t / 1e6:.2g}M" for t in budgets]
+    out = ["| method | " + " | ".join(head) + " | validation |", "| --- " * (len(head) + 2) + "|"]
+    for method in methods:
+        cells = []
+        for key, tokens in [*(("specialist", t) for t in budgets), ("validation", budgets[-1])]:
+            x = _of(rows, method, tokens, key)
+            cells.append("" if x is None else f"{x.mean():.4f} ({np.ptp(x):.3f})")
+        out.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join([*out, "(nats per token; mean over seeds, in brackets largest less smallest)"])
+
+
+def draw(rows, path):
+    """Specialist and generic loss against tokens, specialist loss against seconds of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    budgets = sorted({r["tokens"] for r in rows})
+    for number, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
+        style = {"color": f"C{number % 10}", "marker": "o", "markersize": 3}
+        style |= {"linestyle": ("-", "--", ":")[number // 10 % 3]}
+        for ax, key in ((axes[0], "specialist"), (axes[1], "validation"), (axes[2], "seconds")):
+            what = "specialist" if key == "seconds" else key
+            ys = [_of(rows, method, t, what) for t in budgets]
+            if any(y is None for y in ys):
+                continue
+            xs = [t / 1e6 for t in budgets]
+            if key == "seconds":
+                xs = [float(np.mean(_of(rows, method, t, "seconds"))) for t in budgets]
+            ax.plot(xs, [y.mean() for y in ys], label=method, **style)
+            low, high = [y.min() for y in ys], [y.max() for y in ys]
+            ax.fill_between(xs, low, high, color=style["color"], alpha=0.12)
+    for ax, title, x in zip(
+        axes,
+        ("specialist sets, average", "generic validation text", "specialist sets, average"),
+        ("million tokens, of all models", "million tokens, of all models", "seconds of training"),
+    ):
+        ax.set(title=title, xlabel=x, ylabel="nats per token", xscale="log")
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+if __name__ == "__main__":
+    main()

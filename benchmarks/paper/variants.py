@@ -1,0 +1,147 @@
+"""Soups that differ from experiments/paper/methods.py:soup in some fields: ablations, and the share
+of CRISP's specialisation that each catches.
+
+    python benchmarks/paper/variants.py --data=DATA --out=paper --group=router
+
+Prints for each variant, means over seeds: the loss of the specialists, merged at the histogram; of
+the same soup at the natural frequencies, and of S alone, on the same text; on generic validation
+text; and the share: what the soup's specialists gain over a generic model of as many tokens, by
+what CRISP gains: models trained on the histogram of one specialist each, for as many tokens each
+(`--share=0` leaves it out). Both gains are sums over the specialists; what is known of each is kept
+in variants-GROUP.json.
+"""
+
+import numpy as np
+import study as study_lib
+
+from soup_jax import storage as files
+
+# Rates of the two references at the whole budget, by figure4.py's `--tune=1`.
+GENERIC_RATE, CRISP_RATE = 8e-3, 8e-3
+GROUPS: dict[str, dict[str, dict]] = {
+    "base": {"soup": {}},
+    "router": {
+        "mlp, ball, centroids": {},
+        "linear": {"router__hidden_dim": 0},
+        "random start": {"router__init": "random"},
+        "none": {"router__normalization": "none"},
+        "tanh": {"router__normalization": "tanh"},
+        "l2": {"router__normalization": "l2"},
+        "softmax": {"router__normalization": "softmax"},
+        "not centred": {"router__center": False},
+    },
+    "leaves": {
+        "all": {},
+        "mlp": {"experts__rules": ((".*/mlp/.*", "dense"), (".*", "none"))},
+        "attention": {"experts__rules": ((".*/attention/.*", "dense"), (".*", "none"))},
+        "without embeddings": {"experts__rules": (("layers/.*", "dense"), (".*", "none"))},
+        "rank 8": {"experts__rules": (("layers/(attention|mlp)/.*", "low_rank:8"), (".*", "none"))},
+    },
+    "mixtures": {f"{m} a step": {"num_mixtures": m} for m in (16, 8, 4, 2, 1)},
+    "start": {f"std {s:g}": {"experts__init_scale": s} for s in (0.0, 0.1, 0.3)},
+    "bank_rate": {f"{s:g}": {"optimizer__bank_lr_scale": s} for s in (0.3, 0.1, 1.0, 3.0)},
+    "bfloat16": {
+        "float32": {},
+        "bfloat16": {"experts__dtype": "bfloat16", "optimizer__moment_dtype": "bfloat16"},
+    },
+    "supports": {
+        "1 to 16": {},
+        "1 to 4": {"domain_weights__support_size": 4},
+        "1": {"domain_weights__support_size": 1},
+        "1 to 64": {"domain_weights__support_size": 64},
+        "16": {"domain_weights__min_support_size": 16},
+        "no generic": {"domain_weights__sparse": 1.0, "domain_weights__generic": 0.0},
+        "half generic": {"domain_weights__sparse": 0.5, "domain_weights__generic": 0.5},
+        "dirichlet": {"domain_weights__sparse": 0.0, "domain_weights__dirichlet": 0.8},
+        "uniform supports": {"domain_weights__support_exponent": 0.0},
+    },
+    "experts": {f"{e} experts": {"num_experts": e} for e in (16, 1, 4, 64, 128)},
+    "domains": {f"{k} domains": {"num_domains": k} for k in (64, 16, 256)},
+    "more": {
+        "64 experts": {"num_experts": 64},
+        "256 domains": {"num_domains": 256},
+        "256 domains, 64 experts": {"num_domains": 256, "num_experts": 64},
+        "256 domains, 64 experts, 1 to 4": {
+            "num_domains": 256, "num_experts": 64, "domain_weights__support_size": 4,
+        },
+    },
+    "tokens": {f"{s} steps": {"num_steps": s} for s in (1220, 2440, 4880)},
+}  # fmt: skip
+
+
+def references(study, seeds, steps):
+    """({seed: generic run}, {(seed, name): CRISP run}), of as many steps as the soup."""
+    common = {"num_steps": steps, "loader__num_threads": 1, "checkpoint__every_steps": 0}
+    rate = {"optimizer__learning_rate": GENERIC_RATE}
+    generic = study.train(f"generic-{steps}-{GENERIC_RATE:g}", "generic", **common, **rate)
+    paths = {name: study.weights(name, 64) for name in study.sets()}
+    crisp = study.train(
+        f"crisp-whole-{steps}",
+        "fixed",
+        seeds=seeds,
+        axes={"domain_weights.path": list(paths.values())},
+        optimizer__learning_rate=CRISP_RATE,
+        **common,
+    )
+    return generic, {(s, name): crisp[(s, path)] for s in seeds for name, path in paths.items()}
+
+
+def measure(study, run, seed, steps, share):
+    """One soup's row."""
+    row = {"seed": seed}
+    columns = {}
+    for column in ("specialist", "generic_h", "shared"):
+        columns[column] = study.scores(run, column)
+        row[column] = float(np.mean([v for n, v in columns[column].items() if n != "validation"]))
+    row["validation"] = columns["generic_h"]["validation"]
+    row["specialists"] = columns["specialist"]
+    if share:
+        generic, crisp = references(study, study.seeds, steps)
+        base = study.scores(generic[(seed,)], "specialist")
+        room, caught = {}, {}
+        for name in study.sets():
+            own = study.scores(crisp[(seed, name)], "specialist", [name])[name]
+            room[name], caught[name] = base[name] - own, base[name] - columns["specialist"][name]
+        row["share"] = sum(caught.values()) / sum(room.values())
+        row["shares"] = {name: caught[name] / room[name] for name in room}
+        row["room"], row["generic"] = room, base["validation"]
+    return row
+
+
+def main():
+    given = study_lib.arguments(
+        __doc__,
+        group=("base", f"of {', '.join(GROUPS)}"),
+        share=(1, "0: without CRISP"),
+        steps=(1220, "of every run"),
+    )
+    study = study_lib.Study(given)
+    rows = []
+    for name, fields in GROUPS[given.group].items():
+        fields = {"num_steps": given.steps, "loader__num_threads": 1} | fields
+        tag = "-".join([f"{f.split('__')[-1]}={v}" for f, v in fields.items() if "loader" not in f])
+        tag = "soup-" + "".join(c if c.isalnum() or c in "=-._" else "_" for c in tag)
+        made = study.train(tag, "soup", checkpoint__every_steps=0, **fields)
+        for seed in study.seeds:
+            row = measure(study, made[(seed,)], seed, fields["num_steps"], given.share)
+            rows.append({"variant": name} | row)
+        files.write_json(study.out / f"variants-{given.group}.json", rows)
+    print(table(rows))
+
+
+def table(rows):
+    """Markdown, means over seeds, in brackets largest less smallest."""
+    keys = [k for k in ("specialist", "generic_h", "shared", "validation", "share") if k in rows[0]]
+    out = ["| variant | " + " | ".join(keys) + " |", "| --- " * (len(keys) + 1) + "|"]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        of_it = [row for row in rows if row["variant"] == name]
+        cells = []
+        for key in keys:
+            x = np.array([row[key] for row in of_it])
+            cells.append(f"{x.mean():.4f} ({np.ptp(x):.3f})")
+        out.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Configs of the methods that docs/results.md compares."""
