@@ -69,7 +69,7 @@ def test_every_method_of_the_paper_has_a_config_at_every_size(method, size):
 
 
 def test_a_method_that_there_is_not_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="generic.*small"):
+    with pytest.raises(ValueError, match=r"generic.*small"):
         methods.get_config("crisp")
 
 
