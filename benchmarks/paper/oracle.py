@@ -138,14 +138,14 @@ def main():
     study = study_lib.Study(given)
     seed, steps = study.seeds[0], given.steps
     chosen = mixtures(study, seed)
-    _, crisp = variants.references(study, [seed], steps)
+    _, crisp = variants.references(study, [seed], {"num_steps": steps})
     others = {n: h for n, h in chosen.items() if n not in study.sets()}
     real = losses(study, others, "mixture", steps, seed)
     real = {
         n: real[n] if n in real else study.scores(crisp[(seed, n)], "specialist") for n in chosen
     }
     common = {"num_steps": steps, "loader__num_threads": 1, "checkpoint__every_steps": 0}
-    run = study.train(f"soup-num_steps={steps}", "soup", **common)[(seed,)]
+    run = study.train(f"soup-num_steps={steps}", "soup", seeds=[seed], **common)[(seed,)]
     guesses = {
         "soup": predicted(study, run, chosen),
         "regression": regression(study, chosen, steps, seed),

@@ -119,7 +119,7 @@ class Study:
         words += [points.argument("corpus.dir", str(self.place.absolute()))]
         words += [points.argument(f.replace("__", "."), v) for f, v in fields.items()]
         words += [f"--sweep.{f}={','.join(map(str, values))}" for f, values in axes.items()]
-        self.command("sweep", *words, f"--jobs={self.given.jobs}")
+        self._kept(tuple(words), lambda: self.command("sweep", *words, f"--jobs={self.given.jobs}"))
         made = points.load(folder).points
         return {tuple(p.overrides[field] for field in axes): folder / p.name for p in made}
 

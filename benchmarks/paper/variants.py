@@ -18,6 +18,7 @@ from soup_jax import storage as files
 
 # Rates of the two references at the whole budget, by figure4.py's `--tune=1`.
 GENERIC_RATE, CRISP_RATE = 8e-3, 8e-3
+RANK_8 = (("layers/(attention|mlp)/.*", "low_rank:8"), (".*", "none"))
 GROUPS: dict[str, dict[str, dict]] = {
     "base": {"soup": {}},
     "router": {
@@ -35,7 +36,7 @@ GROUPS: dict[str, dict[str, dict]] = {
         "mlp": {"experts__rules": ((".*/mlp/.*", "dense"), (".*", "none"))},
         "attention": {"experts__rules": ((".*/attention/.*", "dense"), (".*", "none"))},
         "without embeddings": {"experts__rules": (("layers/.*", "dense"), (".*", "none"))},
-        "rank 8": {"experts__rules": (("layers/(attention|mlp)/.*", "low_rank:8"), (".*", "none"))},
+        "rank 8": {"experts__rules": RANK_8},
     },
     "mixtures": {f"{m} a step": {"num_mixtures": m} for m in (16, 8, 4, 2, 1)},
     "start": {f"std {s:g}": {"experts__init_scale": s} for s in (0.0, 0.1, 0.3)},
@@ -65,28 +66,55 @@ GROUPS: dict[str, dict[str, dict]] = {
             "num_domains": 256, "num_experts": 64, "domain_weights__support_size": 4,
         },
     },
-    "tokens": {f"{s} steps": {"num_steps": s} for s in (1220, 2440, 4880)},
+    "tokens": {f"{s} steps": {"num_steps": s} for s in (305, 610, 1220, 2440, 4880)},
+    # Equal bytes of the bank: dense ones of 0.24M numbers, or of rank 8, 20,480 each.
+    "bytes": {
+        "16 dense": {},
+        "16 of rank 8": {"experts__rules": RANK_8},
+        "186 of rank 8": {"experts__rules": RANK_8, "num_experts": 186},
+    },
+    # 20 tokens for each parameter of the base network, at a rate by its width.
+    "sizes": {
+        f"{name}M": {
+            "num_steps": steps, "model__num_layers": layers, "model__dim": dim,
+            "model__hidden_dim": 3 * dim, "model__num_heads": dim // 32,
+            "model__num_kv_heads": dim // 32, "optimizer__learning_rate": 5.5e-3 * 64 / dim,
+        }
+        for name, layers, dim, steps in (
+            ("0.24", 2, 64, 1162), ("0.56", 3, 96, 2718), ("1.1", 4, 128, 5446),
+            ("2.0", 5, 160, 9734),
+        )
+    },
 }  # fmt: skip
 
 
-def references(study, seeds, steps):
-    """({seed: generic run}, {(seed, name): CRISP run}), of as many steps as the soup."""
-    common = {"num_steps": steps, "loader__num_threads": 1, "checkpoint__every_steps": 0}
-    rate = {"optimizer__learning_rate": GENERIC_RATE}
-    generic = study.train(f"generic-{steps}-{GENERIC_RATE:g}", "generic", **common, **rate)
+def references(study, seeds, fields):
+    """({seed: generic run}, {(seed, name): CRISP run}) of a soup's steps and base network."""
+    network = {n: v for n, v in fields.items() if n.startswith("model__") or n == "num_steps"}
+    common = network | {"loader__num_threads": 1, "checkpoint__every_steps": 0}
+    wider = network.get("model__dim", 64) / 64
+    tag = "-".join(str(network[n]) for n in ("num_steps", "model__dim") if n in network)
     paths = {name: study.weights(name, 64) for name in study.sets()}
+    generic = study.train(
+        f"generic-{tag}",
+        "generic",
+        seeds=seeds,
+        optimizer__learning_rate=GENERIC_RATE / wider,
+        **common,
+    )
     crisp = study.train(
-        f"crisp-whole-{steps}",
+        f"crisp-{tag}",
         "fixed",
         seeds=seeds,
         axes={"domain_weights.path": list(paths.values())},
-        optimizer__learning_rate=CRISP_RATE,
+        optimizer__learning_rate=CRISP_RATE / wider,
         **common,
     )
-    return generic, {(s, name): crisp[(s, path)] for s in seeds for name, path in paths.items()}
+    found = {(s, name): crisp[(s, path)] for s in seeds for name, path in paths.items()}
+    return {s: generic[(s,)] for s in seeds}, found
 
 
-def measure(study, run, seed, steps, share):
+def measure(study, run, seed, fields, share):
     """One soup's row."""
     row = {"seed": seed}
     columns = {}
@@ -96,8 +124,8 @@ def measure(study, run, seed, steps, share):
     row["validation"] = columns["generic_h"]["validation"]
     row["specialists"] = columns["specialist"]
     if share:
-        generic, crisp = references(study, study.seeds, steps)
-        base = study.scores(generic[(seed,)], "specialist")
+        generic, crisp = references(study, study.seeds, fields)
+        base = study.scores(generic[seed], "specialist")
         room, caught = {}, {}
         for name in study.sets():
             own = study.scores(crisp[(seed, name)], "specialist", [name])[name]
@@ -123,7 +151,7 @@ def main():
         tag = "soup-" + "".join(c if c.isalnum() or c in "=-._" else "_" for c in tag)
         made = study.train(tag, "soup", checkpoint__every_steps=0, **fields)
         for seed in study.seeds:
-            row = measure(study, made[(seed,)], seed, fields["num_steps"], given.share)
+            row = measure(study, made[(seed,)], seed, fields, given.share)
             rows.append({"variant": name} | row)
         files.write_json(study.out / f"variants-{given.group}.json", rows)
     print(table(rows))
