@@ -22,6 +22,7 @@ _MODULES = {
     "UserError": "errors",
     "evaluate": "specialists.compare:evaluate_runs",
     "finetune": "specialists.finetune",
+    "find_mixture": "specialists.mixture",
     "from_linen": "models.base",
     "from_nnx": "models.base",
     "load": "specialists.open",

@@ -9,6 +9,7 @@
     soup-jax evaluate    --workdir=RUN --specialists='DIR/*'    losses of specialists and baselines
     soup-jax report      RUN... --out=report.html               runs as one web page
     soup-jax instantiate --run=RUN --documents=F --out=DIR      documents -> one small model
+    soup-jax mix         --run=RUN --target=F --out=h.json      documents -> a mixture to train on
     soup-jax generate    --model=DIR --prompt=TEXT              continue a prompt with it
     soup-jax score       --model=DIR --documents=F              how well it predicts documents
     soup-jax finetune    --model=DIR --documents=F --out=DIR2   train it on, on its documents
@@ -47,6 +48,7 @@ from soup_jax.cli import (
     generate,
     histogram,
     instantiate,
+    mix,
     pack,
     plan,
     prepare,
@@ -72,6 +74,7 @@ SUBCOMMANDS = {
     "report": report,
     "pack": pack,
     "instantiate": instantiate,
+    "mix": mix,
     "generate": generate,
     "score": score,
     "finetune": finetune,

@@ -123,14 +123,22 @@ def repetition_warning(cfg: ConfigDict, corpus: Corpus) -> str:
         return ""
     num_windows_K = np.diff(corpus.offsets["train"])
     found = epochs(meta, num_windows_K, cfg.num_steps * cfg.batch_size)
-    over = int((found > MOST_EPOCHS).sum())
+    if not (words := repeated(found, corpus, num_steps=cfg.num_steps)):
+        return ""
+    return (
+        f"{words}. Their text will be learnt by heart: cut fewer domains (num_domains), add text, "
+        "train for fewer steps, or draw small domains less often (domain_weights.support_exponent)"
+    )
+
+
+def repeated(times_K: np.ndarray, domain_map: DomainMap, *, num_steps: int) -> str:
+    """Words on the domains that a run sees more than MOST_EPOCHS times; "" for none."""
+    over = int((times_K > MOST_EPOCHS).sum())
     if not over:
         return ""
-    worst = np.argsort(-found, kind="stable")[: min(over, 3)]
-    names = ", ".join(f"{corpus.label(int(k))} ({found[k]:.0f} times)" for k in worst)
+    worst = np.argsort(-times_K, kind="stable")[: min(over, 3)]
+    names = ", ".join(f"{domain_map.label(int(k))} ({times_K[k]:.0f} times)" for k in worst)
     return (
-        f"{over} of {corpus.num_domains} domains will be seen more than {MOST_EPOCHS} times in "
-        f"{cfg.num_steps} steps: {names}{', ...' if over > 3 else ''}. Their text will be learnt "
-        "by heart: cut fewer domains (num_domains), add text, train for fewer steps, or draw small "
-        "domains less often (domain_weights.support_exponent)"
+        f"{over} of {domain_map.num_domains} domains will be seen more than {MOST_EPOCHS} times in "
+        f"{num_steps} steps: {names}{', ...' if over > 3 else ''}"
     )

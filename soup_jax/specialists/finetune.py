@@ -127,11 +127,18 @@ def _train(
     return params, best_step, losses
 
 
-def _split(specialist: Specialist, texts: Sequence[str]) -> tuple[TokenSet, TokenSet]:
+def held_back(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(documents that are fitted, documents held back): one of five, by a hash of its text, and at
+    least one on each side; of a single document, or none, one side is empty."""
     held = {t for t in texts if part_fraction(text_hash(t)) >= 1 - HELD_FRACTION}
-    parts = [[t for t in texts if (t in held) == wanted] for wanted in (False, True)]
-    if len(texts) > 1 and not all(parts):  # few documents, all on one side: hold back the last
-        parts = [list(texts[:-1]), list(texts[-1:])]
+    fitted, back = ([t for t in texts if (t in held) == wanted] for wanted in (False, True))
+    if not fitted or not back:  # few documents, all on one side: hold back the last
+        return list(texts[:-1]), list(texts[-1:])
+    return fitted, back
+
+
+def _split(specialist: Specialist, texts: Sequence[str]) -> tuple[TokenSet, TokenSet]:
+    parts = held_back(texts)
     if not all(parts):
         raise UserError(
             "fine-tuning needs at least two documents: it ends when one that is held back gets no "

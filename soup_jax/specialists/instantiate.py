@@ -10,6 +10,7 @@ from soup_jax.evaluation.sample import read_sample
 from soup_jax.specialists import export
 from soup_jax.specialists.open import load
 from soup_jax.specialists.specialist import Specialist
+from soup_jax.specialists.trained import Soup
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,25 @@ def instantiate_to(
     for source in sources:
         files.refuse_address(source, "--documents", objects=True)
     soup = load(run, step=step, average=average, corpus_dir=corpus_dir)
+    texts = read_texts(soup, sources, method=method, say=say)
+    specialist = soup.instantiate(texts, method=method)
+    specialist.save(out)
+    histogram = specialist.histogram
+    return specialist, histogram.nearest(soup.map) if histogram else []
+
+
+def read_texts(
+    soup: Soup, sources: Sequence[str], *, method: str, say: Callable[[str], None]
+) -> list[str]:
+    """Files, folders or globs of documents for a soup, without exact duplicates.
+
+    Args:
+      method: of what is made of them; see `Soup.memory`.
+      say: takes lines on the checkpoint and on what was read.
+
+    Raises:
+      UserError: no document could be read.
+    """
     sample = read_sample(sources, text_field=soup.cfg.corpus.text_field)
     older = "" if soup.step == soup.newest else f" (its newest checkpoint is step {soup.newest})"
     say(f"from step {soup.step} of {soup.place}{older}")
@@ -58,7 +78,4 @@ def instantiate_to(
         say(f"{trained_on.sum()} of {len(trained_on)} documents are in the run's training text")
     for line in [*sample.damage, *sample.warnings()]:
         _log.warning("%s", line)
-    specialist = soup.instantiate([d.text for d in sample.documents], method=method)
-    specialist.save(out)
-    histogram = specialist.histogram
-    return specialist, histogram.nearest(soup.map) if histogram else []
+    return [d.text for d in sample.documents]

@@ -375,7 +375,7 @@ def open_corpus_of(
     except UserError as e:
         raise UserError(
             f"{e}. If the corpus of {workdir} lies elsewhere, make a link to it there, or give its "
-            "folder: --corpus=DIR of `instantiate`, corpus_dir in Python"
+            "folder: --corpus=DIR of `instantiate` and `mix`, corpus_dir in Python"
         ) from e
     if fingerprint not in (None, corpus.fingerprint):
         raise another_corpus(workdir, corpus, fingerprint)
