@@ -162,6 +162,11 @@ def test_small_domains_with_most_of_the_weight_are_warned_of(trained, monkeypatc
     assert f"{trained.map.label(1)} (15 times)" in warning
     assert mixture_lib.epochs(trained, mixed_K)[1] == pytest.approx(7.5)
     assert mixture_lib.repetition_warning(trained, mixed_K) == ""
+    # A smaller part of the weights is told, too; of a small one nothing is.
+    monkeypatch.setattr(mixture_lib, "epochs", lambda *_: np.array([1.0, 20, 1, 1, 1, 1]))
+    for share in (0.2, 0.09):
+        h_K = np.array([1 - share, share, 0, 0, 0, 0])
+        assert bool(mixture_lib.repetition_warning(trained, h_K)) == (share > 0.1)
 
 
 def test_a_damaged_checkpoint_is_left_for_an_earlier_one(trained, texts, monkeypatch):

@@ -21,6 +21,7 @@ from soup_jax.specialists.search import Found, mean_loss
 from soup_jax.specialists.trained import Soup
 
 _HALVINGS = 6  # of [0, 1], in which t lies
+_REPEATED = 0.1  # of h, from which on repetition is told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +148,10 @@ def epochs(soup: Soup, h_K: np.ndarray) -> np.ndarray:
 
 
 def repetition_warning(soup: Soup, h_K: np.ndarray) -> str:
-    """A sentence, if such a run draws mainly from domains that it sees too often; "" if not."""
+    """A sentence, if more than _REPEATED of h lies on domains that such a run sees too often."""
     times_K = epochs(soup, h_K)
     share = h_K[times_K > MOST_EPOCHS].sum()
-    if share <= 0.5:
+    if share <= _REPEATED:
         return ""
     words = repeated(times_K, soup.map, num_steps=soup.cfg.num_steps)
     return (
