@@ -58,12 +58,17 @@ GROUPS: dict[str, dict[str, dict]] = {
     },
     "experts": {f"{e} experts": {"num_experts": e} for e in (16, 1, 4, 64, 128)},
     "domains": {f"{k} domains": {"num_domains": k} for k in (64, 16, 256)},
-    "more": {
+    # As many experts as domains, so that each domain can have a direction of its own.
+    "directions": {
+        "16 experts": {},
         "64 experts": {"num_experts": 64},
-        "256 domains": {"num_domains": 256},
-        "256 domains, 64 experts": {"num_domains": 256, "num_experts": 64},
-        "256 domains, 64 experts, 1 to 4": {
-            "num_domains": 256, "num_experts": 64, "domain_weights__support_size": 4,
+        "64 experts, rate 1": {"num_experts": 64, "optimizer__bank_lr_scale": 1.0},
+        "64 experts, 1 to 4": {"num_experts": 64, "domain_weights__support_size": 4},
+        "64 experts, 1 to 4, rate 1": {
+            "num_experts": 64, "domain_weights__support_size": 4, "optimizer__bank_lr_scale": 1.0,
+        },
+        "64 experts, 1, rate 1": {
+            "num_experts": 64, "domain_weights__support_size": 1, "optimizer__bank_lr_scale": 1.0,
         },
     },
     "tokens": {f"{s} steps": {"num_steps": s} for s in (305, 610, 1220, 2440, 4880)},
