@@ -47,6 +47,7 @@ def arguments(doc, **more):
     parser.add_argument("--size", default="small")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: as many as fit")
+    parser.add_argument("--windows", type=int, default=64, help="scored of a set, at most")
     for name, (default, text) in more.items():
         parser.add_argument(f"--{name}", default=default, type=type(default), help=text)
     return parser.parse_args()
@@ -150,7 +151,9 @@ class Study:
     def config(self):
         from soup_jax.experiments.paper import methods
 
-        return methods.get_config(f"soup,{self.given.size}")
+        cfg = methods.get_config(f"soup,{self.given.size}")
+        cfg.evaluate.max_windows = self.given.windows
+        return cfg
 
     @functools.cached_property
     def validation(self):
@@ -198,7 +201,7 @@ class Study:
         names = [*self.sets(part), VALIDATION] if names is None else names
         path = pathlib.Path(run) / "scores.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
-        key = f"{part}/{step}/{column}"
+        key = f"{part}/{step}/{column}/{self.given.windows}"
         known = kept.setdefault(key, {})
         missing = [name for name in names if name not in known]
         if missing:
