@@ -16,7 +16,7 @@ import study as study_lib
 
 from soup_jax import storage as files
 
-# Rates of the two references at the whole budget, by figure4.py's `--tune=1`.
+# Of the two references, at 64 dimensions; CRISP's is yet to be tuned.
 GENERIC_RATE, CRISP_RATE = 8e-3, 8e-3
 RANK_8 = (("layers/(attention|mlp)/.*", "low_rank:8"), (".*", "none"))
 GROUPS: dict[str, dict[str, dict]] = {

@@ -1,5 +1,7 @@
 """The soup and what it is compared with, at four sizes: `--config=FILE.py:METHOD,SIZE`.
 
+The studies in benchmarks/paper/ train these.
+
     soup-jax train --config=experiments/paper/methods.py:soup,small --workdir=runs/soup
 
 METHOD is one of METHODS:
@@ -13,11 +15,10 @@ METHOD is one of METHODS:
     large       one model, on the natural frequencies, with about as many parameters as the soup
                 stores (small only)
 
-and SIZE one of SIZES. `small` is for two CPU cores, and everything in docs/results.md was measured
-at it. The others are for accelerators; nobody has trained them. They have 20 tokens for each
-parameter of the base network, and the hours are a calculation, not a measurement: 6 FLOPs for each
-parameter and token, by one H100 at 40% of its 989 TFLOP/s. What experts add is said by `soup-jax
-plan`.
+and SIZE one of SIZES. `small` is for two CPU cores. The others are for accelerators; nobody has
+trained them. They have 20 tokens for each parameter of the base network, and the hours are a
+calculation, not a measurement: 6 FLOPs for each parameter and token, by one H100 at 40% of its 989
+TFLOP/s. What experts add is said by `soup-jax plan`.
 
     size     base network   tokens   hours
     small          0.24M     5.0M
@@ -35,7 +36,7 @@ from soup_jax.experiments import base
 METHODS = ("soup", "per_window", "generic", "fixed", "large")
 SIZES = ("small", "35m", "110m", "335m")
 
-# Of `small`, chosen on the documents for tuning (docs/results.md).
+# Of `small`; soup and generic as in minipile.py, the others are yet to be tuned.
 _RATES = {"soup": 5.5e-3, "per_window": 5.5e-3, "generic": 8e-3, "fixed": 8e-3, "large": 3e-3}
 # Batch, steps and rate of a dense model of the others: not tuned.
 _POD = {"35m": (64, 7080, 3e-3), "110m": (128, 16_800, 2e-3), "335m": (256, 25_700, 1e-3)}
