@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -231,6 +232,21 @@ def tiny_run(
     return made_once(
         tmp_path_factory, "soup", lambda folder: train.train(tiny_config(**fields), folder)
     )
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run: pathlib.Path) -> Any:
+    """`tiny_run`, opened."""
+    from soup_jax.specialists.open import load
+
+    return load(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_text: pathlib.Path) -> list[str]:
+    """The documents of one of its specialists."""
+    lines = (tiny_text / "cooking.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines]
 
 
 @pytest.fixture(scope="session")

@@ -32,11 +32,6 @@ COLUMNS = ("specialist", "generic_h", "shared")
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_run) -> open_lib.Soup:
-    return open_lib.load(tiny_run)
-
-
-@pytest.fixture(scope="module")
 def corpus(trained) -> Corpus:
     return trained.corpus
 

@@ -1,7 +1,5 @@
 """Fine-tuning: better on documents that were held back, and an ordinary specialist in the end."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -12,12 +10,6 @@ from soup_jax.errors import UserError
 from soup_jax.specialists.finetune import finetune
 from soup_jax.specialists.instantiate import instantiate_to
 from soup_jax.specialists.specialist import Specialist
-
-
-@pytest.fixture(scope="module")
-def texts(tiny_text):
-    lines = (tiny_text / "cooking.jsonl").read_text().splitlines()
-    return [json.loads(line)["text"] for line in lines]
 
 
 @pytest.fixture(scope="module")

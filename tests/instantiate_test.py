@@ -27,11 +27,6 @@ def documents(tiny_text) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_run) -> open_lib.Soup:
-    return open_lib.load(tiny_run)
-
-
-@pytest.fixture(scope="module")
 def made(tiny_run, documents, tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("made") / "cooking"
     instantiate_to(tiny_run, documents, out)

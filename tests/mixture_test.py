@@ -33,17 +33,6 @@ def get_config(method):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_run):
-    return load(tiny_run)
-
-
-@pytest.fixture(scope="module")
-def texts(tiny_text):
-    lines = (tiny_text / "cooking.jsonl").read_text().splitlines()
-    return [json.loads(line)["text"] for line in lines]
-
-
-@pytest.fixture(scope="module")
 def scorer(trained):
     """(h_K, windows) -> the loss that `evaluate` gives."""
     evaluator = Evaluator(trained.config, trained.model, trained.mesh, batch_size=8)

@@ -1,7 +1,5 @@
 """Searched coefficients: their gradients are right, and they are taken only where they help."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,19 +12,7 @@ from soup_jax.soup import bank as bank_lib
 from soup_jax.soup.merge import merge
 from soup_jax.specialists import search as search_lib
 from soup_jax.specialists import stored
-from soup_jax.specialists.open import load
 from soup_jax.specialists.specialist import Specialist
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_run):
-    return load(tiny_run)
-
-
-@pytest.fixture(scope="module")
-def texts(tiny_text):
-    lines = (tiny_text / "cooking.jsonl").read_text().splitlines()
-    return [json.loads(line)["text"] for line in lines]
 
 
 class _Arrays:

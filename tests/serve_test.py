@@ -48,12 +48,6 @@ def client(soup):
         yield client
 
 
-@pytest.fixture(scope="module")
-def texts(tiny_text):
-    lines = (tiny_text / "cooking.jsonl").read_text().splitlines()
-    return [json.loads(line)["text"] for line in lines]
-
-
 def _made(client, **body):
     answer = client.post("/v1/specialists", json=body)
     assert answer.status_code == 201, answer.text

@@ -224,11 +224,6 @@ class Study:
 
         return theta
 
-    def average(self, run, column="specialist", **more):
-        """(mean over the specialists, validation loss at the natural frequencies)."""
-        found = self.scores(run, column, **more)
-        return float(np.mean([v for n, v in found.items() if n != VALIDATION])), found[VALIDATION]
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probabilities(losses, params, rows):

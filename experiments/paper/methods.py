@@ -31,7 +31,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from soup_jax.experiments import base
+from soup_jax.experiments import base, minipile
 
 METHODS = ("soup", "per_window", "generic", "fixed", "large")
 SIZES = ("small", "35m", "110m", "335m")
@@ -67,16 +67,8 @@ def get_config(arg: str = "soup,small") -> ConfigDict:
 
 
 def _small() -> ConfigDict:
-    cfg = base.get_config()
-    cfg.num_domains = 64
-    cfg.num_experts = 16
-    cfg.num_mixtures = 16
-    cfg.vocab_size = 2048
-    cfg.seq_len = 256
-    cfg.batch_size = 16
-    cfg.num_steps = 1220
+    cfg = minipile.get_config()
     cfg.corpus.dir = "corpora/paper"
-    _set_network(cfg, num_layers=2, dim=64, hidden_dim=192, num_heads=2)
     return cfg
 
 
