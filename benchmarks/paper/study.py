@@ -190,22 +190,23 @@ class Study:
         """What is scored of a specialist, or of the generic validation split."""
         return self.validation if name == VALIDATION else self.sets(part)[name].scored
 
-    def scores(self, run, column, names=None, *, part="final", step=None):
+    def scores(self, run, column, names=None, *, part="final", average=1):
         """{name: nats per token} of a run; kept beside it.
 
         Args:
           column: "specialist" (merged at the h of each set, at the natural frequencies for the
             validation split), "generic_h" or "shared"; they are the same without experts.
           names: of specialists, and VALIDATION; default: all.
+          average: take the mean of the last so many checkpoints.
         """
         names = [*self.sets(part), VALIDATION] if names is None else names
         path = pathlib.Path(run) / "scores.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
-        key = f"{part}/{step}/{column}/{self.given.windows}"
+        key = f"{part}/{average}/{column}/{self.given.windows}"
         known = kept.setdefault(key, {})
         missing = [name for name in names if name not in known]
         if missing:
-            soup = self.open(run, step=step).resident()
+            soup = self.open(run, average=average).resident()
             thetas = self._thetas(soup, column, missing)
             for name in missing:
                 known[name] = mean_loss(soup.model, thetas(name), self.windows(name, part))

@@ -8,7 +8,8 @@ the same soup at the natural frequencies, and of S alone, on the same text; on g
 text; and the share: what the soup's specialists gain over a generic model of as many tokens, by
 what CRISP gains: models trained on the histogram of one specialist each, for as many tokens each
 (`--share=0` leaves it out). Both gains are sums over the specialists; what is known of each is kept
-in variants-GROUP.json.
+in variants-GROUP.json, and drawn in variants-GROUP.png. Of the groups in SCALES, whose variants are
+numbers, the gain over the natural frequencies is fitted by a straight line in their logarithm.
 """
 
 import numpy as np
@@ -71,7 +72,9 @@ GROUPS: dict[str, dict[str, dict]] = {
             "num_experts": 64, "domain_weights__support_size": 1, "optimizer__bank_lr_scale": 1.0,
         },
     },
-    "tokens": {f"{s} steps": {"num_steps": s} for s in (305, 610, 1220, 2440, 4880)},
+    "tokens": {f"{s} steps": {"num_steps": s} for s in (152, 305, 610, 1220, 2440)},
+    # Of checkpoints; `average` is none of the config's fields.
+    "averaging": {f"mean of {n}": {"average": n} for n in (1, 2, 4, 8)},
     # Equal bytes of the bank: dense ones of 0.24M numbers, or of rank 8, 20,480 each.
     "bytes": {
         "16 dense": {},
@@ -91,6 +94,8 @@ GROUPS: dict[str, dict[str, dict]] = {
         )
     },
 }  # fmt: skip
+
+SCALES = ("experts", "domains", "tokens", "sizes")  # names begin with the number
 
 
 def references(study, seeds, fields):
@@ -119,12 +124,12 @@ def references(study, seeds, fields):
     return {s: generic[(s,)] for s in seeds}, found
 
 
-def measure(study, run, seed, fields, share):
+def measure(study, run, seed, fields, *, share, average):
     """One soup's row."""
     row = {"seed": seed}
     columns = {}
     for column in ("specialist", "generic_h", "shared"):
-        columns[column] = study.scores(run, column)
+        columns[column] = study.scores(run, column, average=average)
         row[column] = float(np.mean([v for n, v in columns[column].items() if n != "validation"]))
     row["validation"] = columns["generic_h"]["validation"]
     row["specialists"] = columns["specialist"]
@@ -152,14 +157,22 @@ def main():
     rows = []
     for name, fields in GROUPS[given.group].items():
         fields = {"num_steps": given.steps, "loader__num_threads": 1} | fields
+        average = fields.pop("average", 1)
+        kept = {"checkpoint__every_steps": 0}
+        if given.group == "averaging":
+            kept = {"checkpoint__every_steps": given.steps // 20, "checkpoint__keep_latest": 8}
         tag = "-".join([f"{f.split('__')[-1]}={v}" for f, v in fields.items() if "loader" not in f])
-        tag = "soup-" + "".join(c if c.isalnum() or c in "=-._" else "_" for c in tag)
-        made = study.train(tag, "soup", checkpoint__every_steps=0, **fields)
+        kind = "averaged" if given.group == "averaging" else "soup"
+        tag = f"{kind}-" + "".join(c if c.isalnum() or c in "=-._" else "_" for c in tag)
+        made = study.train(tag, "soup", **kept, **fields)
         for seed in study.seeds:
-            row = measure(study, made[(seed,)], seed, fields, given.share)
+            row = measure(study, made[(seed,)], seed, fields, share=given.share, average=average)
             rows.append({"variant": name} | row)
         files.write_json(study.out / f"variants-{given.group}.json", rows)
     print(table(rows))
+    if given.group in SCALES:
+        print(fit(rows))
+    print(draw(rows, study.out / f"variants-{given.group}.png"))
 
 
 def table(rows):
@@ -174,6 +187,38 @@ def table(rows):
             cells.append(f"{x.mean():.4f} ({np.ptp(x):.3f})")
         out.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(out)
+
+
+def fit(rows):
+    """A line of text: gain = a + b log2(number), by least squares on the means over seeds."""
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    x = np.log2([float(name.split()[0].rstrip("M")) for name in names])
+    gains = [[r["generic_h"] - r["specialist"] for r in rows if r["variant"] == n] for n in names]
+    y = np.array([np.mean(of_one) for of_one in gains])
+    slope, start = np.polyfit(x, y, 1)
+    rest = ", ".join(f"{n} {r:+.4f}" for n, r in zip(names, y - (start + slope * x)))
+    return f"gain = {start:.4f} + {slope:.4f} log2(number); left over: {rest}"
+
+
+def draw(rows, path):
+    """A point for each seed: specialists, and the same soup at the natural frequencies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    figure, ax = plt.subplots(figsize=(6, 1 + 0.4 * len(names)), layout="constrained")
+    for key, color in (("specialist", "C0"), ("generic_h", "C1")):
+        y = [names.index(row["variant"]) for row in rows]
+        ax.plot([row[key] for row in rows], y, "o", color=color, alpha=0.6, label=key)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("nats per token, 16 specialist sets")
+    ax.grid(axis="x", alpha=0.3)
+    ax.legend()
+    figure.savefig(path, dpi=110)
+    return path
 
 
 if __name__ == "__main__":
