@@ -6,20 +6,26 @@ A method that trains several models pays for all of them: at a budget of T token
 model of T/16 for each of 16 specialists. Every point is a training of its own, with the whole of
 its learning-rate schedule, so that budgets can be compared.
 
-    generic          one model
-    soup             Soup-of-Experts, merged at the histogram of each specialist
-    per_window       a soup trained on one domain a row; merged at the histogram
-    crisp            a model for each specialist, on its histogram
-    crisp_branched   the same, each begun from a generic model of half of the budget
-    expert_best      a model for each of 16 domains; the specialist takes that of its heaviest
-    expert_ensemble  their probabilities mixed by h (c-BTM): a specialist costs 16 models to run
-    expert_average   their parameters averaged by h
-    expert_uniform   their parameters averaged
-    branched_*       the same of domain experts begun from a generic model of half of the budget
-    large            one model with as many parameters as the soup stores (--large=1)
+    generic            one model
+    soup               Soup-of-Experts, merged at the histogram of each specialist
+    per_window         a soup trained on one domain a row, merged for each window at the domain of
+                       the window's own text, targets included (in the place of merging by sequence,
+                       as in SMEAR and Lory); `_histogram`: merged at the histogram
+    crisp              a model for each specialist, on its histogram
+    crisp_branched     the same, each begun from a generic model of half of the budget
+    experts_best       a model for each of 16 domains; the specialist takes that of its heaviest
+    experts_tokens     their probabilities mixed by h (c-BTM, which weighs by context, has such a
+                       mixture): a specialist costs 16 models to run
+    experts_windows    the same, in which models that predicted the window so far weigh more
+    experts_average    their parameters averaged by h
+    experts_uniform    their parameters averaged
+    branched_*         the same of domain experts begun from a generic model of half of the budget
+    large              one model with as many parameters as the soup stores (--large=1)
 
-`--tune=1` trains at rates around those in RATES instead, with one seed, and scores the documents
-for tuning. Tables are printed, and kept as figure4.json or tuning.json in OUT, with figure4.png.
+`--tune=1` trains at rates around RATES instead, of each budget, with the first seed, and scores the
+documents for tuning; a rate that is best at the edge goes on beyond it. Tables are printed, and
+kept as figure4.json or tuning.json in OUT, with figure4.png. Seconds are those of training: give
+--jobs=1 to compare them, so that no run has another beside it.
 """
 
 import json
@@ -28,48 +34,44 @@ import numpy as np
 import study as study_lib
 
 from soup_jax import storage as files
+from soup_jax.experiments.paper import methods as methods_lib
 
-# Learning rates: generic and soup as in experiments/minipile.py; the others are yet to be tuned.
-RATES = {
-    "generic": 8e-3,
-    "soup": 5.5e-3,
-    "per_window": 5.5e-3,
-    "crisp": 8e-3,
+RATES = methods_lib.RATES | {
+    "crisp": methods_lib.RATES["fixed"],
+    "experts": methods_lib.RATES["fixed"],
     "crisp_branched": 4e-3,
-    "experts": 8e-3,
     "branched": 4e-3,
-    "large": 3e-3,
 }
 NUM_DOMAINS = 16  # and as many domain experts
+OTHER_DATA = 1000  # added to the seed of a branch: it reads other windows than its start did
 
 
 def train(study, method, steps, seeds, rate):
     """[{name of a model: folder}] for each seed, of a budget of `steps`."""
-    tag = f"{method}-{steps}-{rate:g}"
     share = {"crisp": 1, "experts": 1, "crisp_branched": 2, "branched": 2}.get(method)
     number = len(study.sets()) if method.startswith("crisp") else NUM_DOMAINS
     own = max(steps // (share * number), 1) if share else steps
     fields = {"num_steps": own, "optimizer__learning_rate": rate}
-    fields["optimizer__warmup_steps"] = min(100, max(own // 10, 1))
-    fields["checkpoint__every_steps"] = 0
-    fields["loader__num_threads"] = 1
     if share is None:
-        made = study.train(tag, method, seeds=seeds, **fields)
+        made = study.train(method, seeds=seeds, **fields)
         return [{"model": made[(seed,)]} for seed in seeds]
     if method.startswith("crisp"):
-        paths = {name: study.weights(name, 64) for name in study.sets()}
+        h = study.h(64)
+        paths = {name: study.weights(name, h[name]) for name in study.sets()}
     else:
         fields["num_domains"] = NUM_DOMAINS
         eye = np.eye(NUM_DOMAINS)
-        paths = {k: study.weights(f"domain{k}", NUM_DOMAINS, eye[k]) for k in range(NUM_DOMAINS)}
+        paths = {k: study.weights(f"domain{k}", eye[k]) for k in range(NUM_DOMAINS)}
     found = []
     for i, seed in enumerate(seeds):
+        data_seed = seed
         if share == 2:
             start = train(study, "generic", steps // 2, seeds, RATES["generic"])[i]["model"]
-            fields["checkpoint__init_from"] = str(start.absolute())
+            fields["checkpoint__init_from"] = str(start)
+            data_seed = seed + OTHER_DATA
         axes = {"domain_weights.path": list(paths.values())}
-        made = study.train(f"{tag}-{seed}", "fixed", seeds=[seed], axes=axes, **fields)
-        found.append({name: made[(seed, path)] for name, path in paths.items()})
+        made = study.train("fixed", tag=f"-{method}", seeds=[data_seed], axes=axes, **fields)
+        found.append({name: made[(data_seed, path)] for name, path in paths.items()})
         if share == 2:
             found[-1]["begun from"] = start  # and paid for
     return found
@@ -79,44 +81,52 @@ def score(study, method, models, part):
     """{method: {"specialists": {name: loss}, "validation": loss or None}} of one seed."""
     names = list(study.sets(part))
     if "model" in models:
-        run, out = models["model"], {}
-        soup = method in ("soup", "per_window")
-        columns = ("specialist", "generic_h", "shared") if soup else ("specialist",)
-        for column in columns:
-            found = study.scores(run, column, part=part)
-            name = method if column == "specialist" else f"{method}_{column}"
-            out[name] = {"validation": found.pop("validation"), "specialists": found}
-        return out
+        return {name: _one(study, models["model"], c, part) for name, c in _columns(method).items()}
     if method.startswith("crisp"):
-        own = {n: study.scores(models[n], "specialist", [n], part=part)[n] for n in names}
-        general = [
-            study.scores(models[n], "specialist", ["validation"])["validation"] for n in names
+        made = [
+            study.scores(models[n], "specialist", [n, study_lib.VALIDATION], part=part)
+            for n in names
         ]
-        return {method: {"specialists": own, "validation": float(np.mean(general))}}
+        general = float(np.mean([x[study_lib.VALIDATION] for x in made]))
+        own = {name: x[name] for name, x in zip(names, made)}
+        return {method: {"specialists": own, "validation": general}}
     return _experts(study, method, models, part)
 
 
+def _columns(method):
+    if method == "soup":
+        return {"soup": "specialist", "soup_generic_h": "generic_h", "soup_shared": "shared"}
+    if method == "per_window":
+        return {"per_window": "windows", "per_window_histogram": "specialist"}
+    return {method: "specialist"}
+
+
+def _one(study, run, column, part):
+    found = study.scores(run, column, part=part)
+    return {"validation": found.pop(study_lib.VALIDATION), "specialists": found}
+
+
 def _experts(study, method, models, part):
-    path = next(iter(models.values())).parent / f"experts-{part}.json"
+    path = models[0].parent / f"experts-{part}-{study.given.windows}-{models[0].name[-9:]}.json"
     if path.exists():
         return json.loads(path.read_text())
     soups = [study.open(models[k]) for k in range(NUM_DOMAINS)]
     model, params = soups[0].model, [s.resident().params["shared"] for s in soups]
-    h, generic_K = study.h(NUM_DOMAINS), study.corpus(NUM_DOMAINS).domain_frequencies
-    prefix = "expert" if method == "experts" else method
-    kinds = ("best", "ensemble", "average", "uniform")
-    out = {f"{prefix}_{k}": {"specialists": {}, "validation": None} for k in kinds}
+    h = study.h(NUM_DOMAINS)
+    out = {}
     uniform = study_lib.mean_params(params, np.full(NUM_DOMAINS, 1 / NUM_DOMAINS))
     for name in [*study.sets(part), study_lib.VALIDATION]:
-        windows, h_K = study.windows(name, part), h.get(name, generic_K)
+        windows, h_K = study.windows(name, part), h[name]
+        tokens, whole = study_lib.ensemble_losses(model, params, h_K, windows)
         losses = {
             "best": study_lib.mean_loss(model, params[int(h_K.argmax())], windows),
-            "ensemble": study_lib.ensemble_loss(model, params, h_K, windows),
+            "tokens": tokens,
+            "windows": whole,
             "average": study_lib.mean_loss(model, study_lib.mean_params(params, h_K), windows),
             "uniform": study_lib.mean_loss(model, uniform, windows),
         }
         for kind, loss in losses.items():
-            row = out[f"{prefix}_{kind}"]
+            row = out.setdefault(f"{method}_{kind}", {"specialists": {}, "validation": None})
             if name == study_lib.VALIDATION:
                 row["validation"] = loss
             else:
@@ -134,26 +144,33 @@ def seconds(models):
     return total
 
 
-def tune(study, methods, steps):
+def tune(study, methods, budgets):
     """Print losses on the documents for tuning, at rates around RATES."""
     rows = []
-    for method in methods:
-        for factor in (0.5, 1, 2):
-            rate = float(f"{RATES[method] * factor:.3g}")
+    for steps, method in ((s, m) for s in budgets for m in methods):
+        tried = {}
+        rates = [RATES[method] / 2, RATES[method], RATES[method] * 2]
+        while rates:
+            rate = float(f"{rates.pop(0):.3g}")
             (models,) = train(study, method, steps, study.seeds[:1], rate)
             for name, one in score(study, method, models, "tuning").items():
                 loss = float(np.mean(list(one["specialists"].values())))
-                rows.append({"method": name, "rate": rate, "specialist": loss} | one)
+                rows.append({"method": name, "rate": rate, "steps": steps, "loss": loss} | one)
+                tried.setdefault(rate, loss)  # the first of a method's columns chooses
+            best = min(tried, key=tried.__getitem__)
+            if not rates and len(tried) < 6:
+                edge = {min(tried): best / 2, max(tried): best * 2}
+                rates = [edge[best]] if best in edge else []
     files.write_json(study.out / "tuning.json", rows)
-    print("| method | rate | specialists, tuning part |\n| --- | --- | --- |")
+    print("| budget, steps | method | rate | specialists, tuning part |\n" + "| --- " * 4 + "|")
     for row in rows:
-        print(f"| {row['method']} | {row['rate']:g} | {row['specialist']:.4f} |")
+        print(f"| {row['steps']} | {row['method']} | {row['rate']:g} | {row['loss']:.4f} |")
 
 
 def main():
     given = study_lib.arguments(
         __doc__,
-        budgets=("305,610,1220", "steps of the whole budget; each a double of the one before"),
+        budgets=("152,305,610", "steps of the whole budget; each a double of the one before"),
         methods=("generic,soup,per_window,crisp,crisp_branched,experts,branched", "of RATES"),
         large=(0, "1: the large model, too"),
         tune=(0, "1: rates instead"),
@@ -162,7 +179,7 @@ def main():
     budgets = [int(b) for b in given.budgets.split(",")]
     methods = given.methods.split(",") + ["large"] * bool(given.large)
     if given.tune:
-        tune(study, methods, budgets[-1])
+        tune(study, methods, budgets)
         return
     tokens = study.config.batch_size * study.config.seq_len
     rows = []

@@ -1,8 +1,9 @@
 """What the studies of this folder share: a corpus, runs trained by `soup-jax sweep`, and scores.
 
 A study lies in a folder, and every command goes on where it was: runs that are done are not trained
-again, and scores are kept beside the run (scores.json). DATA has a folder `generic` of source files
-and a folder `specialists` with one file of documents for each specialist.
+again, studies share them, and scores are kept beside the run (scores.json). A run's folder is named
+by all in which its config differs from that of its method. DATA has a folder `generic` of source
+files and a folder `specialists` with one file of documents for each specialist.
 
 Scores are nats per token. Documents of a specialist are split as `soup-jax evaluate` splits them:
 one part gives h, `tuning` chooses settings, `final` is reported.
@@ -21,13 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from soup_jax import storage as files
+from soup_jax.config.schema import flat_items
 from soup_jax.data.corpus import open_corpus
 from soup_jax.data.domain_histogram import document_histogram
 from soup_jax.evaluation import sets as sets_lib
+from soup_jax.experiments.paper import methods
 from soup_jax.hardware import compile_cache
 from soup_jax.specialists.open import load
-from soup_jax.specialists.search import batches, mean_loss
-from soup_jax.sweeps import points
+from soup_jax.specialists.search import batches, mean_loss, window_nats
+from soup_jax.sweeps import points, table
 from soup_jax.training import build
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -42,8 +45,8 @@ def arguments(doc, **more):
         description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--data", required=True, help="folder with generic/ and specialists/")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("paper"))
-    parser.add_argument("--corpus", type=pathlib.Path, help="default: OUT/corpus")
+    parser.add_argument("--out", default="paper")
+    parser.add_argument("--corpus", default="", help="default: OUT/corpus")
     parser.add_argument("--size", default="small")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: as many as fit")
@@ -67,10 +70,10 @@ class Study:
     def __init__(self, given):
         """Of `arguments`; prepares the corpus if it is not there."""
         compile_cache.enable()
-        self.given, self.out, self._cache = given, given.out, {}
+        self.given, self.out, self._cache = given, pathlib.Path(given.out).resolve(), {}
         self.seeds = [int(s) for s in given.seeds.split(",")]
-        self.place = given.corpus or self.out / "corpus"
-        self.data = pathlib.Path(given.data)
+        self.place = pathlib.Path(given.corpus or self.out / "corpus").resolve()
+        self.data = pathlib.Path(given.data).resolve()
         self.out.mkdir(parents=True, exist_ok=True)
         if not (self.place / "manifest.json").exists():
             self.command(
@@ -82,10 +85,10 @@ class Study:
                 f"--config.corpus.levels={LEVELS[:-1]!r}",
             )
 
-    def command(self, *words):
-        """Run a subcommand of soup-jax; ends the study if it fails."""
+    def command(self, *words, fails=False):
+        """Run a subcommand of soup-jax; ends the study if it fails, unless it may."""
         done = subprocess.run([sys.executable, "-m", "soup_jax.cli", *words], cwd=ROOT)
-        if done.returncode:
+        if done.returncode and not fails:
             raise SystemExit(f"soup-jax {' '.join(words)} ended with {done.returncode}")
 
     def corpus(self, num_domains):
@@ -106,23 +109,44 @@ class Study:
 
     # Training
 
-    def train(self, name, method, *, seeds=None, axes=None, **fields):
-        """{values of the seed and of each axis: folder} of a sweep of runs, trained where not done.
+    def train(self, method, *, tag="", seeds=None, axes=None, fails=False, **fields):
+        """{values of the seed and of each axis: folder} of runs, trained where not done.
 
         Args:
-          name: of the sweep's folder.
+          tag: tells apart sweeps of a method over different axes.
           axes: field -> values.
-          fields: of the config, with two underscores for the dot.
+          fails: runs that fail are left out; else they end the study.
+          fields: of the config, with two underscores for the dot. The warm-up is 100 steps, or a
+            tenth of the run if that is less.
         """
+        cfg = dict(flat_items(methods.get_config(f"{method},{self.given.size}")))
+        given = {name.replace("__", "."): value for name, value in fields.items()}
+        steps = given.get("num_steps", cfg["num_steps"])
+        given = {"optimizer.warmup_steps": min(100, max(steps // 10, 1)), **given}
+        given = {name: value for name, value in given.items() if value != cfg[name]}
         axes = {"seed": self.seeds if seeds is None else seeds, **(axes or {})}
-        folder = self.out / "runs" / name
-        words = [f"--config={METHODS}:{method},{self.given.size}", f"--workdir={folder.absolute()}"]
-        words += [points.argument("corpus.dir", str(self.place.absolute()))]
-        words += [points.argument(f.replace("__", "."), v) for f, v in fields.items()]
-        words += [f"--sweep.{f}={','.join(map(str, values))}" for f, values in axes.items()]
-        self._kept(tuple(words), lambda: self.command("sweep", *words, f"--jobs={self.given.jobs}"))
-        made = points.load(folder).points
-        return {tuple(p.overrides[field] for field in axes): folder / p.name for p in made}
+        folder = self.out / "runs" / f"{method}{tag},{points.name_of(given)}"
+        overrides = points.product([{}], axes)
+        runs = {tuple(o.values()): folder / points.name_of(o) for o in overrides}
+        if not all(map(done, runs.values())):
+            given |= {"corpus.dir": str(self.place), "loader.num_threads": 1}
+            words = [points.argument(name, value) for name, value in given.items()]
+            if "checkpoint.every_steps" not in given:
+                words += ["--config.checkpoint.every_steps=0"]
+            words += [f"--sweep.{field}={','.join(map(str, v))}" for field, v in axes.items()]
+            self.command(
+                "sweep",
+                f"--config={METHODS}:{method},{self.given.size}",
+                f"--workdir={folder}",
+                f"--jobs={self.given.jobs}",
+                "--retry_failed",
+                *words,
+                fails=True,
+            )
+        left = [run for run in runs.values() if not done(run)]
+        if left and not fails:
+            raise SystemExit(f"not trained to the end: {', '.join(map(str, left))}")
+        return {key: run for key, run in runs.items() if done(run)}
 
     # Documents
 
@@ -149,8 +173,6 @@ class Study:
 
     @functools.cached_property
     def config(self):
-        from soup_jax.experiments.paper import methods
-
         cfg = methods.get_config(f"soup,{self.given.size}")
         cfg.evaluate.max_windows = self.given.windows
         return cfg
@@ -162,27 +184,29 @@ class Study:
         return sets_lib.validation_set(self.corpus(LEVELS[-1]), max_windows=most)
 
     def h(self, num_domains):
-        """{specialist: float64 [K]}, histograms at a level; kept as files that configs take."""
+        """{specialist: float64 [K]}, histograms at a level, and the natural frequencies as that of
+        the validation split."""
         return self._kept(("h", num_domains), lambda: self._histograms(num_domains))
 
     def _histograms(self, num_domains):
-        folder = self.out / "weights" / str(num_domains)
-        if not (folder / "done").exists():
-            for name, one in self.sets().items():
-                found = document_histogram(self.corpus(num_domains), one.for_h)
-                files.write_json(folder / f"{name}.json", [float(x) for x in found.h_K])
-            (folder / "done").touch()
-        return {p.stem: np.array(json.loads(p.read_text())) for p in sorted(folder.glob("*.json"))}
+        corpus, found = self.corpus(num_domains), {}
+        for name, one in self.sets().items():
+            texts = "".join(one.for_h).encode("utf-8", "replace")
+            key = files.sha256_bytes(corpus.fingerprint.encode() + texts)[:8]
+            path = self.out / "weights" / str(num_domains) / f"{name}-{key}.json"
+            if not path.exists():
+                h_K = document_histogram(corpus, one.for_h).h_K
+                files.write_json(path, [float(x) for x in h_K])
+            found[name] = np.array(json.loads(path.read_text()))
+        return {**found, VALIDATION: corpus.domain_frequencies}
 
-    def weights(self, name, num_domains, h_K=None):
-        """The file of a specialist's domain weights, or of those that are given."""
-        folder = self.out / "weights" / str(num_domains)
-        if h_K is None:
-            self.h(num_domains)
-        else:
-            folder = folder / "other"
-            files.write_json(folder / f"{name}.json", [float(x) for x in h_K])
-        return str((folder / f"{name}.json").absolute())
+    def weights(self, name, h_K):
+        """A file of domain weights that configs take; other weights are another file."""
+        values = [float(x) for x in h_K]
+        key = files.sha256_bytes(files.json_text(values).encode())[:8]
+        path = self.out / "weights" / f"{name}-{key}.json"
+        files.write_json(path, values)
+        return str(path)
 
     # Scores
 
@@ -195,7 +219,8 @@ class Study:
 
         Args:
           column: "specialist" (merged at the h of each set, at the natural frequencies for the
-            validation split), "generic_h" or "shared"; they are the same without experts.
+            validation split), "generic_h", "shared", or "windows": each window merged at the domain
+            of its own text. They are the same without experts.
           names: of specialists, and VALIDATION; default: all.
           average: take the mean of the last so many checkpoints.
         """
@@ -207,23 +232,44 @@ class Study:
         missing = [name for name in names if name not in known]
         if missing:
             soup = self.open(run, average=average).resident()
-            thetas = self._thetas(soup, column, missing)
             for name in missing:
-                known[name] = mean_loss(soup.model, thetas(name), self.windows(name, part))
+                known[name] = self._score(soup, column, name, part)
             files.write_json(path, kept)
         return {name: known[name] for name in names}
 
-    def _thetas(self, soup, column, names):
+    def _score(self, soup, column, name, part):
+        windows = self.windows(name, part)
         if column == "shared" or not soup.num_experts:
-            return lambda name: soup.params["shared"]
-        generic_K = soup.map.domain_frequencies
-        h = self.h(soup.num_domains)
-        weights = {n: generic_K if column == "generic_h" else h.get(n, generic_K) for n in names}
+            return mean_loss(soup.model, soup.params["shared"], windows)
+        if column == "windows":
+            return self._by_window(soup, windows)
+        h_K = self.h(soup.num_domains)[VALIDATION if column == "generic_h" else name]
+        return mean_loss(soup.model, theta(soup, h_K), windows)
 
-        def theta(name):
-            return soup.on_devices(soup.coefficients(weights[name][None])[0])
+    def _by_window(self, soup, windows):
+        corpus = self.corpus(soup.num_domains)
+        texts = [corpus.tokenizer().decode(row) for row in windows.tokens]
+        found = corpus.embedder().embed(texts)
+        domains, _ = corpus.tree().assign(found, corpus.domain_frequencies > 0)
+        nats = 0.0
+        for k in np.unique(domains):
+            own = domains == k
+            some = dataclasses.replace(
+                windows, tokens=windows.tokens[own], num_targets=windows.num_targets[own]
+            )
+            params = theta(soup, np.eye(soup.num_domains)[k])
+            nats += window_nats(soup.model, params, some).sum()
+        return float(nats / windows.num_targets.sum())
 
-        return theta
+
+def done(run):
+    """Whether a run of a sweep was trained to its end."""
+    return table.outcome(run)["state"] == "done"
+
+
+def theta(soup, h_K):
+    """The merged model at domain weights; the soup is resident."""
+    return soup.on_devices(soup.coefficients(np.asarray(h_K)[None])[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -232,16 +278,25 @@ def _log_probabilities(losses, params, rows):
     return -nats, weights
 
 
-def ensemble_loss(model, models, weights, scored):
-    """Nats per token of sum_k weights[k] p_k: the models' probabilities mixed."""
-    total = count = 0.0
-    log_w = np.log(np.maximum(np.asarray(weights, np.float64), 1e-300))
+def ensemble_losses(model, models, h, scored):
+    """Nats per token of models whose probabilities are mixed.
+
+    Returns:
+      (of sum_k h[k] p_k for each token, of sum_k h[k] p_k for each whole window, in which the
+      models that have predicted its beginning well weigh more).
+    """
+    tokens = whole = count = 0.0
+    log_h = jnp.log(jnp.maximum(jnp.asarray(h), 1e-30))
     for rows in batches(scored):
         found = [_log_probabilities(model.example_losses, p, rows) for p in models]
-        mixed = jax.nn.logsumexp(jnp.stack([lp + w for (lp, _), w in zip(found, log_w)]), axis=0)
-        total -= float((mixed * found[0][1]).sum())
-        count += float(found[0][1].sum())
-    return total / count
+        weights = found[0][1]
+        lp = jnp.stack([x for x, _ in found])
+        tokens -= float((jax.nn.logsumexp(lp + log_h[:, None, None], axis=0) * weights).sum())
+        of_window = (lp * weights).sum(axis=-1) + log_h[:, None]
+        real = weights.sum(axis=-1) > 0
+        whole -= float((jax.nn.logsumexp(of_window, axis=0) * real).sum())
+        count += float(weights.sum())
+    return tokens / count, whole / count
 
 
 def mean_params(models, weights):

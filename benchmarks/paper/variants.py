@@ -7,18 +7,18 @@ Prints for each variant, means over seeds: the loss of the specialists, merged a
 the same soup at the natural frequencies, and of S alone, on the same text; on generic validation
 text; and the share: what the soup's specialists gain over a generic model of as many tokens, by
 what CRISP gains: models trained on the histogram of one specialist each, for as many tokens each
-(`--share=0` leaves it out). Both gains are sums over the specialists; what is known of each is kept
-in variants-GROUP.json, and drawn in variants-GROUP.png. Of the groups in SCALES, whose variants are
-numbers, the gain over the natural frequencies is fitted by a straight line in their logarithm.
+(`--share=0` leaves it out). Both gains are sums over the specialists and the seeds; what is known
+of each is kept in variants-GROUP.json, and drawn in variants-GROUP.png. Of the groups in SCALES,
+whose variants are numbers, the gain over the natural frequencies is fitted by a straight line in
+their logarithm.
 """
 
 import numpy as np
 import study as study_lib
 
 from soup_jax import storage as files
+from soup_jax.experiments.paper import methods
 
-# Of the two references, at 64 dimensions; CRISP's is yet to be tuned.
-GENERIC_RATE, CRISP_RATE = 8e-3, 8e-3
 RANK_8 = (("layers/(attention|mlp)/.*", "low_rank:8"), (".*", "none"))
 GROUPS: dict[str, dict[str, dict]] = {
     "base": {"soup": {}},
@@ -101,25 +101,13 @@ SCALES = ("experts", "domains", "tokens", "sizes")  # names begin with the numbe
 def references(study, seeds, fields):
     """({seed: generic run}, {(seed, name): CRISP run}) of a soup's steps and base network."""
     network = {n: v for n, v in fields.items() if n.startswith("model__") or n == "num_steps"}
-    common = network | {"loader__num_threads": 1, "checkpoint__every_steps": 0}
-    wider = network.get("model__dim", 64) / 64
-    tag = "-".join(str(network[n]) for n in ("num_steps", "model__dim") if n in network)
-    paths = {name: study.weights(name, 64) for name in study.sets()}
-    generic = study.train(
-        f"generic-{tag}",
-        "generic",
-        seeds=seeds,
-        optimizer__learning_rate=GENERIC_RATE / wider,
-        **common,
-    )
-    crisp = study.train(
-        f"crisp-{tag}",
-        "fixed",
-        seeds=seeds,
-        axes={"domain_weights.path": list(paths.values())},
-        optimizer__learning_rate=CRISP_RATE / wider,
-        **common,
-    )
+    width = network.get("model__dim", 64)
+    common = network | {"optimizer__learning_rate": methods.RATES["generic"] * 64 / width}
+    h = study.h(64)
+    paths = {name: study.weights(name, h[name]) for name in study.sets()}
+    generic = study.train("generic", seeds=seeds, **common)
+    axes = {"domain_weights.path": list(paths.values())}
+    crisp = study.train("fixed", tag="-crisp", seeds=seeds, axes=axes, **common)
     found = {(s, name): crisp[(s, path)] for s in seeds for name, path in paths.items()}
     return {s: generic[(s,)] for s in seeds}, found
 
@@ -136,13 +124,11 @@ def measure(study, run, seed, fields, *, share, average):
     if share:
         generic, crisp = references(study, study.seeds, fields)
         base = study.scores(generic[seed], "specialist")
-        room, caught = {}, {}
+        row |= {"room": {}, "caught": {}, "generic": base["validation"]}
         for name in study.sets():
-            own = study.scores(crisp[(seed, name)], "specialist", [name])[name]
-            room[name], caught[name] = base[name] - own, base[name] - columns["specialist"][name]
-        row["share"] = sum(caught.values()) / sum(room.values())
-        row["shares"] = {name: caught[name] / room[name] for name in room}
-        row["room"], row["generic"] = room, base["validation"]
+            own = study.scores(crisp[(seed, name)], "specialist", [name, "validation"])[name]
+            row["room"][name] = base[name] - own
+            row["caught"][name] = base[name] - columns["specialist"][name]
     return row
 
 
@@ -151,23 +137,21 @@ def main():
         __doc__,
         group=("base", f"of {', '.join(GROUPS)}"),
         share=(1, "0: without CRISP"),
-        steps=(1220, "of every run"),
+        steps=(610, "of every run"),
     )
     study = study_lib.Study(given)
-    rows = []
+    rows, averaged = [], given.group == "averaging"
     for name, fields in GROUPS[given.group].items():
-        fields = {"num_steps": given.steps, "loader__num_threads": 1} | fields
+        fields = {"num_steps": given.steps} | fields
         average = fields.pop("average", 1)
-        kept = {"checkpoint__every_steps": 0}
-        if given.group == "averaging":
-            kept = {"checkpoint__every_steps": given.steps // 20, "checkpoint__keep_latest": 8}
-        tag = "-".join([f"{f.split('__')[-1]}={v}" for f, v in fields.items() if "loader" not in f])
-        kind = "averaged" if given.group == "averaging" else "soup"
-        tag = f"{kind}-" + "".join(c if c.isalnum() or c in "=-._" else "_" for c in tag)
-        made = study.train(tag, "soup", **kept, **fields)
-        for seed in study.seeds:
-            row = measure(study, made[(seed,)], seed, fields, share=given.share, average=average)
+        kept = {"checkpoint__every_steps": given.steps // 20, "checkpoint__keep_latest": 8}
+        made = study.train("soup", fails=True, **(kept if averaged else {}), **fields)
+        for (seed,), run in made.items():
+            share = given.share and given.group not in ("averaging", "sizes")
+            row = measure(study, run, seed, fields, share=share, average=average)
             rows.append({"variant": name} | row)
+        if len(made) < len(study.seeds):
+            print(f"{name}: {len(made)} of {len(study.seeds)} seeds were trained to the end")
         files.write_json(study.out / f"variants-{given.group}.json", rows)
     print(table(rows))
     if given.group in SCALES:
@@ -175,17 +159,23 @@ def main():
     print(draw(rows, study.out / f"variants-{given.group}.png"))
 
 
+def share_of(rows):
+    """What the soups of some rows catch of CRISP's gain, both summed over their sets."""
+    return sum(sum(r["caught"].values()) for r in rows) / sum(sum(r["room"].values()) for r in rows)
+
+
 def table(rows):
     """Markdown, means over seeds, in brackets largest less smallest."""
-    keys = [k for k in ("specialist", "generic_h", "shared", "validation", "share") if k in rows[0]]
-    out = ["| variant | " + " | ".join(keys) + " |", "| --- " * (len(keys) + 1) + "|"]
+    keys = ("specialist", "generic_h", "shared", "validation")
+    head = [*keys, "share"] if "room" in rows[0] else keys
+    out = ["| variant | " + " | ".join(head) + " |", "| --- " * (len(head) + 1) + "|"]
     for name in dict.fromkeys(row["variant"] for row in rows):
         of_it = [row for row in rows if row["variant"] == name]
-        cells = []
-        for key in keys:
-            x = np.array([row[key] for row in of_it])
-            cells.append(f"{x.mean():.4f} ({np.ptp(x):.3f})")
-        out.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells = [(np.mean([r[k] for r in of_it]), [r[k] for r in of_it]) for k in keys]
+        if "share" in head:
+            cells.append((share_of(of_it), [share_of([r]) for r in of_it]))
+        shown = [f"{mean:.4f} ({np.ptp(each):.3f})" for mean, each in cells]
+        out.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(out)
 
 

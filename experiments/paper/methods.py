@@ -37,7 +37,7 @@ METHODS = ("soup", "per_window", "generic", "fixed", "large")
 SIZES = ("small", "35m", "110m", "335m")
 
 # Of `small`; soup and generic as in minipile.py, the others are yet to be tuned.
-_RATES = {"soup": 5.5e-3, "per_window": 5.5e-3, "generic": 8e-3, "fixed": 8e-3, "large": 3e-3}
+RATES = {"soup": 5.5e-3, "per_window": 5.5e-3, "generic": 8e-3, "fixed": 8e-3, "large": 3e-3}
 # Batch, steps and rate of a dense model of the others: not tuned.
 _POD = {"35m": (64, 7080, 3e-3), "110m": (128, 16_800, 2e-3), "335m": (256, 25_700, 1e-3)}
 
@@ -51,7 +51,7 @@ def get_config(arg: str = "soup,small") -> ConfigDict:
     cfg = _small() if size == "small" else _pod(size)
     cfg.name = f"{method}_{size}"
     if size == "small":
-        cfg.optimizer.learning_rate = _RATES[method]
+        cfg.optimizer.learning_rate = RATES[method]
     if method == "per_window":
         cfg.num_mixtures = cfg.batch_size
         cfg.domain_weights.update({"sparse": 1.0, "generic": 0.0, "support_size": 1})

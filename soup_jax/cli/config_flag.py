@@ -155,11 +155,16 @@ def checked(values: flags.FlagValues) -> ConfigDict:
     """The config that was asked for; UserError if there is none, or a value is wrong."""
     from soup_jax.config import schema as config_lib
 
+    cfg = config_lib.check(given(values))
+    _check_expected(config_lib.to_text(cfg), config_flags.get_config_filename(values["config"]))
+    return cfg
+
+
+def given(values: flags.FlagValues) -> ConfigDict:
+    """The config as it was given, whose values nobody has checked; UserError if there is none."""
     cfg = values.config
     if cfg is None and not values["config"].present:
         raise UserError("--config=FILE.py is required")
     if not isinstance(cfg, ConfigDict):
         raise UserError(f"get_config() returned {type(cfg).__name__}, expected a ConfigDict")
-    cfg = config_lib.check(cfg)
-    _check_expected(config_lib.to_text(cfg), config_flags.get_config_filename(values["config"]))
     return cfg

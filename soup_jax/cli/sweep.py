@@ -76,7 +76,7 @@ def run(values: flags.FlagValues) -> int:
     if values.table:
         sweep = points.load(workdir)
         return _tell(sweep, workdir, values.metric or "", table.rows(sweep, workdir))
-    cfg = config_flag.checked(values)
+    cfg = config_flag.given(values)  # a point may set what it lacks
     shard = _shard(values.shard)
     overrides = points.product(_listed(values), _axes(values))
     for name in _common(values):
