@@ -5,27 +5,28 @@
 For each specialist the documents that give h are trained on, in windows, by AdamW at a constant
 rate, all parameters; the documents of the final part are scored after 0, 1, 2, 4, ... steps of 16
 windows. Starts: the soup merged at the histogram, and the generic model of as many pretraining
-tokens (runs of figure4.py). Each has the rate of --rates that is best on the documents for tuning,
-after the last step, in the mean over the sets. Prints a table, and the tokens of fine-tuning that
-the generic model needs to be as good as the specialist is without; keeps figure5.json and
-figure5.png in OUT.
+tokens. After each number of steps a start has the rate of --rates that is best there on the
+documents for tuning, in the mean over the sets, with the first seed. Prints a table, and the tokens
+of fine-tuning that the generic model needs to be as good as the specialist is without; keeps
+figure5.json and figure5.png in OUT.
 """
 
 import functools
 import json
 
-import figure4
 import jax
 import numpy as np
 import optax
 import study as study_lib
 
 from soup_jax import storage as files
+from soup_jax import tree
 from soup_jax.evaluation.sets import pack
 from soup_jax.specialists.search import mean_loss
 
 ROWS = 16
 STARTS = ("soup", "generic")
+PARTS = ("tuning", "final")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -40,16 +41,21 @@ def _step(losses, optimizer, params, state, rows):
 
 @functools.cache
 def _adamw(rate):
-    return optax.adamw(rate, b2=0.95, weight_decay=0.1)
+    def matrices(params):
+        return tree.map_named(lambda path, x: tree.is_matrix(path, x.ndim), params)
+
+    return optax.adamw(rate, b2=0.95, weight_decay=0.1, mask=matrices)
 
 
 def curve(model, params, fitted, scored, rate, steps, seed):
-    """Nats per token after each number of `steps`."""
+    """{part: nats per token after each number of `steps`}."""
     optimizer = _adamw(rate)
-    state, rng, out, order = optimizer.init(params), np.random.default_rng(seed), [], []
+    state, rng, order = optimizer.init(params), np.random.default_rng(seed), []
+    out = {part: [] for part in scored}
     for step in range(max(steps) + 1):
         if step in steps:
-            out.append(mean_loss(model, params, scored))
+            for part, windows in scored.items():
+                out[part].append(mean_loss(model, params, windows))
         while len(order) < ROWS:
             order += rng.permutation(len(fitted.tokens)).tolist()
         rows, order = order[:ROWS], order[ROWS:]
@@ -59,13 +65,13 @@ def curve(model, params, fitted, scored, rate, steps, seed):
     return out
 
 
-def curves(study, run, rate, steps, part, seed):
-    """{set: losses} from the specialists of a run."""
-    path = run / f"figure5-{part}-{rate:g}-{len(steps)}.json"
+def curves(study, run, rate, steps, seed):
+    """{set: {part: losses}} from the specialists of a run."""
+    path = run / f"figure5-{rate:g}-{max(steps)}-{study.given.windows}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     soup = study.open(run).resident()
     corpus, h = study.corpus(64), study.h(64)
-    for name, one in study.sets(part).items():
+    for name, one in study.sets().items():
         if name in kept:
             continue
         fitted = pack(
@@ -75,10 +81,9 @@ def curves(study, run, rate, steps, part, seed):
             seq_len=corpus.seq_len,
             max_windows=0,
         )
-        params = soup.params["shared"]
-        if soup.num_experts:
-            params = soup.on_devices(soup.coefficients(h[name][None])[0])
-        kept[name] = curve(soup.model, params, fitted, one.scored, rate, steps, seed)
+        params = study_lib.theta(soup, h[name]) if soup.num_experts else soup.params["shared"]
+        scored = {part: study.windows(name, part) for part in PARTS}
+        kept[name] = curve(soup.model, params, fitted, scored, rate, steps, seed)
         files.write_json(path, kept)
     return kept
 
@@ -86,28 +91,32 @@ def curves(study, run, rate, steps, part, seed):
 def main():
     given = study_lib.arguments(
         __doc__,
-        pretraining=(1220, "steps of both"),
-        steps=(256, "of fine-tuning, at most"),
-        rates=("3e-4,1e-3,3e-3", "tried on the documents for tuning, with the first seed"),
+        pretraining=(610, "steps of both"),
+        steps=(64, "of fine-tuning, at most"),
+        rates=("1e-3,3e-3,1e-2", "of fine-tuning"),
     )
     study = study_lib.Study(given)
     steps = [0, *(1 << i for i in range(given.steps.bit_length()))]
-    runs = {
-        start: figure4.train(study, start, given.pretraining, study.seeds, figure4.RATES[start])
-        for start in STARTS
-    }
-    found, rates = {start: [] for start in STARTS}, {}
+    rates = [float(rate) for rate in given.rates.split(",")]
+    found, chosen = {}, {}
     for start in STARTS:
-        tried = {}
-        for rate in map(float, given.rates.split(",")):
-            run = runs[start][0]["model"]
-            last = curves(study, run, rate, [0, max(steps)], "tuning", study.seeds[0])
-            tried[rate] = float(np.mean([x[-1] for x in last.values()]))
-        rates[start] = min(tried, key=tried.__getitem__)
-        print(start, "rates:", ", ".join(f"{r:g} {x:.4f}" for r, x in tried.items()))
-        for seed, models in zip(study.seeds, runs[start]):
-            found[start].append(curves(study, models["model"], rates[start], steps, "final", seed))
-    report(study, steps, found, rates)
+        runs = study.train(start, num_steps=given.pretraining)
+        first = runs[(study.seeds[0],)]
+        tried = {r: curves(study, first, r, steps, study.seeds[0]) for r in rates}
+        mean = {r: np.mean([x["tuning"] for x in of.values()], axis=0) for r, of in tried.items()}
+        best = np.argmin([mean[rate] for rate in rates], axis=0)
+        chosen[start] = [rates[i] for i in best]
+        print(start, "rates by steps:", dict(zip(steps, chosen[start])))
+        found[start] = []
+        for (seed,), run in runs.items():
+            made = {r: curves(study, run, r, steps, seed) for r in set(chosen[start])}
+            found[start].append(
+                {
+                    name: [made[r][name]["final"][i] for i, r in enumerate(chosen[start])]
+                    for name in study.sets()
+                }
+            )
+    report(study, steps, found, chosen)
 
 
 def report(study, steps, found, rates):
