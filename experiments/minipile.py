@@ -124,6 +124,7 @@ def get_config(method: str = "soup") -> ConfigDict:
     cfg.batch_size = 16
     cfg.num_steps = 1220  # 5.0M tokens
     cfg.corpus.dir = "corpora/minipile"
+    cfg.corpus.max_chars = 1000  # 1.4 windows; docs/measured.md has it beside whole documents
     cfg.model.update({"num_layers": 2, "dim": 64, "hidden_dim": 192, "num_heads": 2})
     cfg.model.num_kv_heads = 2
     cfg.optimizer.learning_rate = 5.5e-3
