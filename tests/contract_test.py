@@ -27,10 +27,10 @@ TPU_SIZES = {"model.dim": 128, "model.hidden_dim": 256, "model.dtype": "bfloat16
 LARGE = {"vocab_size": 8192, "seq_len": 512, "batch_size": 64}
 
 
-def tpu_devices():
+def tpu_devices(num_slices=1):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: no TPU compiler (it is in the extra [plan])")
-    return target.find_target(tiny_config(), topology="v5e:2x4").devices
+    return target.find_target(tiny_config(), topology="v5e:2x4", num_slices=num_slices).devices
 
 
 def signature(collectives):
@@ -180,6 +180,28 @@ def test_tpu_step_moves_merged_models_and_small_sums_only():
     assert kinds.count("all-to-all") == 2 * len(jax.tree.leaves(many.step.state.params["shared"]))
     assert set(kinds) == {"all-to-all", "all-reduce"}
     assert sum(c.payload_bytes for c in sums) < 16 * MANY * MORE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_mixtures", "replica"), [(MORE, 16), (4, 4)])
+def test_what_crosses_slices_is_merged_models_whatever_the_experts(num_mixtures, replica):
+    fields = {"num_mixtures": num_mixtures, **TPU_SIZES, **LARGE}
+    few, many = pair(tpu_devices(num_slices=2), **fields)
+    assert many.step.mesh.shape["replica"] == replica
+    large = [
+        [c for c in one.collectives if c.num_slices > 1 and c.kind == "all-to-all"]
+        for one in (few, many)
+    ]
+    assert signature(large[0]) == signature(large[1])
+    # Half of each merged leaf of a device's mixtures comes from the other slice, in bfloat16, and
+    # half of its gradient goes back.
+    base_size = tree.num_params(many.step.state.params["shared"])
+    per_device = 2 * base_size * build.num_groups(many.cfg) / many.step.mesh.size
+    crossing = sum(c.crossing_bytes for c in large[1])
+    assert crossing == pytest.approx(2 * per_device / 2, rel=0.01)
+    rest = [sum(c.crossing_bytes for c in one.collectives) for one in (few, many)]
+    leaves = len(jax.tree.leaves(many.step.state.params["bank"]))
+    assert rest[1] - rest[0] <= 2 * 4 * leaves * num_mixtures * (MANY - FEW)
 
 
 @pytest.mark.slow

@@ -101,6 +101,37 @@ def test_one_line(line, kind, payload, group_size, moved):
     assert (found.times, found.in_loop) == (1, False)
 
 
+@pytest.mark.parametrize(
+    ("shape", "said", "kind", "group_size", "crossing"),
+    [
+        (
+            "bf16[16,8,128]{2,1,0:T(8,128)(2,1)}",
+            "_xla_megascale_target={{100000,100001,200000,200001}},"
+            '_xla_megascale_transfer_type="ALL_TO_ALL"',
+            "all-to-all",
+            4,
+            16384,
+        ),
+        (
+            "f32[1,2,128]{2,1,0:T(2,128)}",
+            '_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:7}",'
+            '_xla_megascale_transfer_type="ALL_REDUCE"',
+            "all-reduce",
+            2,
+            1024,
+        ),
+    ],
+)
+def test_what_a_slice_sends_to_another(shape, said, kind, group_size, crossing):
+    handler = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+    found = only(
+        f"  %s = ({shape}, u32[], token[]) send(%x, %after), channel_id=6, is_host_transfer=true, "
+        f"frontend_attributes={{{handler},{said}}}"
+    )
+    assert (found.kind, found.group_size, found.num_slices) == (kind, group_size, 2)
+    assert found.crossing_bytes == crossing
+
+
 def test_what_looks_like_a_collective_and_is_none():
     assert not hlo.collectives(
         program(

@@ -15,7 +15,7 @@ from conftest import tiny_config
 from soup_jax import tree
 from soup_jax.cli import main
 from soup_jax.errors import UserError
-from soup_jax.hardware import chips
+from soup_jax.hardware import chips, mesh
 from soup_jax.planning import abstract, plan, roofline, target, text
 from soup_jax.training import build
 from soup_jax.training import state as train_state
@@ -275,6 +275,7 @@ def test_a_compiler_that_runs_out_of_memory_tells_how_much_it_wanted():
         ({"topology": "v5e"}, "unknown topology 'v5e'; it is CHIP:SHAPE"),
         ({"topology": "v9:4x4"}, "unknown topology 'v9:4x4'.*v4:2x2x4"),
         ({"topology": "v5e:4x4", "chip": "v5e"}, "leave --chip/--num_devices out"),
+        ({"num_slices": 2}, "--slices counts those of --topology"),
         ({"chip": "H201"}, "unknown chip 'H201'"),
         ({"chip": "H200", "num_devices": 9}, "set XLA_FLAGS="),
         ({}, r"nothing is known of the devices found here \(cpu\)"),
@@ -307,6 +308,17 @@ def test_topologies_have_one_device_a_chip(topology, count):
     assert len(found.devices) == count
     assert chips.from_kind(found.devices[0].device_kind) == found.chip
     assert not found.approximate
+
+
+@NEEDS_LIBTPU
+def test_groups_of_devices_stay_inside_a_slice_and_along_its_links():
+    found = target.find_target(tiny_config(), topology="v5e:4x4", num_slices=2)
+    assert (len(found.devices), found.name) == (32, "32 x v5e (2 x v5e:4x4)")
+    cfg = mesh.MeshConfig(num_groups=8, rows_per_group=4, fsdp=4)
+    for group in mesh.make_mesh(cfg, found.devices).devices:
+        assert len({d.slice_index for d in group}) == 1
+        # A row of the torus.
+        assert len({tuple(d.coords[1:]) for d in group}) == 1
 
 
 @NEEDS_LIBTPU

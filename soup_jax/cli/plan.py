@@ -20,6 +20,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     string = flags.DEFINE_string
     string("topology", "", "TPU slice to compile for, such as v5e:4x4", flag_values=values)
     string("chip", "", "chip to plan for, such as H200; default: what is here", flag_values=values)
+    flags.DEFINE_integer("slices", 1, "how many such slices", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
         "num_devices", 0, "how many; default: what is here, or 1", lower_bound=0, flag_values=values
     )
@@ -46,7 +47,11 @@ def run(values: flags.FlagValues) -> int:
     from soup_jax.planning.target import find_target
 
     target = find_target(
-        cfg, topology=values.topology, chip=values.chip, num_devices=values.num_devices
+        cfg,
+        topology=values.topology,
+        num_slices=values.slices,
+        chip=values.chip,
+        num_devices=values.num_devices,
     )
     plan = make_plan(cfg, target)
     print(text.to_text(plan))

@@ -29,7 +29,8 @@ class Chip:
       memory_gbs: bandwidth of its memory, 10^9 bytes a second.
       interconnect_gbs: to its neighbours, 10^9 bytes a second in one direction.
       domain: GPUs that share NVLink; 0: the interconnect spans the whole slice.
-      network_gbs: of one GPU to other domains, 10^9 bytes a second in one direction.
+      network_gbs: of one chip to other domains or slices, 10^9 bytes a second in one direction; 0:
+        not known.
       aliases: other names that users may give.
     """
 
@@ -66,13 +67,14 @@ def _gpu(name: str, kinds: tuple[str, ...], *numbers: float, aliases: tuple[str,
 
 _H100_SXM = ("H100-SXM", "H100-80GB")
 
-# Networks: what the vendor's own servers have, one 200 or 400 Gbit/s adapter a GPU. The PCIe cards
+# Networks: what the vendor's own servers have, one 200 or 400 Gbit/s adapter a GPU; of TPUs, what
+# the cloud's pages give a pod or a chip of the data-centre network. The PCIe cards
 # A100 and H100 are taken without NVLink bridges: their bus is their interconnect.
 CHIPS = (
     Chip("v4", ("TPU v4",), "tpu", 32, 275, 275 / 6, 1228, 300),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 16, 197, 197 / 6, 819, 200),
-    Chip("v5p", ("TPU v5p", "TPU v5"), "tpu", 95, 459, 459 / 6, 2765, 600),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 32, 918, 918 / 6, 1640, 448),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 16, 197, 197 / 6, 819, 200, 0, 3.125),
+    Chip("v5p", ("TPU v5p", "TPU v5"), "tpu", 95, 459, 459 / 6, 2765, 600, 0, 6.25),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 32, 918, 918 / 6, 1640, 448, 0, 12.5),
     _gpu("A100-40GB", ("A100-SXM4-40GB",), 40, 312, 19.5, 1555, 300, 8, 25, aliases=("A100-40",)),
     _gpu("A100-80GB", ("A100-SXM4-80GB",), 80, 312, 19.5, 2039, 300, 8, 25, aliases=("A100-80",)),
     _gpu("A100-PCIe-40GB", ("A100-PCIE-40GB",), 40, 312, 19.5, 1555, 32, 8, 25),

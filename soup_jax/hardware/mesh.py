@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from soup_jax.errors import UserError
@@ -53,7 +54,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     """The (replica, fsdp) mesh over `devices` (default: all of them).
 
     Devices of one slice, which a fast network joins, lie side by side: as long as `fsdp` divides a
-    slice, a group of devices stays inside it.
+    slice, a group of devices stays inside it, and slices have different mixtures. On TPUs `fsdp`
+    runs along links of the torus, where the sizes allow it.
 
     Raises:
       UserError: the platform or the number of devices is not what is asked for, or the sizes do
@@ -91,4 +93,17 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
             f"the {cfg.rows_per_group} rows of a micro-batch of one mixture (batch_size / mixtures "
             f"/ grad_accumulation) do not divide over mesh.fsdp = {fsdp} devices"
         )
-    return Mesh(np.asarray(devices).reshape(replica, fsdp), AXES)
+    return Mesh(_arranged(devices, replica, fsdp), AXES)
+
+
+def _arranged(devices: list[jax.Device], replica: int, fsdp: int) -> np.ndarray:
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if devices[0].platform != "tpu" or replica % slices:
+        return np.asarray(devices).reshape(replica, fsdp)
+    shape = (replica // slices, fsdp)
+    return np.concatenate(
+        [
+            mesh_utils.create_device_mesh(shape, list(part), allow_split_physical_axes=True)
+            for part in np.asarray(devices).reshape(slices, -1)
+        ]
+    )

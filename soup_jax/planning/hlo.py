@@ -6,6 +6,9 @@ This module looks at text only, so programs for chips that are not present are a
 Bytes are counted per device and step. `payload_bytes` is the larger of what a device puts in and
 what it gets out; `moved_bytes` what it sends if the operation runs as a ring: (g - 1) / g of the
 payload among g devices, twice that for an all-reduce, all of it for a permutation.
+
+A program for several TPU slices hands what crosses them to its hosts: a collective over slices is a
+send and a receive to a runtime there ("megascale"), which says the kind and the devices.
 """
 
 import collections
@@ -43,6 +46,7 @@ class Collective:
       shapes: what a device gets out, as in "bf16[16,128]".
       payload_bytes: of what it gets out, or of what it puts in if that is more; once.
       group_size: devices that exchange with each other.
+      num_slices: slices, joined by the data-centre network, among which these are.
       times: how often a step runs it: the product of the trip counts of the loops around it.
       in_loop: whether it stands inside a loop.
       known_times: False if a loop around it has a trip count that the text does not tell; `times`
@@ -54,6 +58,7 @@ class Collective:
     shapes: tuple[str, ...]
     payload_bytes: int
     group_size: int
+    num_slices: int = 1
     times: int = 1
     in_loop: bool = False
     known_times: bool = True
@@ -65,6 +70,15 @@ class Collective:
         others = (self.group_size - 1) / max(self.group_size, 1)
         share = {"all-reduce": 2 * others, "collective-permute": 1.0}.get(self.kind, others)
         return self.times * self.payload_bytes * share
+
+    @property
+    def crossing_bytes(self) -> float:
+        """Bytes of these that go to another slice."""
+        if self.num_slices == 1:
+            return 0.0
+        if self.kind == "all-to-all":  # to all devices alike
+            return self.times * self.payload_bytes * (1 - 1 / self.num_slices)
+        return self.moved_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +202,8 @@ def _elements(kind: str) -> list[str]:
 
 
 def _collective(instruction: _Instruction, num_devices: int) -> Collective | None:
+    if instruction.opcode == "send":
+        return _over_slices(instruction)
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
@@ -199,13 +215,50 @@ def _collective(instruction: _Instruction, num_devices: int) -> Collective | Non
     group_size = _group_size(instruction.rest, num_devices)
     if kind == "reduce-scatter":
         size *= group_size
-    name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.rest)
     return Collective(
         kind=kind,
-        shapes=tuple(f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(output)),
+        shapes=_shapes(output),
         payload_bytes=size,
         group_size=group_size,
-        op_name=name[1] if name else "",
+        op_name=_op_name(instruction),
+    )
+
+
+def _shapes(kind: str) -> tuple[str, ...]:
+    return tuple(f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(kind))
+
+
+def _op_name(instruction: _Instruction) -> str:
+    name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.rest)
+    return name[1] if name else ""
+
+
+def _over_slices(instruction: _Instruction) -> Collective | None:
+    # Devices are written as a product, {1,2}x{0:7}: each with those of its place in other slices,
+    # or as groups, {{100000,100001,200000,200001}}: slice and place in one number.
+    said = dict(
+        re.findall(
+            r'_xla_megascale_(transfer_type|target)="?([A-Z_]+|\{[^"]*?\})[",]', instruction.rest
+        )
+    )
+    if "transfer_type" not in said:
+        return None
+    kind = said["transfer_type"].lower().replace("_", "-")
+    target = said.get("target", "")
+    product = re.match(r"\{([\d,]+)\}x", target)
+    if product:
+        slices = group = len(product[1].split(","))
+    else:
+        devices = [int(d) for d in re.findall(r"\d+", target.partition("}")[0])]
+        slices, group = len({d // 100_000 for d in devices}), len(devices)
+    sent = _elements(instruction.type)[0]
+    return Collective(
+        kind="collective-permute" if kind == "one-to-one" else kind,
+        shapes=_shapes(sent),
+        payload_bytes=shape_bytes(sent),
+        group_size=group,
+        num_slices=max(slices, 2),
+        op_name=_op_name(instruction),
     )
 
 

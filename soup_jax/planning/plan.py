@@ -136,6 +136,7 @@ def make_plan(cfg: ConfigDict, target: Target, *, model: BaseModel | None = None
     limit = int(target.chip.memory_gb * 1e9)
     found = hlo.collectives(text) if text else []
     moved = sum(hlo.total_bytes(found).values())
+    crossing = sum(c.crossing_bytes for c in found)
     return Plan(
         config=cfg.name,
         target=target.name,
@@ -152,7 +153,7 @@ def make_plan(cfg: ConfigDict, target: Target, *, model: BaseModel | None = None
         memory_bytes=limit,
         flops=roofline_lib.step_flops(on_target, step),
         collectives=found,
-        roofline=roofline_lib.roofline(on_target, step, target.chip, moved),
+        roofline=roofline_lib.roofline(on_target, step, target.chip, moved, crossing),
         changes=changes(on_target, step) if total > limit else [],
     )
 

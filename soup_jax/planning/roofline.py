@@ -57,31 +57,38 @@ def bank_traffic(cfg: ConfigDict, step: AbstractStep) -> float:
 
 
 def roofline(
-    cfg: ConfigDict, step: AbstractStep, chip: Chip, moved: float
+    cfg: ConfigDict, step: AbstractStep, chip: Chip, moved: float, crossing: float = 0.0
 ) -> dict[str, float | None]:
     """Seconds per step at the chip's data-sheet rates, tokens per second and MFU.
 
     Args:
       moved: bytes that a device sends in one step.
+      crossing: those of them that go to another slice.
 
     Returns:
       seconds of "compute" (recomputation of remat included), "bank" (the slower of its memory
       traffic and its FLOPs) and "exchange"; "seconds_at_least", if the three overlap completely,
       and "seconds_in_turn", if they do not; "tokens_per_second" and "mfu", of the latter. All but
-      "bank" and "exchange" are None if the network's FLOPs are not known.
+      "bank" and "exchange" are None if the network's FLOPs are not known, and all but "compute" and
+      "bank" if bytes cross slices at a rate that is not known.
     """
     count, flops = step.mesh.size, step_flops(cfg, step)
     model_flops, bank_flops = flops.values()
     # The bank's sums are float32 whatever it is stored in.
     bank_peak = chip.float32_tflops * 1e12 * count
     bank = max(bank_traffic(cfg, step) / (chip.memory_gbs * 1e9), bank_flops / bank_peak)
-    exchange = moved / (chip.exchange_gbs(count) * 1e9)
+    names = ("compute", "seconds_at_least", "seconds_in_turn", "tokens_per_second", "mfu")
+    exchange = None
+    if not crossing or chip.network_gbs:
+        exchange = (moved - crossing) / (chip.exchange_gbs(count) * 1e9)
+        exchange += crossing / (chip.network_gbs * 1e9) if crossing else 0.0
     if not model_flops:
-        names = ("compute", "seconds_at_least", "seconds_in_turn", "tokens_per_second", "mfu")
         return {**dict.fromkeys(names), "bank": bank, "exchange": exchange}
     peak = chip.peak_tflops * 1e12 * count
     recomputed = {"none": 1.0, "dots": 1.0, "full": 4 / 3}[cfg.model.remat]
     compute = recomputed * model_flops / peak
+    if exchange is None:
+        return {**dict.fromkeys(names), "compute": compute, "bank": bank, "exchange": None}
     in_turn = compute + bank + exchange
     return {
         "compute": compute,

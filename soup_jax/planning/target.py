@@ -39,9 +39,17 @@ class Target:
 
 
 def find_target(
-    cfg: ConfigDict, *, topology: str = "", chip: str = "", num_devices: int = 0
+    cfg: ConfigDict,
+    *,
+    topology: str = "",
+    num_slices: int = 1,
+    chip: str = "",
+    num_devices: int = 0,
 ) -> Target:
     """The devices to plan for: a TPU topology, a named chip, or what is present.
+
+    Args:
+      num_slices: of that topology, joined by the data-centre network.
 
     Raises:
       UserError: an unknown topology or chip; libtpu is missing; or the devices are not those that
@@ -49,8 +57,10 @@ def find_target(
     """
     if topology and (chip or num_devices):
         raise UserError("--topology names chips and their number; leave --chip/--num_devices out")
+    if num_slices > 1 and not topology:
+        raise UserError("--slices counts those of --topology: name it, as in --topology=v5e:4x4")
     if topology:
-        target = _tpu_slice(topology)
+        target = _tpu_slices(topology, num_slices)
     elif chip:
         target = _chips(chips.find(chip), num_devices or cfg.mesh.num_devices or 1)
     else:
@@ -63,7 +73,7 @@ def find_target(
     return target
 
 
-def _tpu_slice(topology: str) -> Target:
+def _tpu_slices(topology: str, num_slices: int) -> Target:
     generation, _, shape = topology.partition(":")
     known = [c.name for c in chips.CHIPS if c.platform == "tpu"]
     if generation not in known or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
@@ -79,7 +89,7 @@ def _tpu_slice(topology: str) -> Target:
     os.environ.update(_quiet_libtpu(os.environ))
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
     if generation == "v4":  # one device per chip, as on a TPU VM, not one per core
         options["chip_config_name"] = "megacore"
     if set(shape.split("x")) == {"1"}:  # libtpu takes the hosts of a slice to have four chips
@@ -92,7 +102,8 @@ def _tpu_slice(topology: str) -> Target:
             f"examples are {', '.join(TOPOLOGY_EXAMPLES)}"
         ) from e
     devices = slice_.devices
-    return Target(chips.find(generation), f"{len(devices)} x {generation} ({topology})", devices)
+    shown = f"{num_slices} x {topology}" if num_slices > 1 else topology
+    return Target(chips.find(generation), f"{len(devices)} x {generation} ({shown})", devices)
 
 
 def _quiet_libtpu(environment: Mapping[str, str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     del values["merged_leaves"], values["factors"]
     for collective, found in zip(values["collectives"], plan.collectives):
         collective["moved_bytes"] = found.moved_bytes
+        collective["crossing_bytes"] = found.crossing_bytes
         collective["what"] = _what(plan, found)
     values["fits"] = plan.fits
     return values
@@ -78,15 +79,20 @@ def _traffic_lines(plan: Plan) -> list[str]:
         return ["collectives: none"]
     groups: dict[tuple[Any, ...], list[hlo.Collective]] = collections.defaultdict(list)
     for c in plan.collectives:
-        groups[c.kind, c.group_size, c.in_loop, _what(plan, c)].append(c)
+        groups[c.kind, c.group_size, c.num_slices, c.in_loop, _what(plan, c)].append(c)
     lines = [f"{'collectives of a step':<22}{'count':>7}{'devices':>9}{'sent, MB':>10}  what"]
-    for (kind, size, in_loop, what), found in sorted(groups.items()):
+    for (kind, size, slices, in_loop, what), found in sorted(groups.items()):
         count, sent = sum(c.times for c in found), sum(c.moved_bytes for c in found)
+        if slices > 1:
+            what += f" (over {slices} slices)"
         if in_loop:
             what += " (in a loop)" if all(c.known_times for c in found) else " (per iteration)"
         lines.append(f"  {kind:<20}{count:>7}{size:>9}{sent / 1e6:>10.3f}  {what}")
     total = sum(c.moved_bytes for c in plan.collectives)
-    return [*lines, f"  {'sent by a device':<36}{total / 1e6:>10.3f}"]
+    lines.append(f"  {'sent by a device':<36}{total / 1e6:>10.3f}")
+    if crossing := sum(c.crossing_bytes for c in plan.collectives):
+        lines.append(f"  {'of it to other slices':<36}{crossing / 1e6:>10.3f}")
+    return lines
 
 
 def _time_lines(plan: Plan) -> list[str]:
