@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from soup_jax import soup
+from soup_jax import soup, tree
 from soup_jax.config import schema as config_lib
 from soup_jax.errors import UserError
 from soup_jax.specialists import open as open_lib
@@ -26,8 +26,8 @@ def start(workdir, corpus, **fields):
     return run
 
 
-def saved(workdir, corpus, step=5):
-    run = start(workdir, corpus)
+def saved(workdir, corpus, step=5, **fields):
+    run = start(workdir, corpus, **fields)
     with Checkpointer(workdir / "checkpoints", run.cfg) as checkpointer:
         checkpointer.save(run.init(), run.data_state(step))
     return run
@@ -166,6 +166,25 @@ def test_damaged_records_of_a_run_are_told(name, text, message, tiny_corpus, tmp
 def test_an_empty_folder_starts_from_the_seed(tiny_corpus, tmp_path):
     state = restore(start(tmp_path, tiny_corpus))
     assert (int(state.step), int(state.bad_step)) == (0, -1)
+
+
+def test_a_run_without_experts_gives_a_soup_its_shared_parameters(tiny_corpus, tmp_path):
+    generic = {"num_experts": 0, "num_mixtures": 1, "seed": 7}
+    generic |= {"domain_weights.sparse": 0.0, "domain_weights.generic": 1.0}
+    source = saved(tmp_path / "generic", tiny_corpus, **generic)
+    place = str(tmp_path / "generic")
+    run = start(tmp_path / "run", tiny_corpus, **{"checkpoint.init_from": place})
+    run_lib.read_initial(run)
+    state, fresh = restore(run), run.init()
+    wanted = source.init().params["shared"]
+    jax.tree.map(np.testing.assert_array_equal, state.params["shared"], wanted)
+    assert not np.array_equal(wanted["embedding"], fresh.params["shared"]["embedding"])
+    for part in ("bank", "router"):
+        have, want = (tree.flatten(s.params[part]) for s in (state, fresh))
+        for path in want.keys() | have.keys():
+            np.testing.assert_allclose(have[path], want[path], rtol=1e-5, err_msg=path)
+    (_, (_, origin)) = next(iter(run.changes.items()))
+    assert (origin["run"], origin["step"]) == (place, 5)
 
 
 def test_a_llama_of_transformers_is_every_specialist_at_step_0(tiny_corpus, tmp_path):

@@ -213,7 +213,8 @@ def _check_new(new: bool, check: Callable[..., None], *arguments: Any) -> None:
 def read_initial(run: Run) -> None:
     """Read the parameters of `checkpoint.init_from`, unless the workdir has a checkpoint.
 
-    Of a run they are all; of a model of transformers, the shared ones.
+    Of a run they are all; of one without experts, whose soup this becomes, and of a model of
+    transformers, the shared ones.
 
     Raises:
       UserError: no run, checkpoint or model there, or its parameters have another structure.
@@ -247,7 +248,11 @@ def read_initial(run: Run) -> None:
     else:
         with checkpoint_lib.Checkpointer(places.checkpoints(cfg.init_from)) as reader:
             wanted = cfg.init_step or None
-            run.initial, step = reader.restore_params(run.abstract.params, step=wanted)
+            parts, own = run.abstract.params, run.cfg.num_experts
+            if own and not config_lib.load(config).num_experts:
+                parts = {name: x if name == "shared" else {} for name, x in parts.items()}
+            found, step = reader.restore_params(parts, step=wanted)
+            run.initial = {name: x for name, x in found.items() if parts[name]}
             corpus = reader.data(step)["fingerprint"]["corpus"]
         if corpus != run.corpus.fingerprint:
             _log.warning("%s was trained on another corpus: its domains meant other text", source)
