@@ -219,6 +219,8 @@ FIELDS = (
     free("log.every_steps", 20, "metrics.jsonl, trackers and the progress bar", at_least=1),
     free("log.trackers", ("tensorboard",),
          'beside metrics.jsonl: tensorboard, wandb, trackio or "package.module:make"'),
+    free("log.profile", (),
+         "first and last step, counted from 1, of which a profiler trace goes to RUN/profile"),
     free("log.peak_tflops", 0.0, "of one device, for MFU; 0: as known of the chip, else no MFU",
          at_least=0),
 

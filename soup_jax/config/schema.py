@@ -205,6 +205,11 @@ def _check_combinations(cfg: ConfigDict) -> None:
         all(isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], str) for a in cfg.model.args),
         f"model.args must be a tuple of (name, value) pairs, not {cfg.model.args!r}",
     )
+    steps = cfg.log.profile
+    _need(
+        not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+        f"log.profile = {steps!r} must be the first and the last step of a trace, as in (20, 24)",
+    )
     weights = cfg.domain_weights
     _need(
         all(_is_component(c) for c in weights.components),

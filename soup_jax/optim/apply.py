@@ -81,10 +81,11 @@ def apply_update(
     grads = SoupGrads(**parts, alpha_ME=alpha_ME)
 
     base = _base(params)
-    updates, base_state = shared_optimizer(config).update(
-        {"shared": grads.shared, "router": grads.router}, state["base"], base
-    )
-    new = dict(optax.apply_updates(base, updates))
+    with jax.named_scope("update_shared"):
+        updates, base_state = shared_optimizer(config).update(
+            {"shared": grads.shared, "router": grads.router}, state["base"], base
+        )
+        new = dict(optax.apply_updates(base, updates))
     new, base_state = jax.tree.map(
         lambda a, b: jnp.where(good, a, b), (new, base_state), (base, state["base"])
     )
@@ -104,6 +105,7 @@ def apply_update(
     return {**new, "bank": bank}, {"base": base_state, "bank": bank_state}, info
 
 
+@jax.named_scope("update_bank")
 def _update_bank(
     config: OptimizerConfig,
     bank: Params,

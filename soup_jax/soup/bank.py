@@ -160,6 +160,7 @@ def combine(
     }
 
 
+@jax.named_scope("bank_gradients")
 def gradients(
     merged: Params, bank: Params, alpha_ME: Array, *, mesh: Mesh | None = None
 ) -> tuple[Array, Params]:

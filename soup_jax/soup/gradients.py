@@ -130,6 +130,7 @@ def value_and_grad(
     return (loss_sum * inverse, row_stats), grads
 
 
+@jax.named_scope("forward_backward")
 def _merged_gradients(
     theta_M: Params,
     rows: Mapping[str, Array],

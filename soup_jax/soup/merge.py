@@ -15,6 +15,7 @@ from soup_jax.soup import bank as bank_lib
 from soup_jax.soup import layout
 
 
+@jax.named_scope("merge")
 def merge_many(
     shared: Params,
     bank: Params,

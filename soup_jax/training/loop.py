@@ -44,9 +44,9 @@ from soup_jax.training.setup import (
     setup,
 )
 from soup_jax.training.state import TrainState
+from soup_jax.training.trace import traced
 
 _log = logging.getLogger(__name__)
-
 
 # Steps that the host may send before an earlier one is done: one to run, and one to follow it.
 _AHEAD = 2
@@ -219,7 +219,7 @@ class _Loop:
         self.bar = tqdm(total=cfg.num_steps, initial=start, unit="step", disable=not shown)
         with self.bar:
             self._make_up_evaluation(state, start)
-            for step in range(start, cfg.num_steps):
+            for step in traced(range(start, cfg.num_steps), cfg, run.workdir, self._sent):
                 if not self.group.enter(step):
                     self._stop(state, step)
                 self.group.at("reading data")
