@@ -348,6 +348,21 @@ def test_a_score_of_a_step_before_the_last_counts_for_nothing(tmp_path):
         assert found.numbers == ({"specialist": 2.0} if scored else {})
 
 
+def test_points_may_set_what_the_base_config_lacks(tmp_path, tiny_corpus, capsys):
+    config = pathlib.Path(__file__).parents[1] / "experiments" / "paper" / "methods.py"
+    command = ["sweep", f"--config={config}:fixed", f"--workdir={tmp_path}", "--dry_run"]
+    sizes = {"corpus.dir": tiny_corpus, "vocab_size": 400, "seq_len": 32, "num_domains": 6}
+    sizes |= {"domain_weights.support_size": 6}
+    command += [points.argument(name, value) for name, value in sizes.items()]
+    paths = [tmp_path / f"{k}.json" for k in range(2)]
+    for k, path in enumerate(paths):
+        path.write_text(json.dumps(np.eye(6)[k].tolist()))
+    assert main.run([*command, f"--sweep.domain_weights.path={paths[0]},{paths[1]}"]) == 0
+    assert f"--config.domain_weights.path={paths[1]}" in capsys.readouterr().out
+    assert main.run([*command, "--sweep.seed=0,1"]) == 2
+    assert "point 1 of 2 (seed = 0)" in capsys.readouterr().err
+
+
 def test_a_point_whose_config_was_edited_since_it_was_checked_is_not_trained(tmp_path, capsys):
     made, point, cfg = one_point(tmp_path)
     file = tmp_path / "c.py"
