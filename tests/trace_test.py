@@ -48,7 +48,7 @@ def test_a_trace_of_the_steps_asked_for(first_step, stop_after, expected, tmp_pa
     assert sorted(steps) == expected
 
 
-@pytest.mark.parametrize("steps", [(5,), (0, 3), (6, 5)])
+@pytest.mark.parametrize("steps", [(5,), (0, 3), (6, 5), ("5", "6")])
 def test_steps_that_are_none_are_refused(steps):
     with pytest.raises(UserError, match=r"log\.profile = .* must be the first and the last step"):
         schema.check(tiny_config(**{"log.profile": steps}))

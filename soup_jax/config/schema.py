@@ -207,7 +207,8 @@ def _check_combinations(cfg: ConfigDict) -> None:
     )
     steps = cfg.log.profile
     _need(
-        not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+        not steps
+        or (len(steps) == 2 and all(type(s) is int for s in steps) and 1 <= steps[0] <= steps[1]),
         f"log.profile = {steps!r} must be the first and the last step of a trace, as in (20, 24)",
     )
     weights = cfg.domain_weights
