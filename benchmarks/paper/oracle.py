@@ -33,11 +33,13 @@ from soup_jax.data.meta_distribution import from_config
 NUM_DOMAINS = 64
 
 
-def mixtures(study, seed):
-    """{name: h_K} of 24."""
+def mixtures(study, seed, few):
+    """{name: h_K} of 24, or of the specialists alone."""
     g = study.corpus(NUM_DOMAINS).domain_frequencies
-    found = {f"sparse{i}": h for i, h in enumerate(drawn(study, 8, seed))}
     h = study.h(NUM_DOMAINS)
+    if few:
+        return {name: h[name] for name in study.sets()}
+    found = {f"sparse{i}": h for i, h in enumerate(drawn(study, 8, seed))}
     found |= {name: h[name] for name in list(study.sets())[::2][:8]}
     large = np.argsort(-g)[np.linspace(0, len(g) - 1, 6).astype(int)]
     found |= {f"domain{k}": np.eye(NUM_DOMAINS)[k] for k in large}
@@ -147,19 +149,20 @@ def main():
     given = study_lib.arguments(
         __doc__,
         steps=(610, "of every model"),
-        proxies=("6,12,24", "numbers of models of the regressions"),
+        proxies=("6,12,24", "numbers of models of the regressions; empty: none"),
+        few=(0, "1: the histograms of all specialists instead, which need no further training"),
         mix=(0, "1: train on mix"),
     )
     study = study_lib.Study(given)
     seed, steps = study.seeds[0], given.steps
-    chosen = mixtures(study, seed)
+    chosen = mixtures(study, seed, given.few)
     _, crisp = variants.references(study, [seed], {"num_steps": steps})
     others = {n: h for n, h in chosen.items() if n not in study.sets()}
-    real = losses(study, others, "mixture", steps, seed)
+    real = losses(study, others, "mixture", steps, seed) if others else {}
     real |= {n: study.scores(crisp[(seed, n)], "specialist") for n in chosen if n in study.sets()}
     run = study.train("soup", seeds=[seed], num_steps=steps)[(seed,)]
     guesses = {"soup": predicted(study, run, chosen)}
-    for number in map(int, given.proxies.split(",")):
+    for number in map(int, filter(None, given.proxies.split(","))):
         guesses[f"regression {number}"] = regression(study, chosen, number, steps, seed)
     result = {"mixtures": {n: list(map(float, h)) for n, h in chosen.items()}, "real": real}
     result |= {"predicted": guesses, "compared": {}}
@@ -175,7 +178,8 @@ def main():
         print("\n| set | natural | histogram | mix |\n| --- | --- | --- | --- |")
         for name, loss in mixed.items():
             print(f"| {name} | {real['natural'][name]:.4f} | {real[name][name]:.4f} | {loss:.4f} |")
-    files.write_json(study.out / f"oracle-{steps}-{seed}.json", files.nulled(result))
+    name = f"oracle-{'few-' * bool(given.few)}{steps}-{seed}.json"
+    files.write_json(study.out / name, files.nulled(result))
 
 
 def table(study, real, names, found):
