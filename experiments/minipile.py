@@ -11,8 +11,8 @@ forums, news, law, code, mathematics, science and more) and one file per special
 documents. Base network 0.24M parameters, 16 dense experts, 64 domains, 5.0M tokens; 6 to 15 minutes
 a run on two cores that other work shared. Documents are cut into pieces of 1,000 characters, which
 gains 0.06 nats (docs/measured.md). All figures below are from before that, of whole documents
-(`--config.corpus.max_chars=1000000`). Three runs of each kind, `--config.seed=0`, 1 and 2; means over
-the three, on the part of the documents that no setting was chosen on (`evaluate
+(`--config.corpus.max_chars=1000000`). Three runs of each kind, `--config.seed=0`, 1 and 2; means
+over the three, on the part of the documents that no setting was chosen on (`evaluate
 --part=final`, the default), 256 windows a set:
 
                         specialist   generic_h     shared    generic

@@ -120,6 +120,21 @@ def test_one_line(line, kind, payload, group_size, moved):
             2,
             1024,
         ),
+        (
+            "f32[24,16]{1,0:T(8,128)}",
+            '_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"',
+            "all-gather",
+            4,
+            3 * 1536,
+        ),
+        (
+            "f32[24,16]{1,0:T(8,128)}",
+            "_xla_megascale_target={{100001->200000},{100002->300000}},"
+            '_xla_megascale_transfer_type="ONE_TO_ONE"',
+            "collective-permute",
+            2,
+            1536,
+        ),
     ],
 )
 def test_what_a_slice_sends_to_another(shape, said, kind, group_size, crossing):
@@ -128,8 +143,17 @@ def test_what_a_slice_sends_to_another(shape, said, kind, group_size, crossing):
         f"  %s = ({shape}, u32[], token[]) send(%x, %after), channel_id=6, is_host_transfer=true, "
         f"frontend_attributes={{{handler},{said}}}"
     )
-    assert (found.kind, found.group_size, found.num_slices) == (kind, group_size, 2)
+    assert (found.kind, found.group_size) == (kind, group_size)
+    assert found.num_slices == (2 if kind == "all-to-all" else group_size)
     assert found.crossing_bytes == crossing
+
+
+def test_a_transfer_to_unknown_devices_is_no_guess():
+    with pytest.raises(RuntimeError, match="between slices to unknown devices"):
+        only(
+            "  %s = (f32[8]{0}, u32[], token[]) send(%x, %after), channel_id=6, "
+            'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+        )
 
 
 def test_what_looks_like_a_collective_and_is_none():

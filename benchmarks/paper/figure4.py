@@ -107,7 +107,11 @@ def _one(study, run, column, part):
 
 
 def _experts(study, method, models, part):
-    path = models[0].parent / f"experts-{part}-{study.given.windows}-{models[0].name[-9:]}.json"
+    windows = "".join(
+        study.digest(name, part) for name in [*study.sets(part), study_lib.VALIDATION]
+    )
+    key = files.sha256_bytes(windows.encode())[:8]
+    path = models[0].parent / f"experts-{part}-{key}-{models[0].name[-8:]}.json"
     if path.exists():
         return json.loads(path.read_text())
     soups = [study.open(models[k]) for k in range(NUM_DOMAINS)]

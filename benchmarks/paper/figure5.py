@@ -67,7 +67,9 @@ def curve(model, params, fitted, scored, rate, steps, seed):
 
 def curves(study, run, rate, steps, seed):
     """{set: {part: losses}} from the specialists of a run."""
-    path = run / f"figure5-{rate:g}-{max(steps)}-{study.given.windows}.json"
+    windows = "".join(study.digest(name, part) for name in study.sets() for part in PARTS)
+    key = files.sha256_bytes(windows.encode())[:8]
+    path = run / f"figure5-{rate:g}-{max(steps)}-{key}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     soup = study.open(run).resident()
     corpus, h = study.corpus(64), study.h(64)

@@ -12,7 +12,8 @@ validation text and on every specialist's documents stand
                   a ridge regression from h for each set, its strength chosen by leaving one out
 
 with the rank correlation over the mixtures (Spearman), and the error that is left after a line that
-does not fall, from prediction to loss, fitted on all mixtures but the one that is predicted. A
+does not fall, from prediction to loss, fitted on all mixtures but the one that is predicted. The
+mixture of a set itself does not count for that set. Spread is the standard deviation. A
 second table leaves out mixtures with a tenth of their weight on domains that the training sees more
 than ten times. `--mix=1` adds models trained on what `soup-jax mix` finds for each of eight
 specialists, against the natural frequencies and the histogram.
@@ -70,7 +71,8 @@ def losses(study, chosen, tag, steps, seed):
 
 def predicted(study, run, chosen):
     """{mixture: {set: loss}} of a soup, merged at each."""
-    text = files.json_text([study.given.windows, {n: list(h) for n, h in chosen.items()}])
+    windows = {s: study.digest(s) for s in scored(study)}
+    text = files.json_text([windows, {n: list(h) for n, h in chosen.items()}])
     path = run / f"oracle-{files.sha256_bytes(text.encode())[:8]}.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -107,8 +109,9 @@ def compare(study, real, guess, names):
     """{set: (rank correlation, error after a line)}; a guess that is constant has no rank."""
     out = {}
     for s in scored(study):
-        y = np.array([real[n][s] for n in names])
-        x = np.array([guess[n][s] for n in names])
+        others = [n for n in names if n != s]
+        y = np.array([real[n][s] for n in others])
+        x = np.array([guess[n][s] for n in others])
         rest = [y[i] - _line(np.delete(x, i), np.delete(y, i), x[i]) for i in range(len(y))]
         rank = stats.spearmanr(x, y).statistic if np.ptp(x) else 0.0
         out[s] = (float(rank), float(np.sqrt(np.mean(np.square(rest)))))
@@ -188,7 +191,7 @@ def table(study, real, names, found):
     out.append("| --- " * (2 + 2 * len(found)) + "|")
     rows = {s: [x for one in found.values() for x in one[s]] for s in scored(study)}
     rows["mean of specialists"] = np.mean([rows[s] for s in study.sets()], axis=0)
-    spread = {s: float(np.std([real[n][s] for n in names])) for s in scored(study)}
+    spread = {s: float(np.std([real[n][s] for n in names if n != s])) for s in scored(study)}
     spread["mean of specialists"] = np.mean([spread[s] for s in study.sets()])
     for s, cells in rows.items():
         out.append(f"| {s} | {spread[s]:.3f} | " + " | ".join(f"{x:.3f}" for x in cells) + " |")

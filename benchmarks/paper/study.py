@@ -1,8 +1,9 @@
 """What the studies of this folder share: a corpus, runs trained by `soup-jax sweep`, and scores.
 
 A study lies in a folder, and every command goes on where it was: runs that are done are not trained
-again, studies share them, and scores are kept beside the run (scores.json). A run's folder is named
-by all in which its config differs from that of its method. DATA has a folder `generic` of source
+again, studies share them, and scores are kept beside the run (scores.json), by the windows that
+were scored. A run's folder is named by size, corpus, and all in which its config differs from that
+of its method. DATA has a folder `generic` of source
 files and a folder `specialists` with one file of documents for each specialist.
 
 Scores are nats per token. Documents of a specialist are split as `soup-jax evaluate` splits them:
@@ -125,7 +126,9 @@ class Study:
         given = {"optimizer.warmup_steps": min(100, max(steps // 10, 1)), **given}
         given = {name: value for name, value in given.items() if value != cfg[name]}
         axes = {"seed": self.seeds if seeds is None else seeds, **(axes or {})}
-        folder = self.out / "runs" / f"{method}{tag},{points.name_of(given)}"
+        corpus = self.corpus(LEVELS[-1]).fingerprint[:8]
+        folder = self.out / "runs" / f"{self.given.size}-{corpus}"
+        folder /= f"{method}{tag},{points.name_of(given)}"
         overrides = points.product([{}], axes)
         runs = {tuple(o.values()): folder / points.name_of(o) for o in overrides}
         if not all(map(done, runs.values())):
@@ -227,15 +230,19 @@ class Study:
         names = [*self.sets(part), VALIDATION] if names is None else names
         path = pathlib.Path(run) / "scores.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
-        key = f"{part}/{average}/{column}/{self.given.windows}"
-        known = kept.setdefault(key, {})
-        missing = [name for name in names if name not in known]
+        known = kept.setdefault(f"{part}/{average}/{column}", {})
+        keys = {name: f"{name} {self.digest(name, part)}" for name in names}
+        missing = [name for name, key in keys.items() if key not in known]
         if missing:
             soup = self.open(run, average=average).resident()
             for name in missing:
-                known[name] = self._score(soup, column, name, part)
+                known[keys[name]] = self._score(soup, column, name, part)
             files.write_json(path, kept)
-        return {name: known[name] for name in names}
+        return {name: known[key] for name, key in keys.items()}
+
+    def digest(self, name, part="final"):
+        """Eight digits of a set's windows."""
+        return files.sha256_bytes(self.windows(name, part).tokens.tobytes())[:8]
 
     def _score(self, soup, column, name, part):
         windows = self.windows(name, part)

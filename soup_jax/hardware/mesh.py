@@ -5,6 +5,7 @@ devices inside a group, which share the rows of their mixtures. State is sliced 
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from soup_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 AXES = ("replica", "fsdp")
 
@@ -100,10 +103,12 @@ def _arranged(devices: list[jax.Device], replica: int, fsdp: int) -> np.ndarray:
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if devices[0].platform != "tpu" or replica % slices:
         return np.asarray(devices).reshape(replica, fsdp)
-    shape = (replica // slices, fsdp)
-    return np.concatenate(
-        [
-            mesh_utils.create_device_mesh(shape, list(part), allow_split_physical_axes=True)
-            for part in np.asarray(devices).reshape(slices, -1)
-        ]
-    )
+    shape, parts = (replica // slices, fsdp), np.asarray(devices).reshape(slices, -1)
+    split = {"allow_split_physical_axes": True}
+    try:
+        return np.concatenate(
+            [mesh_utils.create_device_mesh(shape, list(part), **split) for part in parts]
+        )
+    except (AssertionError, NotImplementedError, ValueError) as e:
+        _log.warning("the mesh does not follow the links of the chips (%s)", e)
+        return np.asarray(devices).reshape(replica, fsdp)

@@ -234,30 +234,31 @@ def _op_name(instruction: _Instruction) -> str:
 
 
 def _over_slices(instruction: _Instruction) -> Collective | None:
-    # Devices are written as a product, {1,2}x{0:7}: each with those of its place in other slices,
-    # or as groups, {{100000,100001,200000,200001}}: slice and place in one number.
-    said = dict(
-        re.findall(
-            r'_xla_megascale_(transfer_type|target)="?([A-Z_]+|\{[^"]*?\})[",]', instruction.rest
-        )
-    )
-    if "transfer_type" not in said:
+    # Devices are written as a product, {1,2}x{0:7}: each with those of its place in other slices;
+    # as groups, {{100000,100001,200000,200001}}: slice and place in one number; or as pairs.
+    attributes = instruction.rest
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
+    if not kind:
         return None
-    kind = said["transfer_type"].lower().replace("_", "-")
-    target = said.get("target", "")
-    product = re.match(r"\{([\d,]+)\}x", target)
+    product = re.search(r'_xla_megascale_target="\{([\d,]+)\}x', attributes)
+    listed = re.search(r"_xla_megascale_target=\{\{([\d,]+)(->\d+)?\}", attributes)
     if product:
         slices = group = len(product[1].split(","))
-    else:
-        devices = [int(d) for d in re.findall(r"\d+", target.partition("}")[0])]
+    elif listed and listed[2]:
+        slices = group = 2
+    elif listed:
+        devices = [int(d) for d in listed[1].split(",")]
         slices, group = len({d // 100_000 for d in devices}), len(devices)
+    else:
+        raise RuntimeError(f"a transfer between slices to unknown devices: {attributes[:300]}")
     sent = _elements(instruction.type)[0]
+    name = kind[1].lower().replace("_", "-")
     return Collective(
-        kind="collective-permute" if kind == "one-to-one" else kind,
+        kind="collective-permute" if name == "one-to-one" else name,
         shapes=_shapes(sent),
-        payload_bytes=shape_bytes(sent),
+        payload_bytes=shape_bytes(sent) * (group if name == "all-gather" else 1),
         group_size=group,
-        num_slices=max(slices, 2),
+        num_slices=slices,
         op_name=_op_name(instruction),
     )
 

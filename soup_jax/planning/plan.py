@@ -73,6 +73,7 @@ class Plan:
       total_bytes: arguments, temporaries, program, and outputs that reuse no argument, as far as
         they are known.
       memory_bytes: of the chip.
+      network_gbs: of the chip to other slices, 10^9 bytes a second; 0: not known.
       collectives: empty if the compiler ran out of memory.
       roofline: see `roofline.roofline`.
       changes: of the config, that make the state smaller, and others to try; empty if it fits.
@@ -91,6 +92,7 @@ class Plan:
     memory: dict[str, int | None]
     total_bytes: int
     memory_bytes: int
+    network_gbs: float
     flops: dict[str, float]
     collectives: list[hlo.Collective]
     roofline: dict[str, float | None]
@@ -151,6 +153,7 @@ def make_plan(cfg: ConfigDict, target: Target, *, model: BaseModel | None = None
         memory=memory,
         total_bytes=total,
         memory_bytes=limit,
+        network_gbs=target.chip.network_gbs,
         flops=roofline_lib.step_flops(on_target, step),
         collectives=found,
         roofline=roofline_lib.roofline(on_target, step, target.chip, moved, crossing),

@@ -91,7 +91,8 @@ def _traffic_lines(plan: Plan) -> list[str]:
     total = sum(c.moved_bytes for c in plan.collectives)
     lines.append(f"  {'sent by a device':<36}{total / 1e6:>10.3f}")
     if crossing := sum(c.crossing_bytes for c in plan.collectives):
-        lines.append(f"  {'of it to other slices':<36}{crossing / 1e6:>10.3f}")
+        rate = f"at {plan.network_gbs:g} GB/s" if plan.network_gbs else "at a rate not known"
+        lines.append(f"  {'of it to other slices':<36}{crossing / 1e6:>10.3f}  {rate}")
     return lines
 
 

@@ -219,7 +219,7 @@ class _Loop:
         self.bar = tqdm(total=cfg.num_steps, initial=start, unit="step", disable=not shown)
         with self.bar:
             self._make_up_evaluation(state, start)
-            for step in traced(range(start, cfg.num_steps), cfg, run.workdir, self._sent):
+            for step in traced(start, cfg, run.workdir, self._sent, meter):
                 if not self.group.enter(step):
                     self._stop(state, step)
                 self.group.at("reading data")

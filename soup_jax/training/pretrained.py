@@ -64,7 +64,7 @@ def read(folder: pathlib.Path, cfg: ConfigDict, abstract: Params, corpus: Corpus
         tensors = _open(folder, stack)
         _check_tensors(folder, tensors, wanted, leaves, tied=cfg.model.tie_embeddings)
         found = {path: _leaf(leaves[path], wanted[path], tensors.__getitem__) for path in leaves}
-    _warn(folder, cfg, corpus)
+    warn(folder, cfg, corpus)
     return tree.unflatten(found)
 
 
@@ -146,7 +146,8 @@ def _leaf(leaf: Any, parts: list[Tensor], get: Callable[[str], Any]) -> jax.Arra
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, device_part)
 
 
-def _warn(folder: pathlib.Path, cfg: ConfigDict, corpus: Corpus) -> None:
+def warn(folder: pathlib.Path, cfg: ConfigDict, corpus: Corpus) -> None:
+    """Say what makes parameters of a folder with a tokenizer.json another model here."""
     theirs = folder / "tokenizer.json"
     if theirs.exists() and not load_tokenizer(theirs).encodes_like(
         load_tokenizer(corpus.path / "tokenizer.json")

@@ -249,8 +249,9 @@ def read_initial(run: Run) -> None:
         with checkpoint_lib.Checkpointer(places.checkpoints(cfg.init_from)) as reader:
             wanted = cfg.init_step or None
             parts, own = run.abstract.params, run.cfg.num_experts
-            if own and not config_lib.load(config).num_experts:
+            if own and not inputs.read_json(config, {"num_experts": int})["num_experts"]:
                 parts = {name: x if name == "shared" else {} for name, x in parts.items()}
+                pretrained.warn(source / "domains", run.cfg, run.corpus)
             found, step = reader.restore_params(parts, step=wanted)
             run.initial = {name: x for name, x in found.items() if parts[name]}
             corpus = reader.data(step)["fingerprint"]["corpus"]
