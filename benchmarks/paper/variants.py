@@ -98,8 +98,9 @@ GROUPS: dict[str, dict[str, dict]] = {
 SCALES = ("experts", "domains", "tokens", "sizes")  # names begin with the number
 
 
-def references(study, seeds, fields):
-    """({seed: generic run}, {(seed, name): CRISP run}) of a soup's steps and base network."""
+def references(study, seeds, fields, crisp_seeds=()):
+    """({seed: generic run}, {(seed, name): CRISP run}) of a soup's steps and base network; a seed
+    that is none of `crisp_seeds` has the CRISP runs of the first of them."""
     network = {n: v for n, v in fields.items() if n.startswith("model__") or n == "num_steps"}
     width = network.get("model__dim", 64)
     common = network | {"optimizer__learning_rate": methods.RATES["generic"] * 64 / width}
@@ -107,8 +108,10 @@ def references(study, seeds, fields):
     paths = {name: study.weights(name, h[name]) for name in study.sets()}
     generic = study.train("generic", seeds=seeds, **common)
     axes = {"domain_weights.path": list(paths.values())}
-    crisp = study.train("fixed", tag="-crisp", seeds=seeds, axes=axes, **common)
-    found = {(s, name): crisp[(s, path)] for s in seeds for name, path in paths.items()}
+    own = list(crisp_seeds) or seeds
+    crisp = study.train("fixed", tag="-crisp", seeds=own, axes=axes, **common)
+    of = {s: s if s in own else own[0] for s in seeds}
+    found = {(s, name): crisp[(of[s], path)] for s in seeds for name, path in paths.items()}
     return {s: generic[(s,)] for s in seeds}, found
 
 
@@ -122,7 +125,8 @@ def measure(study, run, seed, fields, *, share, average):
     row["validation"] = columns["generic_h"]["validation"]
     row["specialists"] = columns["specialist"]
     if share:
-        generic, crisp = references(study, study.seeds, fields)
+        own = [int(s) for s in filter(None, study.given.crisp_seeds.split(","))]
+        generic, crisp = references(study, study.seeds, fields, own)
         base = study.scores(generic[seed], "specialist")
         row |= {"room": {}, "caught": {}, "generic": base["validation"]}
         for name in study.sets():
@@ -138,6 +142,7 @@ def main():
         group=("base", f"of {', '.join(GROUPS)}"),
         share=(1, "0: without CRISP"),
         steps=(610, "of every run"),
+        crisp_seeds=("", "of CRISP, if not all of --seeds: it takes 16 runs a seed"),
     )
     study = study_lib.Study(given)
     rows, averaged = [], given.group == "averaging"
