@@ -149,7 +149,7 @@ def test_what_a_slice_sends_to_another(shape, said, kind, group_size, crossing):
 
 
 def test_a_transfer_to_unknown_devices_is_no_guess():
-    with pytest.raises(RuntimeError, match="between slices to unknown devices"):
+    with pytest.raises(RuntimeError, match="between slices in an unknown way"):
         only(
             "  %s = (f32[8]{0}, u32[], token[]) send(%x, %after), channel_id=6, "
             'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'

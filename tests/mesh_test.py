@@ -20,6 +20,19 @@ def test_replicas_hold_different_mixtures(num_mixtures, expected):
     assert (found["replica"], found["fsdp"]) == expected
 
 
+def test_chips_that_fit_no_torus_keep_their_order_and_are_told(monkeypatch, caplog):
+    class Chip:
+        platform = "tpu"
+
+    def refuse(*_, **__):
+        raise NotImplementedError("no assignment")
+
+    monkeypatch.setattr(mesh.mesh_utils, "create_device_mesh", refuse)
+    chips = [Chip() for _ in range(6)]
+    assert mesh._arranged(chips, 3, 2).ravel().tolist() == chips
+    assert "groups of mesh.fsdp = 2 devices do not lie along links" in caplog.text
+
+
 def test_without_experts_all_devices_share_one_model():
     assert shape(num_experts=0) == {"replica": 1, "fsdp": 8}
 

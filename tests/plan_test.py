@@ -16,7 +16,7 @@ from soup_jax import tree
 from soup_jax.cli import main
 from soup_jax.errors import UserError
 from soup_jax.hardware import chips, mesh
-from soup_jax.planning import abstract, plan, roofline, target, text
+from soup_jax.planning import abstract, hlo, plan, roofline, target, text
 from soup_jax.training import build
 from soup_jax.training import state as train_state
 
@@ -176,6 +176,25 @@ def approximate():
     """A plan for GPUs that are not here."""
     cfg = tiny_config(num_mixtures=8)
     return plan.make_plan(cfg, target.find_target(cfg, chip="H200", num_devices=8))
+
+
+@pytest.mark.parametrize(("rate", "told"), [(3.125, "at 3.125 GB/s"), (0.0, "at a rate not known")])
+def test_a_plan_says_what_crosses_slices_and_at_what_rate(approximate, rate, told):
+    over = hlo.Collective("all-to-all", ("f32[1000000]",), 4_000_000, 16, num_slices=2)
+    made = dataclasses.replace(approximate, collectives=[over], network_gbs=rate)
+    (line,) = [x for x in text.to_text(made).splitlines() if "of it to other slices" in x]
+    assert line.split(maxsplit=5)[5] == f"2.000  {told}"
+    assert text.to_json(made)["collectives"][0]["crossing_bytes"] == 2e6
+
+
+@pytest.mark.parametrize(("network", "seconds"), [(2.0, 2.5), (0.0, None)])
+def test_what_crosses_slices_takes_the_time_of_the_network(network, seconds):
+    cfg = tiny_config(num_mixtures=8)
+    step = abstract.abstract_step(cfg, build.make_mesh(cfg))
+    chip = dataclasses.replace(chips.find("v5e"), interconnect_gbs=2.0, network_gbs=network)
+    found = roofline.roofline(cfg, step, chip, moved=5e9, crossing=1e9)
+    assert found["exchange"] == seconds
+    assert (found["seconds_in_turn"] is None) == (seconds is None)
 
 
 def test_plan_for_absent_gpus_says_what_is_not_known(approximate):

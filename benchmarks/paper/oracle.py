@@ -159,7 +159,7 @@ def main():
     study = study_lib.Study(given)
     seed, steps = study.seeds[0], given.steps
     chosen = mixtures(study, seed, given.few)
-    _, crisp = variants.references(study, [seed], {"num_steps": steps})
+    _, crisp = variants.references(study, [seed], steps)
     others = {n: h for n, h in chosen.items() if n not in study.sets()}
     real = losses(study, others, "mixture", steps, seed) if others else {}
     real |= {n: study.scores(crisp[(seed, n)], "specialist") for n in chosen if n in study.sets()}

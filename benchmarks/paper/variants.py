@@ -17,7 +17,6 @@ import numpy as np
 import study as study_lib
 
 from soup_jax import storage as files
-from soup_jax.experiments.paper import methods
 
 RANK_8 = (("layers/(attention|mlp)/.*", "low_rank:8"), (".*", "none"))
 GROUPS: dict[str, dict[str, dict]] = {
@@ -98,18 +97,15 @@ GROUPS: dict[str, dict[str, dict]] = {
 SCALES = ("experts", "domains", "tokens", "sizes")  # names begin with the number
 
 
-def references(study, seeds, fields, crisp_seeds=()):
-    """({seed: generic run}, {(seed, name): CRISP run}) of a soup's steps and base network; a seed
-    that is none of `crisp_seeds` has the CRISP runs of the first of them."""
-    network = {n: v for n, v in fields.items() if n.startswith("model__") or n == "num_steps"}
-    width = network.get("model__dim", 64)
-    common = network | {"optimizer__learning_rate": methods.RATES["generic"] * 64 / width}
+def references(study, seeds, steps, crisp_seeds=()):
+    """({seed: generic run}, {(seed, name): CRISP run}); a seed that is none of `crisp_seeds` has
+    the CRISP runs of the first of them."""
     h = study.h(64)
     paths = {name: study.weights(name, h[name]) for name in study.sets()}
-    generic = study.train("generic", seeds=seeds, **common)
+    generic = study.train("generic", seeds=seeds, num_steps=steps)
     axes = {"domain_weights.path": list(paths.values())}
     own = list(crisp_seeds) or seeds
-    crisp = study.train("fixed", tag="-crisp", seeds=own, axes=axes, **common)
+    crisp = study.train("fixed", tag="-crisp", seeds=own, axes=axes, num_steps=steps)
     of = {s: s if s in own else own[0] for s in seeds}
     found = {(s, name): crisp[(of[s], path)] for s in seeds for name, path in paths.items()}
     return {s: generic[(s,)] for s in seeds}, found
@@ -126,7 +122,7 @@ def measure(study, run, seed, fields, *, share, average):
     row["specialists"] = columns["specialist"]
     if share:
         own = [int(s) for s in filter(None, study.given.crisp_seeds.split(","))]
-        generic, crisp = references(study, study.seeds, fields, own)
+        generic, crisp = references(study, study.seeds, fields["num_steps"], own)
         base = study.scores(generic[seed], "specialist")
         row |= {"room": {}, "caught": {}, "generic": base["validation"]}
         for name in study.sets():

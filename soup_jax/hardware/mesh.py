@@ -109,6 +109,11 @@ def _arranged(devices: list[jax.Device], replica: int, fsdp: int) -> np.ndarray:
         return np.concatenate(
             [mesh_utils.create_device_mesh(shape, list(part), **split) for part in parts]
         )
-    except (AssertionError, NotImplementedError, ValueError) as e:
-        _log.warning("the mesh does not follow the links of the chips (%s)", e)
+    except (AssertionError, NotImplementedError) as e:  # chips that are no box, sizes that fit none
+        _log.warning(
+            "groups of mesh.fsdp = %d devices do not lie along links of the chips; those of "
+            "another size may (%s)",
+            fsdp,
+            e,
+        )
         return np.asarray(devices).reshape(replica, fsdp)

@@ -250,7 +250,10 @@ def _over_slices(instruction: _Instruction) -> Collective | None:
         devices = [int(d) for d in listed[1].split(",")]
         slices, group = len({d // 100_000 for d in devices}), len(devices)
     else:
-        raise RuntimeError(f"a transfer between slices to unknown devices: {attributes[:300]}")
+        raise RuntimeError(
+            "this compiler writes a transfer between slices in an unknown way, so plan without "
+            f"--slices: {attributes[:300]}"
+        )
     sent = _elements(instruction.type)[0]
     name = kind[1].lower().replace("_", "-")
     return Collective(
