@@ -60,6 +60,15 @@ class LlamaConfig:
         """Size of one attention head."""
         return self.dim // self.num_heads
 
+    def branch_std(self, fan_in: int) -> float:
+        """Of the init of matrices [fan_in, D] that write to the residual stream.
+
+        What all of them add is at first no larger than an embedding, whose numbers have std D^-0.5.
+        Larger, they drown the token in the stream, and training takes twice the steps
+        (docs/measured.md#init).
+        """
+        return (fan_in * self.dim * 2 * self.num_layers) ** -0.5
+
 
 def llama_config(settings: ModelSettings) -> LlamaConfig:
     """The decoder of a network's settings.
@@ -141,8 +150,7 @@ class Attention(nn.Module):
             y = self._cached(query, key, value, position_BL, begin_BL)
         else:
             y = attend(query, key, value, begin_BL, kind=c.attention)
-        out_std = std * (2 * c.num_layers) ** -0.5
-        out = self.param("out", normal(out_std), (c.dim, c.dim))
+        out = self.param("out", normal(c.branch_std(c.dim)), (c.dim, c.dim))
         y = checkpoint_name(y.reshape(*x.shape), "attended")
         return checkpoint_name(matmul(y, out.astype(x.dtype)), "attention_out")
 
@@ -187,8 +195,7 @@ class Mlp(nn.Module):
         shape = (c.dim, c.hidden_dim)
         gate_DF = self.param("gate", normal(std), shape).astype(x.dtype)
         up_DF = self.param("up", normal(std), shape).astype(x.dtype)
-        out_std = c.hidden_dim**-0.5 * (2 * c.num_layers) ** -0.5
-        down_FD = self.param("down", normal(out_std), shape[::-1])
+        down_FD = self.param("down", normal(c.branch_std(c.hidden_dim)), shape[::-1])
         gate = checkpoint_name(matmul(x, gate_DF), "mlp_hidden")
         up = checkpoint_name(matmul(x, up_DF), "mlp_hidden")
         return matmul(nn.silu(gate) * up, down_FD.astype(x.dtype))
@@ -232,7 +239,7 @@ class Llama(nn.Module):
         begin_BL = None
         if c.attention_reset >= 0:
             begin_BL = document_begins(token_BL, position_BL, c.attention_reset)
-        embedding_VD = self.param("embedding", normal(0.02), (c.vocab_size, c.dim))
+        embedding_VD = self.param("embedding", normal(c.dim**-0.5), (c.vocab_size, c.dim))
         x = look_up(embedding_VD.astype(c.dtype), token_BL)
         x, _ = nn.scan(
             self._block(),
