@@ -129,11 +129,11 @@ def get_config(method: str = "soup") -> ConfigDict:
     cfg.corpus.max_chars = 1000  # 1.4 windows; docs/measured.md has it beside whole documents
     cfg.model.update({"num_layers": 2, "dim": 64, "hidden_dim": 192, "num_heads": 2})
     cfg.model.num_kv_heads = 2
-    cfg.optimizer.learning_rate = 5.5e-3
+    cfg.optimizer.learning_rate = 1.6e-2
     cfg.checkpoint.every_steps = 500
     if method == "generic":
         base.set_generic(cfg)
-        cfg.optimizer.learning_rate = 8e-3
+        cfg.optimizer.learning_rate = 1.6e-2
     elif method != "soup":
         raise ValueError(f"unknown method {method!r}: soup or generic")
     return cfg

@@ -60,7 +60,7 @@ def get_config(method: str = "soup") -> ConfigDict:
     cfg.corpus.dir = "runs/quickstart/corpus"
     cfg.model.update({"num_layers": 2, "dim": 64, "hidden_dim": 192, "num_heads": 2})
     cfg.model.num_kv_heads = 2
-    cfg.optimizer.learning_rate = 5.5e-3
+    cfg.optimizer.learning_rate = 1.6e-2
     cfg.evaluate.every_steps = 250
     cfg.evaluate.max_windows = 32  # during training; the quickstart's last evaluation takes more
     if method.startswith("fast"):
@@ -69,5 +69,5 @@ def get_config(method: str = "soup") -> ConfigDict:
         cfg.evaluate.every_steps = 100
     if method.endswith("generic"):
         base.set_generic(cfg)
-        cfg.optimizer.learning_rate = 8e-3
+        cfg.optimizer.learning_rate = 1.6e-2
     return cfg

@@ -39,8 +39,8 @@ from soup_jax.experiments.paper import methods as methods_lib
 RATES = methods_lib.RATES | {
     "crisp": methods_lib.RATES["fixed"],
     "experts": methods_lib.RATES["fixed"],
-    "crisp_branched": 4e-3,
-    "branched": 4e-3,
+    "crisp_branched": 8e-3,
+    "branched": 8e-3,
 }
 NUM_DOMAINS = 16  # and as many domain experts
 OTHER_DATA = 1000  # added to the seed of a branch: it reads other windows than its start did

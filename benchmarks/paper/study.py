@@ -2,9 +2,9 @@
 
 A study lies in a folder, and every command goes on where it was: runs that are done are not trained
 again, studies share them, and scores are kept beside the run (scores.json), by the windows that
-were scored. A run's folder is named by size, corpus, and all in which its config differs from that
-of its method. DATA has a folder `generic` of source
-files and a folder `specialists` with one file of documents for each specialist.
+were scored. A run's folder is named by size, corpus, the config of its method (eight digits), and
+all in which its own differs. DATA has a folder `generic` of source files and a folder `specialists`
+with one file of documents for each specialist.
 
 Scores are nats per token. Documents of a specialist are split as `soup-jax evaluate` splits them:
 one part gives h, `tuning` chooses settings, `final` is reported.
@@ -128,7 +128,8 @@ class Study:
         axes = {"seed": self.seeds if seeds is None else seeds, **(axes or {})}
         corpus = self.corpus(LEVELS[-1]).fingerprint[:8]
         folder = self.out / "runs" / f"{self.given.size}-{corpus}"
-        folder /= f"{method}{tag},{points.name_of(given)}"
+        own = files.sha256_bytes(repr(sorted(cfg.items())).encode())[:8]
+        folder /= f"{method}-{own}{tag},{points.name_of(given)}"
         overrides = points.product([{}], axes)
         runs = {tuple(o.values()): folder / points.name_of(o) for o in overrides}
         if not all(map(done, runs.values())):

@@ -85,7 +85,7 @@ GROUPS: dict[str, dict[str, dict]] = {
         f"{name}M": {
             "num_steps": steps, "model__num_layers": layers, "model__dim": dim,
             "model__hidden_dim": 3 * dim, "model__num_heads": dim // 32,
-            "model__num_kv_heads": dim // 32, "optimizer__learning_rate": 5.5e-3 * 64 / dim,
+            "model__num_kv_heads": dim // 32, "optimizer__learning_rate": 1.6e-2 * 64 / dim,
         }
         for name, layers, dim, steps in (
             ("0.24", 2, 64, 1162), ("0.56", 3, 96, 2718), ("1.1", 4, 128, 5446),
