@@ -3,40 +3,38 @@
     bash launch/quickstart.sh
 
 runs prepare, train (soup and `:generic`), evaluate, instantiate and generate; the script shows each
-command. 4.1M tokens a run; 9 minutes on two idle CPU cores, of which 44 s are the install, and 31
-on two busy ones. The learning rates are those of `experiments/minipile.py`; nothing was tuned on
-this text. The specialist sets are fixed in `launch/collect_text.py`. It printed (Python 3.11, jax
-0.10.2):
+command. 4.1M tokens a run; 21 minutes on one busy core, of which 114 s are the install. The
+learning rates are those of `experiments/minipile.py`; nothing was tuned on this text. The
+specialist sets are fixed in `launch/collect_text.py`. It printed (Python 3.11, jax 0.10.2):
 
                           specialist   generic_h     shared    generic
-    asyncio_code             3.6094*    3.7037     3.8063     3.8908
-    dataset_cards            4.8804     4.8796*    4.9186     5.0505
-    language_reference       4.6660*    4.7040     4.7157     4.9083
-    licences                 4.6532*    4.7093     4.7558     4.9339
-    numpy_stubs              3.7040*    3.8067     3.8951     3.9163
-    optax_code               3.9655*    4.0380     4.0950     4.2391
-    package_descriptions     4.7014*    4.7814     4.8052     4.9633
-    parquet_headers          3.7974*    4.0020     4.0477     4.1741
-    sklearn_cython           4.1311*    4.1912     4.2230     4.3247
-    special_functions        4.4081*    4.5194     4.5780     4.6210
-    statistics_tests         3.8247*    3.9355     3.9974     4.1018
+    asyncio_code             3.5407*    3.6500     3.6595     3.6489
+    dataset_cards            4.7552*    4.8012     4.8123     4.7935
+    language_reference       4.5876*    4.5955     4.5967     4.5894
+    licences                 4.6405*    4.7420     4.7472     4.7131
+    numpy_stubs              3.6610*    3.7229     3.7368     3.7220
+    optax_code               3.8956*    3.9902     3.9872     3.9858
+    package_descriptions     4.6065*    4.6950     4.7059     4.7292
+    parquet_headers          3.7807*    3.9801     3.9727     3.8904
+    sklearn_cython           4.0804*    4.1378     4.1416     4.1055
+    special_functions        4.3574*    4.4695     4.4792     4.4925
+    statistics_tests         3.7277*    3.8858     3.8850     3.8658
 
-    average                  4.2128*    4.2973     4.3489     4.4658
-    generic validation                  3.8817*    3.9548     4.0219
+    average                  4.1485*    4.2427     4.2477     4.2306
+    generic validation                  3.8799     3.8825     3.8559*
     (nats per token; lower is better; * best of the line)
-    specialists are 0.0845 nats better than generic_h on average, and better on 10 of 11 sets
-    specialists are 0.1361 nats better than shared on average, and better on 11 of 11 sets
-    specialists are 0.2530 nats better than generic on average, and better on 11 of 11 sets
+    specialists are 0.0942 nats better than generic_h on average, and better on 11 of 11 sets
+    specialists are 0.0992 nats better than shared on average, and better on 11 of 11 sets
+    specialists are 0.0821 nats better than generic on average, and better on 11 of 11 sets
 
-One run says little about 0.1 nats, and this text, what pip installed that day, is another each
-time. On that of three earlier days the averages were 4.3763, 4.4612, 4.4938 and 4.3418 (this
-version: the generic model is ahead on 8 of 11 sets), and with an earlier version 4.2822, 4.3889,
-4.4089 and 4.4116, and 4.2576, 4.3537, 4.3964 and 4.3145. Over three seeds `experiments/minipile.py`
-has the means.
+One run says little about 0.05 nats, and this text, what pip installed that day, is another each
+time. Runs with the network's earlier init (docs/measured.md), on the text of four other days, had
+specialists of 4.2128, 4.3763, 4.2822 and 4.2576, and generic models of 4.4658, 4.3418, 4.4116 and
+4.3145.
 
-With `--fast` a run has 100 steps, 5 minutes for everything on the same machine: enough to see each
-part work, too few to compare methods. Its specialists (6.1592) were better than the same soup at
-the generic h (6.1899) and the generic model (6.2250).
+With `--fast` a run has 100 steps, 8 minutes for all but the install on the same machine, busier:
+enough to see each part work, too few to compare methods. Its specialists (5.2560) were better than
+the same soup at the generic h (5.3146) and the generic model (5.3486).
 """
 
 from ml_collections import ConfigDict
