@@ -12,8 +12,9 @@ documents. Base network 0.24M parameters, 16 dense experts, 64 domains, 5.0M tok
 a run on a core or two that other work shared. Documents are cut into pieces of 1,000 characters,
 which gains 0.06 nats (docs/measured.md).
 
-docs/results.md has the losses of three seeds, set by set, after half of these steps (specialists
-4.5925, generic model 4.6623), and the rates that were tried.
+docs/results.md has the losses: specialists 4.4159 and generic model 4.4993 with these steps (seeds
+0 and 1), 4.5925 and 4.6623 with half of them (three seeds, set by set), and the rates that were
+tried.
 
 The rest of this page was measured with the network's earlier init (docs/measured.md), with whole
 documents, and with rates of 5.5e-3 for the soup and 8e-3 for the generic model. Of three seeds of
