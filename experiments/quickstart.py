@@ -32,9 +32,9 @@ time. Runs with the network's earlier init (docs/measured.md), on the text of fo
 specialists of 4.2128, 4.3763, 4.2822 and 4.2576, and generic models of 4.4658, 4.3418, 4.4116 and
 4.3145.
 
-With `--fast` a run has 100 steps, 8 minutes for all but the install on the same machine, busier:
-enough to see each part work, too few to compare methods. Its specialists (5.2560) were better than
-the same soup at the generic h (5.3146) and the generic model (5.3486).
+With `--fast` a run has 100 steps, 8 minutes for all but the install on the same machine when
+busier: enough to see each part work, too few to compare methods. Its specialists (5.2560) were
+better than the same soup at the generic h (5.3146) and the generic model (5.3486).
 """
 
 from ml_collections import ConfigDict
@@ -67,5 +67,4 @@ def get_config(method: str = "soup") -> ConfigDict:
         cfg.evaluate.every_steps = 100
     if method.endswith("generic"):
         base.set_generic(cfg)
-        cfg.optimizer.learning_rate = 1.6e-2
     return cfg

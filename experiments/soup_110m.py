@@ -28,7 +28,8 @@ comes on top smaller.
 
 `experiments/generic_110m.py` is its baseline: same network, same tokens, no experts. Neither has
 been trained by us: the sizes are the paper's, the optimizer settings are those that the small runs
-of `experiments/minipile.py` chose, with the learning rate scaled down for the width.
+of `experiments/minipile.py` chose, with the learning rate scaled down for the width; the rate is of
+before the network's present init (docs/measured.md), with which small networks take twice as much.
 """
 
 from ml_collections import ConfigDict

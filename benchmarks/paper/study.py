@@ -1,10 +1,11 @@
 """What the studies of this folder share: a corpus, runs trained by `soup-jax sweep`, and scores.
 
 A study lies in a folder, and every command goes on where it was: runs that are done are not trained
-again, studies share them, and scores are kept beside the run (scores.json), by the windows that
-were scored. A run's folder is named by size, corpus, the config of its method (eight digits), and
-all in which its own differs. DATA has a folder `generic` of source files and a folder `specialists`
-with one file of documents for each specialist.
+again (the version of the code is not part of their names: take another folder after a change that
+moves losses), studies share them, and scores are kept beside the run (scores.json), by the windows
+that were scored. A run's folder is named by size, corpus, the config of its method (eight digits),
+and all in which its own differs. DATA has a folder `generic` of source files and a folder
+`specialists` with one file of documents for each specialist.
 
 Scores are nats per token. Documents of a specialist are split as `soup-jax evaluate` splits them:
 one part gives h, `tuning` chooses settings, `final` is reported.

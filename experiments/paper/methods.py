@@ -38,7 +38,7 @@ SIZES = ("small", "35m", "110m", "335m")
 
 # Of `small`; soup and generic were tuned (docs/results.md), the others are guessed from them.
 RATES = {"soup": 1.6e-2, "per_window": 1.6e-2, "generic": 1.6e-2, "fixed": 1.6e-2, "large": 4e-3}
-# Batch, steps and rate of a dense model of the others: not tuned.
+# Batch, steps and rate of a dense model of the others: not tuned, and from before the present init.
 _POD = {"35m": (64, 7080, 3e-3), "110m": (128, 16_800, 2e-3), "335m": (256, 25_700, 1e-3)}
 
 

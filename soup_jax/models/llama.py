@@ -64,8 +64,7 @@ class LlamaConfig:
         """Of the init of matrices [fan_in, D] that write to the residual stream.
 
         What all of them add is at first no larger than an embedding, whose numbers have std D^-0.5.
-        Larger, they drown the token in the stream, and training takes twice the steps
-        (docs/measured.md#init).
+        Larger, they drown the token in the stream (docs/measured.md#init).
         """
         return (fan_in * self.dim * 2 * self.num_layers) ** -0.5
 
