@@ -43,7 +43,6 @@ RATES = methods_lib.RATES | {
     "branched": 8e-3,
 }
 NUM_DOMAINS = 16  # and as many domain experts
-OTHER_DATA = 1000  # added to the seed of a branch: it reads other windows than its start did
 
 
 def train(study, method, steps, seeds, rate):
@@ -68,7 +67,7 @@ def train(study, method, steps, seeds, rate):
         if share == 2:
             start = train(study, "generic", steps // 2, seeds, RATES["generic"])[i]["model"]
             fields["checkpoint__init_from"] = str(start)
-            data_seed = seed + OTHER_DATA
+            data_seed = seed + study_lib.OTHER_DATA
         axes = {"domain_weights.path": list(paths.values())}
         made = study.train("fixed", tag=f"-{method}", seeds=[data_seed], axes=axes, **fields)
         found.append({name: made[(data_seed, path)] for name, path in paths.items()})

@@ -4,11 +4,12 @@
 
 For each specialist the documents that give h are trained on, in windows, by AdamW at a constant
 rate, all parameters; the documents of the final part are scored after 0, 1, 2, 4, ... steps of 16
-windows. Starts: the soup merged at the histogram, and the generic model of as many pretraining
-tokens. After each number of steps a start has the rate of --rates that is best there on the
-documents for tuning, in the mean over the sets, with the first seed. Prints a table, and the tokens
-of fine-tuning that the generic model needs to be as good as the specialist is without; keeps
-figure5.json and figure5.png in OUT.
+windows. With `--text=corpus` it is windows of the corpus instead, drawn by the histogram as CRISP
+draws them: what each specialist would cost that is trained on from there. Starts: the soup merged
+at the histogram, and the generic model of as many pretraining tokens. After each number of steps a
+start has the rate of --rates that is best there on the documents for tuning, in the mean over the
+sets, with the first seed. Prints a table, and the tokens of fine-tuning that the generic model
+needs to be as good as the specialist is without; keeps figure5-TEXT.json and .png in OUT.
 """
 
 import functools
@@ -21,7 +22,11 @@ import study as study_lib
 
 from soup_jax import storage as files
 from soup_jax import tree
+from soup_jax.data import meta_distribution
+from soup_jax.data.loader import BatchSource
+from soup_jax.data.sampling import SamplingPlan
 from soup_jax.evaluation.sets import pack
+from soup_jax.experiments.paper import methods
 from soup_jax.specialists.search import mean_loss
 
 ROWS = 16
@@ -47,45 +52,68 @@ def _adamw(rate):
     return optax.adamw(rate, b2=0.95, weight_decay=0.1, mask=matrices)
 
 
-def curve(model, params, fitted, scored, rate, steps, seed):
-    """{part: nats per token after each number of `steps`}."""
+def curve(model, params, fitted, scored, rate, steps):
+    """{part: nats per token after each number of `steps`} on the rows `fitted[step]`."""
     optimizer = _adamw(rate)
-    state, rng, order = optimizer.init(params), np.random.default_rng(seed), []
+    state = optimizer.init(params)
     out = {part: [] for part in scored}
     for step in range(max(steps) + 1):
         if step in steps:
             for part, windows in scored.items():
                 out[part].append(mean_loss(model, params, windows))
-        while len(order) < ROWS:
-            order += rng.permutation(len(fitted.tokens)).tolist()
-        rows, order = order[:ROWS], order[ROWS:]
-        batch = {"tokens": fitted.tokens[rows], "num_targets": fitted.num_targets[rows]}
         if step < max(steps):
-            params, state = _step(model.example_losses, optimizer, params, state, batch)
+            params, state = _step(model.example_losses, optimizer, params, state, fitted[step])
     return out
+
+
+def of_documents(corpus, texts, steps, seed):
+    """Rows for each step, from the windows of documents in one random order after another."""
+    packed = pack(
+        corpus.tokenizer(), texts, eos_id=corpus.eos_id, seq_len=corpus.seq_len, max_windows=0
+    )
+    number, rng = len(packed.tokens), np.random.default_rng(seed)
+    epochs = -(-steps * ROWS // number)
+    order = np.concatenate([rng.permutation(number) for _ in range(epochs)])
+    return [
+        {"tokens": packed.tokens[rows], "num_targets": packed.num_targets[rows]}
+        for rows in order[: steps * ROWS].reshape(steps, ROWS)
+    ]
+
+
+def of_corpus(study, corpus, h_K, steps, seed):
+    """Rows for each step, from the training windows of domains that are drawn by h."""
+    cfg = methods.get_config(f"fixed,{study.given.size}")
+    cfg.domain_weights.path = study.weights("fitted", h_K)
+    plan = SamplingPlan(
+        meta_distribution.from_config(cfg, corpus.domain_frequencies),
+        num_windows_K=np.diff(corpus.offsets["train"]),
+        batch_size=ROWS,
+        num_mixtures=1,
+        seed=seed,
+    )
+    source = BatchSource(corpus, plan, rows=np.arange(ROWS), num_steps=steps)
+    return [source[step].rows for step in range(steps)]
 
 
 def curves(study, run, rate, steps, seed):
     """{set: {part: losses}} from the specialists of a run."""
+    text = study.given.text
     windows = "".join(study.digest(name, part) for name in study.sets() for part in PARTS)
     key = files.sha256_bytes(windows.encode())[:8]
-    path = run / f"figure5-{rate:g}-{max(steps)}-{key}.json"
+    path = run / f"figure5-{text}-{rate:g}-{max(steps)}-{key}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     soup = study.open(run).resident()
     corpus, h = study.corpus(64), study.h(64)
     for name, one in study.sets().items():
         if name in kept:
             continue
-        fitted = pack(
-            corpus.tokenizer(),
-            one.for_h,
-            eos_id=corpus.eos_id,
-            seq_len=corpus.seq_len,
-            max_windows=0,
-        )
+        if text == "corpus":
+            fitted = of_corpus(study, corpus, h[name], max(steps), seed + study_lib.OTHER_DATA)
+        else:
+            fitted = of_documents(corpus, one.for_h, max(steps), seed)
         params = study_lib.theta(soup, h[name]) if soup.num_experts else soup.params["shared"]
         scored = {part: study.windows(name, part) for part in PARTS}
-        kept[name] = curve(soup.model, params, fitted, scored, rate, steps, seed)
+        kept[name] = curve(soup.model, params, fitted, scored, rate, steps)
         files.write_json(path, kept)
     return kept
 
@@ -96,7 +124,10 @@ def main():
         pretraining=(610, "steps of both"),
         steps=(64, "of fine-tuning, at most"),
         rates=("1e-3,3e-3,1e-2", "of fine-tuning"),
+        text=("documents", "that is fine-tuned on: documents or corpus"),
     )
+    if given.text not in ("documents", "corpus"):
+        raise SystemExit(f"--text={given.text}: documents or corpus")
     study = study_lib.Study(given)
     steps = [0, *(1 << i for i in range(given.steps.bit_length()))]
     rates = [float(rate) for rate in given.rates.split(",")]
@@ -142,10 +173,10 @@ def report(study, steps, found, rates):
     for name, number in needed.items():
         print(f"  {name}: " + (f"at most {number:,}" if number is not None else "more than tried"))
     files.write_json(
-        study.out / "figure5.json",
+        study.out / f"figure5-{study.given.text}.json",
         {"tokens": tokens.tolist(), "losses": found, "rates": rates, "needed": needed},
     )
-    draw(tokens, mean, study.out / "figure5.png")
+    draw(tokens, mean, study.out / f"figure5-{study.given.text}.png")
 
 
 def draw(tokens, mean, path):

@@ -39,6 +39,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 METHODS = ROOT / "experiments" / "paper" / "methods.py"
 LEVELS = (16, 64, 256)
 VALIDATION = "validation"
+OTHER_DATA = 1000  # added to the seed of a branch: it reads other windows than its start did
 
 
 def arguments(doc, **more):
