@@ -136,3 +136,14 @@ def test_it_fits_a_phone_and_asks_for_nothing(page, browser):
             asked.add(message["params"]["request"]["url"])
     assert asked == {page.as_uri()}
     assert not browser.get_log("browser")
+
+
+def test_a_seed_that_stopped_early_is_named_and_left_out_of_the_mean(tmp_path, browser):
+    for seed, steps in ((0, (2, 4, 6)), (1, (2,)), (2, (2, 4, 6))):
+        make_run(tmp_path / "runs" / str(seed), steps=steps, loss=lambda s: 9.0 - s, seed=seed)
+    write.report([str(tmp_path / "runs")], out=tmp_path / "report.html")
+    browser.get((tmp_path / "report.html").as_uri())
+    (row,) = browser.find_elements(By.CSS_SELECTOR, "#glance tbody tr")
+    text = row.text.split("\n")
+    assert "without seed 1 at 2" in text
+    assert any(part.endswith("3.0000") for part in text) and "7.0000" not in row.text

@@ -476,8 +476,8 @@ function glance() {
   const { rows, averages } = data.specialists;
   const worst = (group, column) => rows.filter((r) => r.group === group && r.loss_gain[column])
     .sort((a, b) => finite(a.loss_gain[column][0]) - finite(b.loss_gain[column][0]) || a.loss_gain[column][0] - b.loss_gain[column][0])[0];
-  const loss = (group) => {
-    const found = data.runs.filter((r) => r.group === group && r.loss !== null && r.loss !== undefined).map((r) => r.loss);
+  const loss = (runs) => {
+    const found = runs.filter((r) => r.loss !== null && r.loss !== undefined).map((r) => r.loss);
     if (!found.length) return null;
     const bad = found.find(broken);
     return bad ? [bad, bad, bad] : [found.reduce((a, b) => a + b, 0) / found.length, Math.min(...found), Math.max(...found)];
@@ -487,9 +487,13 @@ function glance() {
   const columns = [
     { ...runColumn },
     { title: "Seeds", value: (r) => r.seeds, cell: (r) => r.seeds },
-    { title: "Steps", number: true, falling: true, value: (r) => r.step, cell: (r) => `${counted(r.step)} of ${counted(r.all)}` },
+    { title: "Steps", number: true, falling: true, value: (r) => r.step, cell: (r) => {
+      const cell = element("span", "", `${counted(r.step)} of ${counted(r.all)}`);
+      if (r.behind.length) cell.append(element("small", "", `without ${r.behind.join(", ")}`));
+      return cell;
+    } },
     { title: "Tokens", number: true, falling: true, value: (r) => r.tokens, cell: (r) => short(r.tokens) },
-    { title: "Training loss", number: true, note: "the last line", value: (r) => r.loss?.[0], cell: (r) => spread(r.loss) },
+    { title: "Training loss", number: true, note: "the last line, of the runs that have come farthest", value: (r) => r.loss?.[0], cell: (r) => spread(r.loss) },
     ...(rows.length ? [
       { title: "Specialists", number: true, note: "average of the sets", value: (r) => average(r, "specialist")?.[0], cell: (r) => spread(average(r, "specialist")) },
       ...gains.map((c) => ({
@@ -507,8 +511,10 @@ function glance() {
   ];
   const lines = data.groups.map((group, number) => {
     const own = data.runs.filter((r) => r.group === number);
-    const step = Math.min(...own.map((r) => r.step));
-    return { group: number, seeds: group.seeds.join(", "), step, all: own[0].num_steps, tokens: step * group.tokens_per_step, loss: loss(number) };
+    const step = Math.max(...own.map((r) => r.step));
+    const farthest = own.filter((r) => r.step === step); // losses at different steps have no mean
+    const behind = own.filter((r) => r.step < step).map((r) => `seed ${r.seed} at ${counted(r.step)}`);
+    return { group: number, seeds: group.seeds.join(", "), step, behind, all: own[0].num_steps, tokens: step * group.tokens_per_step, loss: loss(farthest) };
   });
   redraws.push(table(at("glance"), { label: "At a glance", columns, rows: lines, sort: [0, false] }));
 }
