@@ -9,7 +9,7 @@ import pytest
 from conftest import TOPICS, tiny_config, topic_text
 
 from soup_jax.cli import main as cli
-from soup_jax.data.prepare import clean, ngrams, shards, stages
+from soup_jax.data.prepare import clean, contamination, ngrams, shards, stages
 from soup_jax.data.readers import text_hash
 from soup_jax.errors import UserError
 
@@ -135,7 +135,7 @@ def test_contamination_is_containment_either_way(tmp_path):
     others = [" ".join(rng.choice(vocabulary, 900)) for _ in range(4)]
     (tmp_path / "tests.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in tests))
     cfg = tiny_config(**{"corpus.evaluation": (str(tmp_path / "tests.jsonl"),)})
-    clean._read_evaluation(tmp_path / "evaluation.safetensors", cfg.corpus)
+    contamination.write_index(tmp_path / "evaluation.safetensors", cfg.corpus)
     evaluation = shards.load(tmp_path / "evaluation.safetensors")
     texts = [
         others[0],
@@ -145,12 +145,47 @@ def test_contamination_is_containment_either_way(tmp_path):
         " ".join(tests[0].split()[:30]) + others[3],  # the lesser part
         "",
     ]
-    owner, share = clean.contamination(texts, evaluation)
+    owner, share = contamination.overlaps(texts, evaluation)
     assert owner.tolist() == [-1, 2, 1, 3, -1, -1]
     assert share[1] == share[3] == 1
     assert 0.7 <= share[2] < 1
     assert share[0] == share[4] == share[5] == 0
-    assert clean.contamination([], evaluation)[0].tolist() == []
+    assert contamination.overlaps([], evaluation)[0].tolist() == []
+
+
+def test_contamination_in_documents_of_one_form_is_the_exact_share(monkeypatch):
+    monkeypatch.setattr(contamination, "_OWNERS", 3)
+    rng = np.random.default_rng(5)
+    vocabulary = [f"w{i}" for i in range(3000)]
+    form = list(rng.choice(vocabulary, 60))
+
+    def filled(number: int) -> str:
+        return " ".join([*form[:30], *rng.choice(vocabulary, number), *form[30:]])
+
+    tests = [filled(number) for number in (0, 0, 0, 0, 0, *[5] * 8, *[40] * 8)]
+    texts = [tests[3], tests[12], edited(tests[20], 40), filled(40), filled(200), tests[8][:200]]
+    owner, share = contamination.overlaps(texts, contamination.index(tests))
+    size = contamination.OVERLAP_WORDS
+    for i, text in enumerate(texts):
+        own = grams(text, size)
+        exact = [len(own & grams(t, size)) / min(len(own), len(grams(t, size))) for t in tests]
+        assert (owner[i] >= 0) == (max(exact) >= contamination.OVERLAP), i
+        if owner[i] >= 0:
+            assert share[i] == pytest.approx(exact[owner[i]])
+    assert share[0] == share[1] == 1
+    assert owner[2] == 20
+    assert owner[3] in (0, 1, 2)  # the form by itself is in it
+
+
+def test_copies_of_documents_without_words_are_contaminated(tmp_path):
+    (tmp_path / "tests.jsonl").write_text('{"text": "?! ..."}\n')
+    cfg = tiny_config(**{"corpus.evaluation": (str(tmp_path / "tests.jsonl"),)})
+    contamination.write_index(tmp_path / "index", cfg.corpus)
+    texts = ["!!", "?! ..."]
+    hashes = np.stack([np.frombuffer(text_hash(text), np.uint8) for text in texts])
+    found = contamination.owners(texts, hashes, tmp_path / "index")
+    assert found["owner"].tolist() == [-1, 0]
+    assert found["share"].tolist() == [0, 1]
 
 
 def config(folder, **changes):
@@ -215,6 +250,22 @@ def test_prepare_leaves_out_what_was_planted_and_tells(folder, capsys):
         stages.prepare(config(folder, **changed))
 
 
+@pytest.mark.parametrize("max_chars", [100, 170])
+def test_documents_that_are_cut_into_pieces_are_compared_whole(folder, max_chars, capsys):
+    lines = [json.loads(x)["text"] for x in (folder / "text.jsonl").read_text().splitlines()]
+    planted = [f"{'Once more. ' * (2 + i)}{text}" for i, text in enumerate(lines[:6])]
+    texts = [*lines[:-9], *planted, *lines[-3:]]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    corpus = stages.prepare(config(folder, **{"corpus.max_chars": max_chars}))
+    assert "6 near duplicates, 3 in corpus.evaluation" in capsys.readouterr().out
+    pieces = {t[i : i + max_chars] for t in texts[:-9] for i in range(0, len(t), max_chars)}
+    assert all_texts(corpus) == pieces
+    told = json.loads((corpus.path / "dropped.json").read_text())
+    assert [e["hash"] for e in told["near_duplicates"]["examples"]] == [
+        text_hash(text).hex() for text in planted
+    ]
+
+
 def test_an_evaluation_that_is_not_read_is_refused(folder):
     text = (folder / "tests.jsonl").read_text()
     (folder / "tests.jsonl").write_text(text.replace('"text"', '"question"'))
@@ -255,11 +306,13 @@ def test_a_kill_while_it_cleans_changes_nothing(folder, stage, monkeypatch):
     assert one == other
 
 
-def test_the_self_test_finds_what_it_plants_in_real_text(folder, capsys):
+@pytest.mark.parametrize("max_chars", [1_000_000, 120])
+def test_the_self_test_finds_what_it_plants_in_real_text(folder, capsys, max_chars):
     arguments = [
         f"--config={pathlib.Path(__file__).parents[1]}/experiments/base.py",
         f"--config.corpus.sources={folder / 'text.jsonl'}",
         "--self_test",
+        f"--config.corpus.max_chars={max_chars}",
     ]
     assert cli.run(["prepare", *arguments]) == 0
     printed = capsys.readouterr().out

@@ -1,6 +1,6 @@
 """What `prepare` leaves out after it has read: duplicates, and documents of an evaluation.
 
-    documents/   -> signed/       signatures, and which evaluation documents are in it `sign_shard`
+    documents/   -> signed/       of whole documents: signatures, and the evaluation's  `sign_shard`
                  -> kept, dropped.json   over all shards                                    `clean`
                  -> clean/        the documents that are kept                         `keep_shard`
 
@@ -11,17 +11,17 @@ of at least `corpus.near_duplicates`. Candidates share one of 14 bands of their 
 (`ngrams`); what is similar to what is similar counts as similar, and of such a group the first
 document in the order of the sources stays. They are looked for if the config asks for it.
 
-**Contamination**: a document of the sources that has 70% of the word 8-grams of a document of
-`corpus.evaluation`, or of whose own 70% are in that one. With half, licences and notices that many
-documents carry make short ones count.
+**Contamination**: a document that has too much of one of `corpus.evaluation` (contamination.py).
+
+All three look at whole documents, also where `corpus.max_chars` cuts them into pieces: in a copy
+with another beginning cuts fall elsewhere.
 
 Choosing is for one process. Its memory is about 70 bytes per document, and beside that 100 per
 document in passes of _HASHES for duplicates and 1 kB per pair of similar ones in blocks of _PAIRS;
-each of these blocks reads the signatures of most shards. A worker holds a shard or two, and 16
-bytes per n-gram of the evaluation.
+each of these blocks reads the signatures of most shards. A worker holds a shard or two, and the
+index of the evaluation.
 """
 
-import functools
 import os
 import pathlib
 import shutil
@@ -34,18 +34,12 @@ import scipy.sparse
 import scipy.sparse.csgraph
 
 from soup_jax import storage as files
-from soup_jax.data import sources as corpus_lib
-from soup_jax.data.damage import Report
-from soup_jax.data.prepare import ngrams, shards
-from soup_jax.data.prepare.work import Job, Work, alone, progress, run_jobs, say
-from soup_jax.data.readers import Document, short_hashes, text_hash
-from soup_jax.errors import UserError
+from soup_jax.data.prepare import contamination, ngrams, shards
+from soup_jax.data.prepare.work import Job, Work, alone, progress, run_jobs
+from soup_jax.data.readers import short_hashes, text_hash
 
 DROPPED = "dropped.json"
-NEAR_WORDS, OVERLAP_WORDS = 5, 8
-OVERLAP = 0.7
-_TEXTS = 256  # at a time: each n-gram that many of the evaluation share has up to _OWNERS pairs
-_OWNERS = 50  # evaluation documents of one n-gram that are looked at
+NEAR_WORDS = 5
 _PAIRS = 1 << 19
 _HASHES = 1 << 24
 _EXAMPLES = 1000
@@ -58,7 +52,7 @@ def sign(work: Work) -> None:
     if work.kept.exists() or not (cfg.near_duplicates or cfg.evaluation):
         return
     if cfg.evaluation and not evaluation.exists():
-        _read_evaluation(evaluation, cfg)
+        contamination.write_index(evaluation, cfg)
     scored, near = evaluation if cfg.evaluation else None, cfg.near_duplicates > 0
     jobs = [  # whoever has read a group signs its shards
         Job((a, b, scored, near), (b,), number=int(a.name.partition("-")[0]))
@@ -83,10 +77,11 @@ def clean(work: Work) -> dict[str, int]:
 def sign_shard(
     source: pathlib.Path, target: pathlib.Path, evaluation: pathlib.Path | None, near: bool
 ) -> None:
-    """Documents -> signature uint32 [n, 112] and bands uint64 [14, n]; owner int64 [n], the number
-    of the evaluation document that each has most in common with or -1, and share float32 [n]."""
-    shard = shards.load(source)
-    texts = list(shards.texts_of(shard, range(len(shard["split"]))))
+    """Documents -> of each whole one, signature uint32 [n, 112] and bands uint64 [14, n]; owner
+    int64 [n], the number of the evaluation document that it has most in common with or -1, and
+    share float32 [n]."""
+    shard = shards.whole_documents(shards.load(source))
+    texts = list(shards.texts_of(shard, range(len(shard["hash"]))))
     tensors: dict[str, np.ndarray] = {}
     if near:
         signature = ngrams.signatures(texts, NEAR_WORDS)
@@ -95,14 +90,7 @@ def sign_shard(
         bands[wordless] = short_hashes(shard["hash"])[wordless, None]  # are like nothing else
         tensors |= {"signature": signature, "bands": np.ascontiguousarray(bands.T)}
     if evaluation is not None:
-        status = evaluation.stat()
-        known = _evaluation(evaluation, status.st_mtime_ns, status.st_size)
-        parts = [
-            contamination(texts[i : i + _TEXTS], known)
-            for i in range(0, max(len(texts), 1), _TEXTS)
-        ]
-        owner, share = (np.concatenate(part) for part in zip(*parts))
-        tensors |= {"owner": owner, "share": share}
+        tensors |= contamination.owners(texts, shard["hash"], evaluation)
     shards.save(target, tensors)
 
 
@@ -147,72 +135,17 @@ def duplicates(paths: Sequence[pathlib.Path]) -> tuple[np.ndarray, np.ndarray]:
     return repeated, piece
 
 
-def contamination(
-    texts: Sequence[str], evaluation: dict[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(owner int64 [n] or -1, share float32 [n]): of each text, the evaluation document with which
-    it has at least OVERLAP of the n-grams of either in common, and how much."""
-    hashes, ends = ngrams.ngrams(texts, OVERLAP_WORDS)
-    own = np.diff(ends, prepend=0)
-    begins, stops = (
-        np.searchsorted(evaluation["hashes"], hashes, side=side) for side in ("left", "right")
-    )
-    count = np.minimum(stops - begins, _OWNERS)
-    text = np.repeat(np.repeat(np.arange(len(texts)), own), count)
-    place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    other = evaluation["owner"][np.repeat(begins, count) + place]
-    num = len(evaluation["sizes"])
-    pair, shared = np.unique(text * num + other, return_counts=True)
-    text, other = pair // max(num, 1), pair % max(num, 1)
-    found = shared / np.minimum(own[text], evaluation["sizes"][other])
-    owner, share = np.full(len(texts), -1), np.zeros(len(texts), np.float32)
-    for i in np.argsort(found, kind="stable"):  # the largest comes last, and stays
-        if found[i] >= OVERLAP:
-            owner[text[i]], share[text[i]] = other[i], found[i]
-    return owner, share
-
-
-def _read_evaluation(path: pathlib.Path, cfg: Any) -> None:
-    field = cfg.evaluation_text_field or cfg.text_field
-    found = corpus_lib.find_files(cfg.evaluation, Report())
-    documents: list[Document] = []
-    for source in found:
-        of_source = list(corpus_lib.read_documents([source], field, report := Report()))
-        for line in report.lines():
-            say(f"corpus.evaluation: {line}")
-        if not of_source or report.counts.get("no_text", 0) > len(of_source):
-            hint = report.text_field()
-            flag = "--config.corpus.evaluation_text_field="
-            raise UserError(
-                f"corpus.evaluation: {source.path} has {len(of_source)} documents with a text in "
-                f"{field!r}" + (f". If {hint!r} holds the text, give {flag}{hint}" if hint else "")
-            )
-        documents += of_source
-    hashes, ends = ngrams.ngrams([d.text for d in documents], OVERLAP_WORDS)
-    sizes = np.diff(ends, prepend=0)
-    order = np.argsort(hashes, kind="stable")
-    owner = np.repeat(np.arange(len(documents)), sizes)
-    say(f"corpus.evaluation: {len(documents):,} documents in {len(found)} files")
-    tensors = {"hashes": hashes[order], "owner": owner[order], "sizes": sizes}
-    shards.save(path, tensors, [[d.source, d.line] for d in documents])
-
-
-@functools.lru_cache(maxsize=1)
-def _evaluation(path: pathlib.Path, *stamp: int) -> dict[str, np.ndarray]:
-    # By its stamp, too: a process may outlive the corpus whose it is.
-    del stamp
-    return shards.load(path)
-
-
 def _choose(work: Work) -> None:
     cfg, sources, signed = work.cfg.corpus, work.shards("documents"), work.shards("signed")
-    sizes = [len(shards.load(path, "split")["split"]) for path in sources]
+    num_rows = [len(shards.load(path, "split")["split"]) for path in sources]
     repeated, piece = duplicates(sources)
     counts = {
         "duplicates": int((repeated & (piece == 0)).sum()),
         "cut": int((~repeated & (piece == 1)).sum()),
     }
-    kept = ~repeated
+    whole = piece == 0  # from here on, and in `signed`, it is by whole documents
+    sizes = [int(part.sum()) for part in np.split(whole, np.cumsum(num_rows)[:-1])]
+    kept = ~repeated[whole]
     described: dict[str, Any] = {}
     if cfg.evaluation:
         owner, share = (
@@ -260,7 +193,8 @@ def _choose(work: Work) -> None:
     if described:
         files.write_json(work.final / DROPPED, described)
     counts |= {name: value["found"] for name, value in described.items()}
-    tensors = {f"{i}": part for i, part in enumerate(np.split(kept, np.cumsum(sizes)[:-1]))}
+    rows = kept[np.cumsum(whole) - 1] & ~repeated
+    tensors = {f"{i}": part for i, part in enumerate(np.split(rows, np.cumsum(num_rows)[:-1]))}
     state = {"counts": counts, "names": [path.name for path in sources]}
     shards.save(work.kept, tensors, state)
 
@@ -324,7 +258,8 @@ def _rows(paths: Sequence[pathlib.Path], sizes: Sequence[int], rows: np.ndarray)
 def _texts(paths: Sequence[pathlib.Path], sizes: Sequence[int], rows: np.ndarray) -> list[str]:
     found = [""] * len(rows)
     for path, places, inside in _by_shard(paths, sizes, rows):
-        for place, text in zip(places, shards.texts_of(shards.load(path), inside)):
+        documents = shards.whole_documents(shards.load(path))
+        for place, text in zip(places, shards.texts_of(documents, inside)):
             found[place] = text
     return found
 

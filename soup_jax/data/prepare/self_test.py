@@ -17,6 +17,7 @@ from soup_jax.data.damage import Report
 from soup_jax.data.prepare import shards
 from soup_jax.data.prepare.clean import clean, sign
 from soup_jax.data.prepare.work import Work
+from soup_jax.data.readers import text_hash
 from soup_jax.errors import UserError
 
 NUM_PLANTED = 200  # of each kind
@@ -58,10 +59,10 @@ def self_test(cfg: Any) -> tuple[list[str], bool]:
         left = _cleaned(cfg, folder)
     lines, good = [], True
     for name, copies in planted.items():
-        found = sum(copy not in left for copy in copies)
+        found = sum(text_hash(copy) not in left for copy in copies)
         lines.append(f"{name}: {found} of {len(copies)} planted were found")
         good &= found == len(copies)
-    lost = sum(text not in left for text in originals)
+    lost = sum(text_hash(text) not in left for text in originals)
     lines.append(
         f"originals: {lost} of {len(originals)} were dropped with them (alike, or in one another)"
     )
@@ -97,22 +98,18 @@ def _edited(text: str, share: float, rng: np.random.Generator) -> str:
     return " ".join(words).upper() if rng.random() < 0.5 else "\n".join(words)
 
 
-def _cleaned(cfg: Any, folder: pathlib.Path) -> set[str]:
-    # What `prepare` goes on with.
+def _cleaned(cfg: Any, folder: pathlib.Path) -> set[bytes]:
+    # The hashes of the documents that `prepare` goes on with.
     sources = corpus_lib.find_files(
         (str(folder / "1-originals.jsonl"), *map(str, sorted(folder.glob("[23]-*.jsonl")))),
         Report(),
     )
     work = Work(cfg, folder, sources, {}, ("train",), 1)
-    reading = shards.Reading("text", 1, 1_000_000, 0, 0, work.splits)
+    reading = shards.Reading("text", 1, cfg.corpus.max_chars, 0, 0, work.splits)
     shards.read_group(work.path / "documents", 0, sources, reading)
     sign(work)
     clean(work)
-    return {
-        text
-        for path in work.documents
-        for text in shards.texts_of(shards.load(path), range(len(shards.load(path)["split"])))
-    }
+    return {row.tobytes() for path in work.documents for row in shards.load(path, "hash")["hash"]}
 
 
 def _write(path: pathlib.Path, texts: Sequence[str]) -> None:

@@ -292,6 +292,16 @@ def texts_of(shard: dict[str, np.ndarray], rows: Iterable[int]) -> Iterator[str]
         yield data[offsets[row] : offsets[row + 1]].tobytes().decode("utf-8")
 
 
+def whole_documents(shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """text, offsets and hash of a document shard, of whole documents instead of their pieces."""
+    begins = np.flatnonzero(shard["piece"] == 0)
+    return {
+        "text": shard["text"],
+        "offsets": np.append(shard["offsets"][begins], shard["offsets"][-1]),
+        "hash": shard["hash"][begins],
+    }
+
+
 def save(path: pathlib.Path, tensors: dict[str, np.ndarray], state: Any = None) -> None:
     """Write tensors, and a JSON-ready `state` beside them, atomically."""
     metadata = None if state is None else {"state": files.json_text(state)}

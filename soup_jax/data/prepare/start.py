@@ -18,7 +18,7 @@ from soup_jax.data.prepare import provenance as request_lib
 from soup_jax.data.prepare.work import Map, Part, Work, progress, say
 from soup_jax.errors import UserError
 
-_WORK = 2  # the form of what lies in .work
+_WORK = 3  # the form of what lies in .work
 
 
 def write_request(
