@@ -26,6 +26,7 @@ from soup_jax.errors import UnavailableError, UserError
 EXTRAS = {"gs": "gcs", "s3": "s3"}
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the second attempt
+SILENCE = 60.0  # seconds without a byte after which gcsfs gives up; by itself it waits forever
 BLOCK_BYTES = 8 << 20  # read at a time
 
 # pathlib makes one slash of two, so one is enough; a drive has one letter.
@@ -70,7 +71,13 @@ def _driver(name: str) -> Any:
     try:
         import fsspec
 
-        return fsspec.filesystem(name, skip_instance_cache=True)
+        more: dict[str, Any] = {}
+        if name == "gs":
+            import aiohttp
+
+            silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+            more["requests_timeout"] = silence
+        return fsspec.filesystem(name, skip_instance_cache=True, **more)
     except ImportError as e:
         raise UserError(
             f"{name}:// needs another package: pip install 'soup_jax[{EXTRAS[name]}]'"

@@ -41,11 +41,14 @@ class Faults:
 
     def __init__(self) -> None:
         self.kind, self.left, self.only, self.seen = "", 0, b"", 0
+        self.over, self.stalled = threading.Event(), False  # whether a client waited too long
 
     @contextlib.contextmanager
     def of(self, kind: str, number: int, only: bytes = b"") -> Iterator[None]:
         self.kind, self.left, self.only = kind, number, only
+        self.over.clear()
         yield
+        self.over.set()
         self.kind, self.left, self.only = "", 0, b""
 
 
@@ -138,6 +141,12 @@ def proxy(port: int, faults: Faults) -> http.server.ThreadingHTTPServer:
                 self.wfile.write(data[: len(data) // 2])
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            if kind == "stall":  # likewise, and nothing more
+                self.wfile.write(data[: len(data) // 2])
+                self.wfile.flush()
+                faults.stalled = not faults.over.wait(20)
                 self.close_connection = True
                 return
             if self.command != "HEAD":

@@ -7,6 +7,7 @@ import pytest
 from conftest import tiny_config, topic_text
 
 from soup_jax.cli import main as cli
+from soup_jax.cli import plan
 from soup_jax.data import domain_histogram, domain_map, domain_report
 from soup_jax.data.corpus import open_corpus
 from soup_jax.data.prepare import provenance, stages
@@ -156,6 +157,16 @@ def test_the_band_covers_what_other_samples_give(folder):
     assert 0.8 < np.mean(covered) <= 1
 
 
+def test_one_percent_of_the_documents_to_come_count_as_outside(folder):
+    # Documents like those of the corpus, which it has not seen.
+    corpus = open_corpus(folder / "corpus", num_domains=4)
+    texts = [topic_text(topic, 5000 + i) for i in range(250) for topic in TOPICS]
+    found = domain_histogram.document_histogram(corpus, texts)
+    assert found.outside < 0.05
+    strange = [" ".join(reversed(text.split()))[::-1] for text in texts[:20]]
+    assert domain_histogram.document_histogram(corpus, [*texts[:20], *strange]).outside > 0.3
+
+
 def test_domains_that_a_run_repeats_too_often_are_named(folder, capsys):
     corpus = open_corpus(folder / "corpus")
     assert domain_report.repetition_warning(config(folder, num_steps=1), corpus) == ""
@@ -165,6 +176,8 @@ def test_domains_that_a_run_repeats_too_often_are_named(folder, capsys):
     to_be_written |= {"domain_weights.generic": 0.0}
     assert domain_report.repetition_warning(config(folder, **to_be_written), corpus) == ""
     assert warning.startswith("12 of 12 domains will be seen more than 10 times")
+    assert plan.repetition(cfg) == warning  # which `plan` prints
+    assert plan.repetition(config(folder, **{"corpus.dir": str(folder / "nothing")})) == ""
     # All draws of one domain, and none of the others.
     meta = domain_report.from_config(cfg, corpus.domain_frequencies)
     windows_K = np.diff(corpus.offsets["train"])

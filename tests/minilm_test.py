@@ -181,6 +181,17 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
         MiniLm.fit(settings(tmp_path / "bert"), [])
 
 
+def test_quantised_weights_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "int8")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("query.weight"))
+    tensors[name] = (tensors[name] * 100).astype(np.int8)
+    save_file(tensors, tmp_path / "int8" / "model.safetensors")
+    cfg = types.SimpleNamespace(path=str(tmp_path / "int8"), max_chars=20_000)
+    with pytest.raises(UserError, match=r"query.weight is stored as int8"):
+        MiniLm.fit(cfg, [])
+
+
 def test_without_weights_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("soup_jax.data.embed.minilm._PACKAGE", "no_such_package")
     cfg = tiny_config(**{"corpus.dir": str(tmp_path / "corpus"), "embed.kind": "minilm"})

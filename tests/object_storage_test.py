@@ -156,6 +156,20 @@ def test_what_fails_for_the_moment_is_tried_again(bucket, sources, kind, number)
         assert faults.left == 0
 
 
+def test_a_connection_that_falls_silent_is_tried_again(bucket, sources, monkeypatch):
+    import s3fs
+
+    _, faults = bucket
+    monkeypatch.setattr(remote, "SILENCE", 0.3)
+    monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.3)
+    remote._driver.cache_clear()
+    with faults.of("stall", 2):
+        assert inputs.read_text(f"{sources[0]}/a.jsonl").encode() == lines(sources[1][:70])
+        assert faults.left == 0
+    assert not faults.stalled
+    remote._driver.cache_clear()
+
+
 def test_a_server_that_never_answers_is_one_sentence(bucket, sources, monkeypatch):
     _, faults = bucket
     monkeypatch.setattr(remote, "ATTEMPTS", 1)

@@ -10,7 +10,7 @@ from stages_test import Killed, config, content, write_sources
 
 from soup_jax.cli import main as cli
 from soup_jax.data import windows
-from soup_jax.data.prepare import shards, stages
+from soup_jax.data.prepare import clean, shards, stages
 from soup_jax.data.prepare import work as work_lib
 from soup_jax.data.prepare.work import Part
 from soup_jax.errors import UserError
@@ -215,10 +215,37 @@ def test_apache_beam_makes_the_same_corpus(sources, whole, tmp_path):
         stages.prepare(config(sources, tmp_path / "other"), map=beam_map("--runner=Nobody"))
 
 
+@pytest.mark.parametrize("stage", ["sign_shard", "encode_shard", "group_shard"])
+def test_a_worker_of_beam_that_dies_changes_nothing(sources, whole, tmp_path, monkeypatch, stage):
+    pytest.importorskip("apache_beam")
+    from soup_jax.data.prepare.beam import beam_map
+
+    died = tmp_path / "died"
+    module = clean if stage == "sign_shard" else shards
+    original = getattr(module, stage)
+
+    def dies(*arguments):
+        original(*arguments)
+        died.touch()
+        raise OSError("the worker is gone")
+
+    cfg = config(sources, tmp_path / "corpus", **CLEANED)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, stage, dies)
+        with pytest.raises(Exception, match="the worker is gone"):
+            stages.prepare(cfg, map=beam_map("--runner=DirectRunner"))
+    assert died.exists()
+    stages.prepare(cfg, map=beam_map("--runner=DirectRunner"))
+    assert content(tmp_path / "corpus") == content(whole.path)
+
+
 def test_beam_that_is_missing_is_said(sources, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
     flags = [f"--config.corpus.sources={sources}", f"--config.corpus.dir={tmp_path / 'corpus'}"]
     arguments = ["prepare", CONFIG, *flags, "--beam=--runner=DirectRunner"]
     assert cli.run(arguments) == 2
     assert "pip install 'soup_jax[beam]'" in capsys.readouterr().err
+    arguments[3] = "--config.corpus.dir=gs://bucket/corpus"
+    assert cli.run(arguments) == 2
+    assert "the workers of --beam need a disk that they share" in capsys.readouterr().err
     assert not (tmp_path / "corpus").exists()

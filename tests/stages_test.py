@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
 import tensorflow_datasets as tfds
 import zstandard
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ from soup_jax.data import sources as corpus
 from soup_jax.data.corpus import Corpus, artefacts_of, fingerprint_of, open_corpus
 from soup_jax.data.damage import DAMAGE
 from soup_jax.data.embed.tfidf_svd import TfidfSvd
-from soup_jax.data.prepare import shards
+from soup_jax.data.prepare import describe, shards
 from soup_jax.data.prepare import stages as prepare
 from soup_jax.data.readers import text_hash
 from soup_jax.errors import UserError
@@ -84,8 +85,11 @@ def config(sources: pathlib.Path | tuple, path: pathlib.Path, **changes) -> Conf
 
 
 def content(folder: pathlib.Path) -> dict[str, bytes]:
+    """All files but the one that says how long it took."""
     return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "timings.json"
     }
 
 
@@ -208,7 +212,7 @@ def test_the_folder_is_a_tfds_data_set_and_nothing_else_is_left(prepared):
     assert names == {
         "windows", "offsets.safetensors", "domains.json", "centroids.safetensors", "manifest.json",
         "tokenizer.json", "embedder.json", "embedder.safetensors", "report.json",
-        "train_hashes.safetensors",
+        "train_hashes.safetensors", "timings.json",
     }  # fmt: skip
     assert set(content(prepared.path)) == {"manifest.json", *artefacts_of(prepared.manifest)}
     assert not [name for name in content(prepared.path) if name.endswith((".tmp", ".pkl", ".npy"))]
@@ -216,6 +220,29 @@ def test_the_folder_is_a_tfds_data_set_and_nothing_else_is_left(prepared):
     assert len(prepared.manifest["window_files"]["train"]) > 1
     rows = np.stack([source[i]["tokens"] for i in range(len(source))])
     np.testing.assert_array_equal(rows, prepared.read_windows("train", range(len(source))))
+
+
+def test_hashes_sorted_in_passes_are_the_same_file(sources, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(describe, "_HASHES", 7)
+    made = prepare.prepare(config(sources, tmp_path / "corpus"))
+    name = "train_hashes.safetensors"
+    assert (made.path / name).read_bytes() == (prepared.path / name).read_bytes()
+    hashes = safetensors.numpy.load_file(prepared.path / name)["hashes"]
+    assert (prepared.path / name).read_bytes() == safetensors.numpy.save({"hashes": hashes})
+    assert (np.diff(hashes.astype(object)) > 0).all()
+
+
+def test_it_tells_where_its_time_went(sources, tmp_path, capsys):
+    made = prepare.prepare(config(sources, tmp_path / "corpus"))
+    told = json.loads((made.path / "timings.json").read_text())
+    assert set(told["seconds"]) >= {"reading and cleaning", "writing windows"}
+    assert all(seconds >= 0 for seconds in told["seconds"].values())
+    assert told["text_bytes"] == sum(
+        split["bytes"] for split in made.manifest["counts"]["splits"].values()
+    )
+    shown = capsys.readouterr().err
+    assert "MB/s; " in shown
+    assert " groups of source files; as many files" in shown
 
 
 def test_a_corpus_knows_its_train_documents(prepared, tmp_path):

@@ -7,10 +7,12 @@ The exit status is 1 if the run does not fit.
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from soup_jax.cli import config_flag
+from soup_jax.errors import UserError
 from soup_jax.storage import check_file_target, write_json
 
 
@@ -40,8 +42,6 @@ def run(values: flags.FlagValues) -> int:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-    from soup_jax.data import domain_report
-    from soup_jax.data.corpus import open_corpus
     from soup_jax.planning import text
     from soup_jax.planning.plan import make_plan
     from soup_jax.planning.target import find_target
@@ -55,11 +55,28 @@ def run(values: flags.FlagValues) -> int:
     )
     plan = make_plan(cfg, target)
     print(text.to_text(plan))
-    if (pathlib.Path(cfg.corpus.dir) / "manifest.json").exists():
-        corpus = open_corpus(cfg.corpus.dir, num_domains=cfg.num_domains)
-        fits = corpus.num_domains == cfg.num_domains
-        if fits and (warning := domain_report.repetition_warning(cfg, corpus)):
-            print(f"warning: {warning}")
+    if warning := repetition(cfg):
+        print(f"warning: {warning}")
     if values.json:
         write_json(pathlib.Path(values.json), text.to_json(plan))
     return 0 if plan.fits else 1
+
+
+def repetition(cfg: Any) -> str:
+    """What the run would read many times of its corpus, if that is there; a plan needs none."""
+    from soup_jax import remote
+    from soup_jax.data import domain_report
+    from soup_jax.data.corpus import open_corpus
+
+    place = cfg.corpus.dir
+    address = remote.is_object(place)
+    if not address and not (pathlib.Path(place) / "manifest.json").exists():
+        return ""
+    try:
+        corpus = open_corpus(place, num_domains=cfg.num_domains, cache_dir=cfg.corpus.cache_dir)
+    except UserError as e:
+        if not address:
+            raise
+        return f"what the run repeats of its corpus is not known: {e}"
+    fits = corpus.num_domains == cfg.num_domains
+    return domain_report.repetition_warning(cfg, corpus) if fits else ""

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from soup_jax import remote
 from soup_jax.cli import config_flag
 from soup_jax.errors import UserError
 
@@ -62,6 +63,11 @@ def run(values: flags.FlagValues) -> int:
     from soup_jax.data.prepare.work import Part
 
     if values.beam:
+        if remote.is_object(cfg.corpus.dir):
+            raise UserError(
+                f"--config.corpus.dir={cfg.corpus.dir} is an address: the workers of --beam need a "
+                "disk that they share. Copy the finished corpus there"
+            )
         from soup_jax.data.prepare.beam import beam_map
 
         stages.prepare(cfg, map=beam_map(values.beam))

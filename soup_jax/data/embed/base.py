@@ -23,7 +23,8 @@ class Embedder(Protocol):
 
     A class may have two class methods, which `prepare` calls before it reads documents:
     `check(cfg)` raises a UserError where `fit` would, and `source_hash(cfg)` is the hash of what
-    `fit` reads from `cfg.path`, so that a corpus is not taken for one made with other weights.
+    `fit` reads from `cfg.path`, so that a corpus is not taken for one made with other weights. With
+    `learns = False` it gets no texts.
 
     Attributes:
       name: tells the kind and the revision; embedders of one name give the same vectors.

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -127,6 +127,8 @@ def _apply(encoder: Encoder) -> Any:
 class MiniLm:
     """A sentence encoder: the beginning of a text, up to `max_tokens` word pieces."""
 
+    learns: ClassVar = False  # from texts
+
     def __init__(self, settings: dict[str, Any], tensors: dict[str, np.ndarray]):
         """As `contents` gives them."""
         import tokenizers
@@ -190,10 +192,17 @@ class MiniLm:
         settings, pooling, max_tokens = _read_settings(folder)
         tensors = inputs.read_tensors(folder / "model.safetensors")
         tensors = {
-            name.removeprefix("bert."): np.asarray(value, np.float32)
+            name.removeprefix("bert."): value
             for name, value in tensors.items()
             if not name.endswith("position_ids") and "pooler" not in name
         }
+        for name, value in tensors.items():
+            if not jnp.issubdtype(value.dtype, jnp.floating):
+                raise UserError(
+                    f"{folder}: {name} is stored as {value.dtype}. Quantised weights embed "
+                    "otherwise; give the folder of those in full precision"
+                )
+        tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
         contents = {
             "max_chars": cfg.max_chars,
             "max_tokens": max_tokens,

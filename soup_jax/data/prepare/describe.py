@@ -1,5 +1,9 @@
 """The last stage of `prepare`: domains, hashes of train documents, damage and, last, manifest."""
 
+import json
+import pathlib
+import shutil
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from soup_jax.errors import UserError
 
 # The least number of validation documents whose similarities to centroids are taken as typical.
 _FOR_QUANTILES = 200
+_HASHES = 1 << 24  # of train documents, sorted at a time
 
 
 def describe_domains(work: Work, layout: windows.Layout) -> None:
@@ -110,11 +115,31 @@ def write_train_hashes(work: Work) -> None:
     path = work.final / TRAIN_HASHES
     if path.exists():
         return
-    parts = []
-    for source in work.documents:
-        shard = shards.load(source, "split", "hash")
-        parts.append(short_hashes(shard["hash"][shard["split"] == 0]))
-    shards.save(path, {"hashes": np.unique(np.concatenate(parts))})
+    number = sum(len(shards.load(source, "split")["split"]) for source in work.documents)
+    passes = -(-number // _HASHES)
+    with (
+        files.atomic_path(path) as new,
+        tempfile.TemporaryFile(dir=work.path) as kept,
+    ):
+        for part in range(passes):
+            found = [_train_hashes(source, part, passes) for source in work.documents]
+            kept.write(np.unique(np.concatenate(found)).astype("<u8").tobytes())
+        size = kept.tell()
+        entry = {"dtype": "U64", "shape": [size // 8], "data_offsets": [0, size]}
+        header = json.dumps({"hashes": entry}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        kept.seek(0)
+        with open(new, "wb") as file:  # safetensors would want all of it in memory
+            file.write(len(header).to_bytes(8, "little") + header)
+            shutil.copyfileobj(kept, file)
+
+
+def _train_hashes(source: pathlib.Path, part: int, passes: int) -> np.ndarray:
+    # Those in the part-th of as many ranges of equal size.
+    shard = shards.load(source, "split", "hash")
+    found = short_hashes(shard["hash"][shard["split"] == 0])
+    half = np.uint64(32)
+    return found[((found >> half) * np.uint64(passes)) >> half == part]
 
 
 def _unknown(work: Work) -> int:

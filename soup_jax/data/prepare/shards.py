@@ -5,6 +5,7 @@
     clean/      the same without those that are left out            `clean.keep_shard`
     encoded/    token ids with EOS, ends, unit vectors              `encode_shard`
     grouped/    token ids sorted by split and domain (data/corpus)  `group_shard`
+                windows/ of the corpus                              `write_window_file`
 
 This module also chooses, by hash, the documents that tokenizer, embedder and k-means are fitted on.
 soup_jax/data/prepare/stages.py says when and where all this runs, and what a kill does.
@@ -283,6 +284,45 @@ def group_shard(
         },
     )
     encoded.unlink()
+
+
+def save_layout(
+    path: pathlib.Path, layout: windows.Layout, grouped: Sequence[pathlib.Path]
+) -> None:
+    """Write what `write_window_file` reads: the layout, and the shards that fill it."""
+    tensors = {f"offsets/{split}": value for split, value in layout.offsets.items()}
+    tensors |= {f"pad/{split}": value for split, value in layout.pad.items()}
+    state = {
+        "splits": list(layout.offsets),
+        "seq_len": layout.seq_len,
+        "dtype": layout.dtype.str,
+        "eos_id": layout.eos_id,
+        "grouped": [str(place) for place in grouped],
+    }
+    save(path, tensors, state)
+
+
+def write_window_file(
+    directory: pathlib.Path, file: windows.WindowFile, plan: pathlib.Path
+) -> None:
+    """Write a file of the layout, by what `save_layout` wrote."""
+    status = plan.stat()
+    layout, grouped = _layout(plan, status.st_mtime_ns, status.st_size)
+    windows.write_window_file(directory, file, layout, grouped)
+
+
+@functools.lru_cache(maxsize=1)
+def _layout(plan: pathlib.Path, *stamp: int) -> tuple[windows.Layout, list[pathlib.Path]]:
+    del stamp
+    tensors, state = load(plan), state_of(plan)
+    layout = windows.Layout(
+        seq_len=state["seq_len"],
+        dtype=np.dtype(state["dtype"]),
+        eos_id=state["eos_id"],
+        offsets={split: tensors[f"offsets/{split}"] for split in state["splits"]},
+        pad={split: tensors[f"pad/{split}"] for split in state["splits"]},
+    )
+    return layout, [pathlib.Path(place) for place in state["grouped"]]
 
 
 def texts_of(shard: dict[str, np.ndarray], rows: Iterable[int]) -> Iterator[str]:

@@ -30,7 +30,6 @@ on.
 
 import os
 import pathlib
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -43,15 +42,16 @@ from soup_jax import storage as files
 from soup_jax.data import domain_report, domains, windows
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data import tokenizer as tokenizer_lib
-from soup_jax.data.corpus import CLEANED, Corpus, artefacts_of, open_corpus
+from soup_jax.data.corpus import Corpus, artefacts_of, open_corpus
 from soup_jax.data.corpus_cache import CorpusCache, folder_of, upload
-from soup_jax.data.damage import Report, listed
+from soup_jax.data.damage import Report
 from soup_jax.data.embed.base import EMBEDDERS, save_embedder
+from soup_jax.data.prepare import enough, shards
 from soup_jax.data.prepare import provenance as request_lib
-from soup_jax.data.prepare import shards
+from soup_jax.data.prepare import work as work_lib
 from soup_jax.data.prepare.clean import clean, sign
 from soup_jax.data.prepare.describe import describe_domains, write_manifest, write_train_hashes
-from soup_jax.data.prepare.given import given_centroids, given_domains
+from soup_jax.data.prepare.given import given_centroids
 from soup_jax.data.prepare.start import finished, least_bytes, start, write_request
 from soup_jax.data.prepare.work import Job, Map, Part, Waiting, Work, alone, progress, run_jobs, say
 from soup_jax.errors import UserError
@@ -154,17 +154,26 @@ def _prepare(
 
 
 def _stages(work: Work, report: Report) -> None:
-    _hash(work)
-    totals = _read(work, report)
-    _fit_tokenizer(work)
-    _fit_embedder(work)
-    _encode(work)
-    _fit_centroids(work)
-    _group(work)
-    layout = _write_windows(work)
-    describe_domains(work, layout)
-    write_train_hashes(work)
-    write_manifest(work, layout, totals, report)
+    with work_lib.timed(work, "hashing the sources"):
+        _hash(work)
+    with work_lib.timed(work, "reading and cleaning"):
+        totals = _read(work, report)
+    with work_lib.timed(work, "training the tokenizer"):
+        _fit_tokenizer(work)
+    with work_lib.timed(work, "fitting the embedder"):
+        _fit_embedder(work)
+    with work_lib.timed(work, "tokenising and embedding"):
+        _encode(work)
+    with work_lib.timed(work, "fitting the centroids"):
+        _fit_centroids(work)
+    with work_lib.timed(work, "grouping by domain"):
+        _group(work)
+    with work_lib.timed(work, "writing windows"):
+        layout = _write_windows(work)
+    with work_lib.timed(work, "describing the corpus"):
+        describe_domains(work, layout)
+        write_train_hashes(work)
+        write_manifest(work, layout, totals, report)
 
 
 # Stage 0
@@ -208,6 +217,10 @@ def _read(work: Work, report: Report) -> dict[str, int]:
         Job((folder, i, group, reading), (folder / f"{i:06d}.json",))
         for i, group in enumerate(shards.groups(work.sources))
     ]
+    say(
+        f"{len(jobs):,} groups of source files; as many files, or some more, at a time between the "
+        "stages, whatever num_domains is"
+    )
     left = run_jobs(work, shards.read_group, jobs, "reading documents", wait=work.part.merges)
     sign(work)
     if left:
@@ -220,62 +233,8 @@ def _read(work: Work, report: Report) -> dict[str, int]:
             totals[name] = totals.get(name, 0) + count
     totals |= clean(work)
     if work.part.merges:
-        _check_enough(work, totals, report)
+        enough.check(work, totals, report)
     return totals
-
-
-def _check_enough(work: Work, totals: dict[str, int], report: Report) -> None:
-    field, names = work.cfg.corpus.domain_field, given_domains(work)
-    if field and names and len(names) != work.cfg.num_domains:
-        raise UserError(
-            f"the sources name {len(names)} domains in the field {field!r} "
-            f"({listed(names, most=3)}), and num_domains is {work.cfg.num_domains}: give "
-            f"--config.num_domains={len(names)}, or another field as --config.corpus.domain_field"
-        )
-    num_documents = num_bytes = 0
-    for path in work.documents:
-        shard = shards.load(path, "split", "offsets")
-        train = shard["split"] == 0
-        num_documents += int(np.count_nonzero(train))
-        num_bytes += int(np.diff(shard["offsets"])[train].sum())
-    if num_documents < work.cfg.num_domains:
-        raise UserError(
-            f"the sources hold {num_documents} train documents, fewer than num_domains = "
-            f"{work.cfg.num_domains} ({_why_so_few(totals, report)}"
-        )
-    # A token has a byte or more, and a document one end: refused now rather than after stage 6.
-    _check_padding(work.cfg, num_bytes + num_documents, work.cfg.num_domains * work.cfg.seq_len)
-
-
-def _why_so_few(totals: dict[str, int], report: Report) -> str:
-    reasons = [
-        f"{totals['documents']} documents read, {totals['duplicates']} duplicates and "
-        f"{totals['too_short']} too short ones dropped"
-        + "".join(f", {totals[name]} {words}" for name, words in CLEANED.items() if name in totals)
-        + ")",
-        *report.lines(),
-    ]
-    if report.counts.get("no_text", 0) <= totals["documents"]:
-        pass  # a few odd records, and the field is the right one
-    elif field := report.text_field():
-        flag = shlex.quote(f"--config.corpus.text_field={field}")
-        reasons.append(f"If {field!r} holds the text, give {flag}")
-    else:
-        reasons.append(
-            "A text is a string in a field of the object itself; `jq -c '{text: .path.to.text}'` "
-            "writes such lines"
-        )
-    return ". ".join([*reasons, "Else add sources or lower --config.num_domains"])
-
-
-def _check_padding(cfg: Any, num_tokens: int, num_targets: int) -> None:
-    if num_targets > 2 * num_tokens:
-        raise UserError(
-            f"seq_len = {cfg.seq_len} is too long for these sources: {num_tokens:,} train tokens "
-            f"in windows of {cfg.num_domains} domains have {num_targets:,} targets, of which "
-            f"{1 - num_tokens / num_targets:.0%} would be padding, and half is the most. Lower "
-            "--config.seq_len or --config.num_domains, or add sources"
-        )
 
 
 # Stages 2, 3 and 5: what is fitted on a sample
@@ -310,8 +269,10 @@ def _fit_embedder(work: Work) -> None:
     cfg = work.cfg.embed
     documents = work.documents
     rows = shards.choose(documents, num_documents=cfg.fit_documents)
+    kind = EMBEDDERS.get(cfg.kind)
     texts = progress(shards.chosen_texts(documents, rows, cfg.max_chars), "fitting the embedder")
-    embedder = EMBEDDERS.get(cfg.kind).fit(cfg, list(texts), num_workers=work.num_workers)
+    sample = list(texts) if getattr(kind, "learns", True) else []
+    embedder = kind.fit(cfg, sample, num_workers=work.num_workers)
     save_embedder(embedder, work.final, kind=cfg.kind)
 
 
@@ -373,13 +334,13 @@ def _write_windows(work: Work) -> windows.Layout:
         eos_id=tokenizer.eos_id,
     )
     num_targets = int(layout.offsets["train"][-1]) * work.cfg.seq_len
-    _check_padding(work.cfg, int(num_tokens[0].sum()), num_targets)
+    enough.check_padding(work.cfg, int(num_tokens[0].sum()), num_targets)
     directory = work.final / "windows"
     directory.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        Job((directory, file, layout, grouped), (directory / file.name,)) for file in layout.files()
-    ]
-    run_jobs(work, windows.write_window_file, jobs, "writing windows")
+    plan = work.path / "layout.safetensors"  # else every job would carry all of this
+    shards.save_layout(plan, layout, grouped)
+    jobs = [Job((directory, file, plan), (directory / file.name,)) for file in layout.files()]
+    run_jobs(work, shards.write_window_file, jobs, "writing windows")
     alone(work, "describing the corpus")
     windows.write_metadata(directory, layout)
     tensors = {f"offsets/{split}": value for split, value in layout.offsets.items()}
@@ -390,6 +351,7 @@ def _write_windows(work: Work) -> windows.Layout:
 
 def _publish(work: Work) -> None:
     """Move the artefacts to their place, the manifest last; remove the rest."""
+    say(work_lib.write_timings(work))
     for left in work.final.rglob(".*.tmp"):  # of a worker that outlived a killed command a moment
         left.unlink(missing_ok=True)
     for path in sorted(work.final.iterdir(), key=lambda path: path.name == "manifest.json"):

@@ -1,15 +1,19 @@
 """What the stages of `prepare` share: the folder they work in, workers, words to the user."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import safetensors
 import tqdm
 
+from soup_jax import inputs
+from soup_jax import storage as files
 from soup_jax.data import sources as corpus_lib
 from soup_jax.data.embed import parallel
 
@@ -139,6 +143,39 @@ def _once(
     except FileNotFoundError:  # the other one has taken what this one was to read
         if not any(path.exists() for path in outputs):
             raise
+
+
+@contextlib.contextmanager
+def timed(work: Work, stage: str) -> Iterator[None]:
+    """Note how long the block takes, for `write_timings`."""
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        line = {"stage": stage, "seconds": round(time.monotonic() - begin, 3)}
+        if work.path.exists():
+            with open(work.path / "timings.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def write_timings(work: Work) -> str:
+    """Write timings.json, which the manifest does not name: the seconds of each stage, of all
+    starts and parts together, and the bytes of text; returns a line about them."""
+    seconds: dict[str, float] = {}
+    for line in (work.path / "timings.jsonl").read_text("utf-8").splitlines():
+        entry = json.loads(line)
+        seconds[entry["stage"]] = round(seconds.get(entry["stage"], 0) + entry["seconds"], 3)
+    splits = inputs.read_json(work.final / "manifest.json")["counts"]["splits"]
+    size, total = sum(split["bytes"] for split in splits.values()), sum(seconds.values())
+    files.write_json(
+        work.final / "timings.json",
+        {"seconds": seconds, "text_bytes": size, "num_workers": work.num_workers},
+    )
+    longest = max(seconds, key=seconds.__getitem__)
+    return (
+        f"{size / 1e6:,.0f} MB of text at {size / 1e6 / max(total, 1e-3):.2f} MB/s; "
+        f"{seconds[longest] / max(total, 1e-3):.0%} of the time went into {longest}"
+    )
 
 
 def alone(work: Work, name: str) -> None:
