@@ -138,7 +138,8 @@ def _for_good(error: BaseException, address: str) -> str:
             return f"no credentials were found ({_words(e)}); {_LOGIN[scheme(address)]}"
         if code in ("NoSuchBucket", "InvalidBucketName"):
             return "there is no such bucket"
-        if isinstance(e, PermissionError) or str(status) in ("401", "403"):
+        denied = words.startswith("Forbidden: ")  # an OSError without a number, of gcsfs
+        if isinstance(e, PermissionError) or str(status) in ("401", "403") or denied:
             return f"permission denied ({_words(e)}); {_LOGIN[scheme(address)]}"
         if name in ("ParamValidationError", "NoRegionError", "ProfileNotFound"):
             return _words(e)

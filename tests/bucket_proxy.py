@@ -103,12 +103,12 @@ def proxy(port: int, faults: Faults) -> http.server.ThreadingHTTPServer:
             kind = faults.kind if faults.left > 0 else ""
             if faults.only not in urllib.parse.unquote_to_bytes(self.path) + body:
                 kind = ""
-            if kind and (kind == "503" or self.command == "GET"):
+            if kind and (kind.isdigit() or self.command == "GET"):
                 faults.left -= 1
             else:
                 kind = ""
-            if kind == "503":
-                self.send_response(503)
+            if kind.isdigit():
+                self.send_response(int(kind))
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return

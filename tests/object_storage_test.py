@@ -778,6 +778,22 @@ def test_what_cannot_be_is_one_sentence(bucket, sources, tmp_path):
             call()
 
 
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_a_denied_permission_is_one_sentence(bucket, sources, tmp_path, status):
+    address, faults = bucket
+    login = "aws configure" if address.startswith("s3") else "gcloud auth"
+    for call in (
+        lambda: inputs.read_text(f"{sources[0]}/a.jsonl"),
+        lambda: stages.prepare(config(sources[0], tmp_path / "corpus")),
+        lambda: open_corpus(f"{address}/nothing"),
+    ):
+        with faults.of(status, 10_000), pytest.raises(UserError) as found:
+            call()
+        assert "permission denied" in str(found.value)
+        assert login in str(found.value)
+        assert "\n" not in str(found.value)
+
+
 def test_missing_credentials_and_drivers_are_one_sentence(tmp_path, monkeypatch, capsys):
     remote._driver.cache_clear()
     for name in [n for n in os.environ if n.startswith(("AWS_", "GOOGLE_", "STORAGE_"))]:
