@@ -54,6 +54,10 @@ def describe_domains(work: Work, layout: windows.Layout) -> None:
     tensors = shards.load(work.path / "centroids.safetensors")
     tree, similarity = domains.Tree.of(tensors), np.concatenate(validation)
     if len(similarity) < _FOR_QUANTILES:
+        say(
+            f"{len(similarity)} validation documents, fewer than {_FOR_QUANTILES}: train documents, "
+            "which are more similar to the centroids, tell what counts as outside of the corpus"
+        )
         similarity = np.concatenate(train)
     for level, size in enumerate(tree.sizes):
         name = "similarity_quantiles" + f"/{size}" * (size != tree.sizes[-1])
