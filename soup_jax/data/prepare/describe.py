@@ -55,7 +55,7 @@ def describe_domains(work: Work, layout: windows.Layout) -> None:
     tree, similarity = domains.Tree.of(tensors), np.concatenate(validation)
     if len(similarity) < _FOR_QUANTILES:
         say(
-            f"{len(similarity)} validation documents, fewer than {_FOR_QUANTILES}: train documents, "
+            f"{len(similarity)} validation documents, fewer than {_FOR_QUANTILES}: those of train, "
             "which are more similar to the centroids, tell what counts as outside of the corpus"
         )
         similarity = np.concatenate(train)
