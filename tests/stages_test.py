@@ -232,6 +232,34 @@ def test_hashes_sorted_in_passes_are_the_same_file(sources, prepared, tmp_path, 
     assert (np.diff(hashes.astype(object)) > 0).all()
 
 
+def test_what_is_fitted_on_has_the_least_hashes(tmp_path):
+    rng, paths, all_of_them = np.random.default_rng(0), [], []
+    for number, size in enumerate((40, 0, 300, 7)):
+        hashes = rng.integers(0, 256, (size, 16), np.uint8)
+        hashes[:, 8:11] = np.where(rng.random((size, 1)) < 0.5, hashes[:, 8:11], 5)  # one range
+        hashes[1:2] = hashes[:1]  # pieces of one document
+        split = rng.integers(0, 2, size).astype(np.uint8)
+        lengths = rng.integers(0, 50, size)
+        tensors = {"hash": hashes, "split": split, "offsets": np.cumsum([0, *lengths])}
+        paths.append(tmp_path / f"{number}.safetensors")
+        shards.save(paths[-1], tensors)
+        all_of_them += [
+            (hashes[i, 8:].tobytes(), number, i, lengths[i]) for i in np.flatnonzero(split == 0)
+        ]
+    all_of_them.sort(key=lambda document: document[0])
+    sizes = np.array([document[3] for document in all_of_them])
+    before = np.cumsum(sizes) - sizes
+    for amount in (1, 60, 500, 10**6):
+        for given, count in (
+            ({"num_documents": amount}, amount),
+            ({"num_bytes": amount}, int((before < amount).sum())),
+        ):
+            found = shards.choose(paths, **given)
+            pairs = {(number, i) for number, rows in enumerate(found) for i in rows}
+            assert pairs == {document[1:3] for document in all_of_them[:count]}
+            assert all((np.diff(rows) > 0).all() for rows in found)
+
+
 def test_it_tells_where_its_time_went(sources, tmp_path, capsys):
     made = prepare.prepare(config(sources, tmp_path / "corpus"))
     told = json.loads((made.path / "timings.json").read_text())

@@ -16,10 +16,10 @@ document in the order of the sources stays. They are looked for if the config as
 All three look at whole documents, also where `corpus.max_chars` cuts them into pieces: in a copy
 with another beginning cuts fall elsewhere.
 
-Choosing is for one process. Its memory is about 70 bytes per document, and beside that 100 per
-document in passes of _HASHES for duplicates and 1 kB per pair of similar ones in blocks of _PAIRS;
-each of these blocks reads the signatures of most shards. A worker holds a shard or two, and the
-index of the evaluation.
+Choosing what is kept is for one process. Its memory is about 70 bytes per document, and beside that
+100 per document in passes of _HASHES for duplicates and 1 kB per pair of similar ones in blocks of
+_PAIRS; each of these blocks reads the signatures of most shards. A worker holds a shard or two, and
+the index of the evaluation.
 """
 
 import os

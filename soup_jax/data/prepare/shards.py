@@ -35,6 +35,7 @@ from soup_jax.data.readers import Document, short_hashes
 SHARD_DOCUMENTS = 4096
 SHARD_BYTES = 32 << 20
 GROUP_BYTES, GROUP_FILES = 16 << 20, 4096
+_RANGES, _RANGE_SHIFT = 1 << 16, np.uint64(48)  # of hashes, for `choose`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,22 +184,37 @@ def choose(
 ) -> Rows:
     """Train documents chosen by hash: about `num_bytes` of text, or `num_documents`.
 
-    The half of the hash that chooses is not the half that splits.
+    The half of the hash that chooses is not the half that splits. The least hashes are chosen; one
+    pass finds in which of many ranges the last of them lies, and only that range is sorted.
     """
-    train, rank, size = [], [], []
-    for path in documents:
+    most = num_bytes or num_documents
+
+    def ranked(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        # The rows of train documents, their hashes, and what each counts.
         shard = load(path, "split", "hash", "offsets")
-        train.append(np.flatnonzero(shard["split"] == 0))
-        rank.append(short_hashes(shard["hash"][train[-1]]))
-        size.append(np.diff(shard["offsets"])[train[-1]])
-    order = np.argsort(np.concatenate(rank), kind="stable")
-    if num_bytes:
-        sizes = np.concatenate(size)[order]
-        num_documents = int(np.count_nonzero(np.cumsum(sizes) - sizes < num_bytes))
+        rows = np.flatnonzero(shard["split"] == 0)
+        size = np.diff(shard["offsets"])[rows] if num_bytes else np.ones(len(rows), np.int64)
+        return rows, short_hashes(shard["hash"][rows]), size
+
+    total = np.zeros(_RANGES, np.int64)
+    for path in documents:
+        _, rank, size = ranked(path)
+        np.add.at(total, (rank >> _RANGE_SHIFT).astype(np.int64), size)
+    before = np.cumsum(total) - total
+    last = max(int(np.count_nonzero(before < most)) - 1, 0)
+    found, inside, sizes = [], [], []
+    for path in documents:
+        rows, rank, size = ranked(path)
+        number = (rank >> _RANGE_SHIFT).astype(np.int64)
+        found.append((rows[number < last], rows[number == last]))
+        inside.append(rank[number == last])
+        sizes.append(size[number == last])
+    order = np.argsort(np.concatenate(inside), kind="stable")
+    ordered = np.concatenate(sizes)[order]
     chosen = np.zeros(len(order), bool)
-    chosen[order[:num_documents]] = True
-    ends = np.cumsum([len(rows) for rows in train])[:-1]
-    return [rows[mask] for rows, mask in zip(train, np.split(chosen, ends))]
+    chosen[order] = before[last] + np.cumsum(ordered) - ordered < most
+    parts = np.split(chosen, np.cumsum([len(part) for part in inside])[:-1])
+    return [np.sort(np.append(sure, own[mask])) for (sure, own), mask in zip(found, parts)]
 
 
 def chosen_texts(
