@@ -12,14 +12,14 @@ its learning-rate schedule, so that budgets can be compared.
                        the window's own text, targets included (in the place of merging by sequence,
                        as in SMEAR and Lory); `_histogram`: merged at the histogram
     crisp              a model for each specialist, on its histogram
-    crisp_branched     the same, each begun from a generic model of half of the budget
+    crisp_branched     the same, each begun from a generic model of half of the budget (--start_share)
     experts_best       a model for each of 16 domains; the specialist takes that of its heaviest
     experts_tokens     their probabilities mixed by h (c-BTM, which weighs by context, has such a
                        mixture): a specialist costs 16 models to run
     experts_windows    the same, in which models that predicted the window so far weigh more
     experts_average    their parameters averaged by h
     experts_uniform    their parameters averaged
-    branched_*         the same of domain experts begun from a generic model of half of the budget
+    branched_*         the same of domain experts that are so begun
     large              one model with as many parameters as the soup stores (--large=1)
 
 `--tune=1` trains at rates around RATES instead, of each budget, with the first seed, and scores the
@@ -42,16 +42,18 @@ RATES = methods_lib.RATES | {
     "crisp_branched": 8e-3,
     "branched": 8e-3,
 }
+BRANCHED = ("crisp_branched", "branched")
 NUM_DOMAINS = 16  # and as many domain experts
 
 
 def train(study, method, steps, seeds, rate):
     """[{name of a model: folder}] for each seed, of a budget of `steps`."""
-    share = {"crisp": 1, "experts": 1, "crisp_branched": 2, "branched": 2}.get(method)
+    begun = int(study.given.start_share * steps) if method in BRANCHED else 0
     number = len(study.sets()) if method.startswith("crisp") else NUM_DOMAINS
-    own = max(steps // (share * number), 1) if share else steps
+    several = method in (*BRANCHED, "crisp", "experts")
+    own = max((steps - begun) // number, 1) if several else steps
     fields = {"num_steps": own, "optimizer__learning_rate": rate}
-    if share is None:
+    if not several:
         made = study.train(method, seeds=seeds, **fields)
         return [{"model": made[(seed,)]} for seed in seeds]
     if method.startswith("crisp"):
@@ -64,14 +66,14 @@ def train(study, method, steps, seeds, rate):
     found = []
     for i, seed in enumerate(seeds):
         data_seed = seed
-        if share == 2:
-            start = train(study, "generic", steps // 2, seeds, RATES["generic"])[i]["model"]
+        if begun:
+            start = train(study, "generic", begun, seeds, RATES["generic"])[i]["model"]
             fields["checkpoint__init_from"] = str(start)
             data_seed = seed + study_lib.OTHER_DATA
         axes = {"domain_weights.path": list(paths.values())}
         made = study.train("fixed", tag=f"-{method}", seeds=[data_seed], axes=axes, **fields)
         found.append({name: made[(data_seed, path)] for name, path in paths.items()})
-        if share == 2:
+        if begun:
             found[-1]["begun from"] = start  # and paid for
     return found
 
@@ -176,8 +178,11 @@ def main():
         budgets=("152,305,610", "steps of the whole budget; each a double of the one before"),
         methods=("generic,soup,per_window,crisp,crisp_branched,experts,branched", "of RATES"),
         large=(0, "1: the large model, too"),
+        start_share=(0.5, "of the budget, for the generic model that branches begin from"),
+        branch_rate=(RATES["crisp_branched"], "of crisp_branched and branched"),
         tune=(0, "1: rates instead"),
     )
+    RATES.update(dict.fromkeys(BRANCHED, given.branch_rate))
     study = study_lib.Study(given)
     budgets = [int(b) for b in given.budgets.split(",")]
     methods = given.methods.split(",") + ["large"] * bool(given.large)
