@@ -10,7 +10,7 @@ from stages_test import Killed, config, content, write_sources
 
 from soup_jax.cli import main as cli
 from soup_jax.data import windows
-from soup_jax.data.prepare import clean, shards, stages
+from soup_jax.data.prepare import shards, stages
 from soup_jax.data.prepare import work as work_lib
 from soup_jax.data.prepare.work import Part
 from soup_jax.errors import UserError
@@ -215,27 +215,28 @@ def test_apache_beam_makes_the_same_corpus(sources, whole, tmp_path):
         stages.prepare(config(sources, tmp_path / "other"), map=beam_map("--runner=Nobody"))
 
 
-@pytest.mark.parametrize("stage", ["sign_shard", "encode_shard", "group_shard"])
-def test_a_worker_of_beam_that_dies_changes_nothing(sources, whole, tmp_path, monkeypatch, stage):
+def _gone():
+    raise OSError("the worker is gone")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_worker_of_beam_that_dies_changes_nothing(sources, whole, tmp_path, stage):
     pytest.importorskip("apache_beam")
     from soup_jax.data.prepare.beam import beam_map
 
-    died = tmp_path / "died"
-    module = clean if stage == "sign_shard" else shards
-    original = getattr(module, stage)
+    beam, died = beam_map("--runner=DirectRunner"), []
 
-    def dies(*arguments):
-        original(*arguments)
-        died.touch()
-        raise OSError("the worker is gone")
+    def dying(function, jobs, *, num_workers):
+        if jobs[0][0].__name__ == stage and not died:
+            died.append(stage)
+            beam(function, jobs[:1], num_workers=1)
+            beam(function, [(_gone, (tmp_path / "nothing",), ())], num_workers=1)
+        return beam(function, jobs, num_workers=num_workers)
 
     cfg = config(sources, tmp_path / "corpus", **CLEANED)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, stage, dies)
-        with pytest.raises(Exception, match="the worker is gone"):
-            stages.prepare(cfg, map=beam_map("--runner=DirectRunner"))
-    assert died.exists()
-    stages.prepare(cfg, map=beam_map("--runner=DirectRunner"))
+    with pytest.raises(Exception, match="the worker is gone"):
+        stages.prepare(cfg, map=dying)
+    stages.prepare(cfg, map=dying)
     assert content(tmp_path / "corpus") == content(whole.path)
 
 

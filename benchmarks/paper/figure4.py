@@ -12,7 +12,7 @@ its learning-rate schedule, so that budgets can be compared.
                        the window's own text, targets included (in the place of merging by sequence,
                        as in SMEAR and Lory); `_histogram`: merged at the histogram
     crisp              a model for each specialist, on its histogram
-    crisp_branched     the same, each begun from a generic model of half of the budget (--start_share)
+    crisp_branched     the same, each begun from a generic model of half of it (--start_share)
     experts_best       a model for each of 16 domains; the specialist takes that of its heaviest
     experts_tokens     their probabilities mixed by h (c-BTM, which weighs by context, has such a
                        mixture): a specialist costs 16 models to run
