@@ -146,7 +146,7 @@ def proxy(port: int, faults: Faults) -> http.server.ThreadingHTTPServer:
             if kind == "stall":  # likewise, and nothing more
                 self.wfile.write(data[: len(data) // 2])
                 self.wfile.flush()
-                faults.stalled = not faults.over.wait(20)
+                faults.stalled |= not faults.over.wait(20)
                 self.close_connection = True
                 return
             if self.command != "HEAD":

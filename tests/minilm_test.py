@@ -188,8 +188,9 @@ def test_quantised_weights_are_refused(folder, tmp_path):
     tensors[name] = (tensors[name] * 100).astype(np.int8)
     save_file(tensors, tmp_path / "int8" / "model.safetensors")
     cfg = types.SimpleNamespace(path=str(tmp_path / "int8"), max_chars=20_000)
-    with pytest.raises(UserError, match=r"query.weight is stored as int8"):
-        MiniLm.fit(cfg, [])
+    for call in (MiniLm.check, lambda cfg: MiniLm.fit(cfg, [])):
+        with pytest.raises(UserError, match=r"query.weight is stored as int8"):
+            call(cfg)
 
 
 def test_without_weights_the_extra_is_named(tmp_path, monkeypatch):

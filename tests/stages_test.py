@@ -260,7 +260,14 @@ def test_what_is_fitted_on_has_the_least_hashes(tmp_path):
             assert all((np.diff(rows) > 0).all() for rows in found)
 
 
-def test_it_tells_where_its_time_went(sources, tmp_path, capsys):
+def test_it_tells_where_its_time_went(sources, tmp_path, capsys, monkeypatch):
+    def half_a_line(work, *args):
+        with (work.path / "timings.jsonl").open("a") as file:
+            file.write('{"stage": "wri\n')
+        return original(work, *args)
+
+    original = prepare.write_manifest
+    monkeypatch.setattr(prepare, "write_manifest", half_a_line)
     made = prepare.prepare(config(sources, tmp_path / "corpus"))
     told = json.loads((made.path / "timings.json").read_text())
     assert set(told["seconds"]) >= {"reading and cleaning", "writing windows"}

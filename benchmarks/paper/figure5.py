@@ -22,12 +22,11 @@ import study as study_lib
 
 from soup_jax import storage as files
 from soup_jax import tree
-from soup_jax.data import meta_distribution
 from soup_jax.data.loader import BatchSource
-from soup_jax.data.sampling import SamplingPlan
 from soup_jax.evaluation.sets import pack
 from soup_jax.experiments.paper import methods
 from soup_jax.specialists.search import mean_loss
+from soup_jax.training import build
 
 ROWS = 16
 STARTS = ("soup", "generic")
@@ -84,13 +83,8 @@ def of_corpus(study, corpus, h_K, steps, seed):
     """Rows for each step, from the training windows of domains that are drawn by h."""
     cfg = methods.get_config(f"fixed,{study.given.size}")
     cfg.domain_weights.path = study.weights("fitted", h_K)
-    plan = SamplingPlan(
-        meta_distribution.from_config(cfg, corpus.domain_frequencies),
-        num_windows_K=np.diff(corpus.offsets["train"]),
-        batch_size=ROWS,
-        num_mixtures=1,
-        seed=seed,
-    )
+    cfg.batch_size, cfg.num_mixtures, cfg.seed = ROWS, 1, seed
+    plan = build.sampling_plan(cfg, corpus)
     source = BatchSource(corpus, plan, rows=np.arange(ROWS), num_steps=steps)
     return [source[step].rows for step in range(steps)]
 

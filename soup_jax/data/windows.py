@@ -65,6 +65,11 @@ class Layout:
             pad[split] = (windows * seq_len - tokens).astype(np.int64)
         return cls(seq_len, token_dtype(vocab_size), eos_id, offsets, pad)
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        """`offsets` and `pad` of each split, by name."""
+        named = {f"offsets/{split}": value for split, value in self.offsets.items()}
+        return named | {f"pad/{split}": value for split, value in self.pad.items()}
+
     def files(self) -> list[WindowFile]:
         """The files of all splits; a split without windows has none (TFDS cannot open it)."""
         result = []

@@ -6,11 +6,15 @@ The packages below know nothing of a run's config; this is the one place that re
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from soup_jax import tree
+from soup_jax.data import meta_distribution
+from soup_jax.data.corpus import Corpus
 from soup_jax.data.domain_map import DomainMap
+from soup_jax.data.sampling import SamplingPlan
 from soup_jax.errors import UserError
 from soup_jax.hardware import mesh as mesh_lib
 from soup_jax.models import base as models
@@ -123,6 +127,22 @@ def initial_state(
         seed=cfg.seed,
         frequencies_K=domains.domain_frequencies,
         centroids_KC=domains.centroids() if cfg.router.init == "centroids" else None,
+    )
+
+
+def sampling_plan(cfg: ConfigDict, corpus: Corpus) -> SamplingPlan:
+    """What a run draws at each step.
+
+    Raises:
+      UserError: as `meta_distribution.from_config`.
+    """
+    return SamplingPlan(
+        meta_distribution.from_config(cfg, corpus.domain_frequencies),
+        num_windows_K=np.diff(corpus.offsets["train"]),
+        batch_size=cfg.batch_size,
+        num_mixtures=cfg.num_mixtures,
+        seed=cfg.seed,
+        skip=cfg.skip_batches,
     )
 
 

@@ -23,7 +23,6 @@ from soup_jax import inputs, places, remote, tree
 from soup_jax import storage as files
 from soup_jax.config import schema as config_lib
 from soup_jax.data import loader
-from soup_jax.data import meta_distribution as domain_weights
 from soup_jax.data.corpus import Corpus, open_corpus
 from soup_jax.data.prepare import provenance
 from soup_jax.data.sampling import SamplingPlan
@@ -155,15 +154,7 @@ def _build(
         _log.warning("%s", warning)
     _check_new(new, provenance.check_weights, cfg.domain_weights.path, corpus)
     mesh = build.make_mesh(cfg, devices)
-    meta = domain_weights.from_config(cfg, corpus.domain_frequencies)
-    plan = SamplingPlan(
-        meta,
-        num_windows_K=np.diff(corpus.offsets["train"]),
-        batch_size=cfg.batch_size,
-        num_mixtures=cfg.num_mixtures,
-        seed=cfg.seed,
-        skip=cfg.skip_batches,
-    )
+    plan = build.sampling_plan(cfg, corpus)
     model = model or build.base_model(cfg)
     if cfg.mesh.gather == "layer" and model.with_gather is None:
         raise UserError(

@@ -190,19 +190,7 @@ class MiniLm:
         del texts, num_workers
         folder = weights_folder(cfg.path)
         settings, pooling, max_tokens = _read_settings(folder)
-        tensors = inputs.read_tensors(folder / "model.safetensors")
-        tensors = {
-            name.removeprefix("bert."): value
-            for name, value in tensors.items()
-            if not name.endswith("position_ids") and "pooler" not in name
-        }
-        for name, value in tensors.items():
-            if not jnp.issubdtype(value.dtype, jnp.floating):
-                raise UserError(
-                    f"{folder}: {name} is stored as {value.dtype}. Quantised weights embed "
-                    "otherwise; give the folder of those in full precision"
-                )
-        tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+        tensors = _read_weights(folder)
         contents = {
             "max_chars": cfg.max_chars,
             "max_tokens": max_tokens,
@@ -224,7 +212,9 @@ class MiniLm:
         Raises:
           UserError: no folder, or the model in it is none that can be taken.
         """
-        _read_settings(weights_folder(cfg.path))
+        folder = weights_folder(cfg.path)
+        _read_settings(folder)
+        _read_weights(folder)
 
     @classmethod
     def source_hash(cls, cfg: Any) -> str:
@@ -258,6 +248,20 @@ def weights_folder(path: str) -> pathlib.Path:
             "--config.embed.path to the folder of a sentence-transformers model"
         )
     return pathlib.Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    found = {}
+    for name, value in inputs.read_tensors(folder / "model.safetensors").items():
+        if name.endswith("position_ids") or "pooler" in name:
+            continue
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise UserError(
+                f"{folder}: {name} is stored as {value.dtype}. Quantised weights embed "
+                "otherwise; give the folder of those in full precision"
+            )
+        found[name.removeprefix("bert.")] = np.asarray(value, np.float32)
+    return found
 
 
 def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], str, int]:

@@ -24,7 +24,7 @@ from soup_jax.errors import UserError
 
 OVERLAP_WORDS = 8
 OVERLAP = 0.7
-_TEXTS = 256  # at a time: each n-gram may have 2 * _OWNERS pairs
+_TEXTS = 256  # at a time: each n-gram may have _OWNERS pairs
 _OWNERS = 50  # evaluation documents that an n-gram leads to
 
 

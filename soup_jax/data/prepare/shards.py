@@ -306,8 +306,6 @@ def save_layout(
     path: pathlib.Path, layout: windows.Layout, grouped: Sequence[pathlib.Path]
 ) -> None:
     """Write what `write_window_file` reads: the layout, and the shards that fill it."""
-    tensors = {f"offsets/{split}": value for split, value in layout.offsets.items()}
-    tensors |= {f"pad/{split}": value for split, value in layout.pad.items()}
     state = {
         "splits": list(layout.offsets),
         "seq_len": layout.seq_len,
@@ -315,7 +313,7 @@ def save_layout(
         "eos_id": layout.eos_id,
         "grouped": [str(place) for place in grouped],
     }
-    save(path, tensors, state)
+    save(path, layout.tensors(), state)
 
 
 def write_window_file(

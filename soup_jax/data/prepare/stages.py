@@ -9,7 +9,8 @@
 5. vectors    -> centroids         k-means on the documents of 3, or the mean of each given domain
 6. shard      -> token ids sorted by split and domain, document order kept; shards in parallel
 7. all shards -> windows/          ArrayRecord files; files in parallel (data/windows.py)
-8.            -> domains.json, train_hashes.safetensors, report.json and, last, manifest.json
+8.            -> domains.json, train_hashes.safetensors, report.json and, last, manifest.json;
+                 timings.json, of which the manifest says nothing
 
 A shard is 4,096 documents or 32 MB of text. Every output is a function of the config and of the
 sources' bytes alone, on one kind of CPU with one BLAS, not of the number of workers; the manifest
@@ -343,9 +344,7 @@ def _write_windows(work: Work) -> windows.Layout:
     run_jobs(work, shards.write_window_file, jobs, "writing windows")
     alone(work, "describing the corpus")
     windows.write_metadata(directory, layout)
-    tensors = {f"offsets/{split}": value for split, value in layout.offsets.items()}
-    tensors |= {f"pad/{split}": value for split, value in layout.pad.items()}
-    shards.save(work.final / "offsets.safetensors", tensors)
+    shards.save(work.final / "offsets.safetensors", layout.tensors())
     return layout
 
 

@@ -153,9 +153,9 @@ def timed(work: Work, stage: str) -> Iterator[None]:
         yield
     finally:
         line = {"stage": stage, "seconds": round(time.monotonic() - begin, 3)}
-        if work.path.exists():
-            with open(work.path / "timings.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        path = work.path / "timings.jsonl"  # not there any more if another part has finished
+        with contextlib.suppress(FileNotFoundError), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def write_timings(work: Work) -> str:
@@ -163,8 +163,9 @@ def write_timings(work: Work) -> str:
     starts and parts together, and the bytes of text; returns a line about them."""
     seconds: dict[str, float] = {}
     for line in (work.path / "timings.jsonl").read_text("utf-8").splitlines():
-        entry = json.loads(line)
-        seconds[entry["stage"]] = round(seconds.get(entry["stage"], 0) + entry["seconds"], 3)
+        with contextlib.suppress(ValueError):  # half a line, of a part that was killed
+            entry = json.loads(line)
+            seconds[entry["stage"]] = round(seconds.get(entry["stage"], 0) + entry["seconds"], 3)
     splits = inputs.read_json(work.final / "manifest.json")["counts"]["splits"]
     size, total = sum(split["bytes"] for split in splits.values()), sum(seconds.values())
     files.write_json(
